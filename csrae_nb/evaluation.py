@@ -15,24 +15,20 @@ import json
 import math
 import platform
 import subprocess
-import sys
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm import tqdm
 
 from . import __version__
 from .data import Dataset
-from .divergence import GMM
 from .priors import effective_components, occupancy
-from .training import Config, Run, command, draw_codes, generator, mean_terms, project_root, write_atomic
+from .training import Config, Run, command, draw_codes, generator, mean_terms, progress_bar, project_root, write_atomic
 
 # %% ../nbs/10_evaluation.ipynb #100007
 def knn_error(
@@ -59,8 +55,7 @@ def mean_log_likelihood(
 ) -> float: # nats an image
     "Mean log p(x) over x, Eq. (28)."
     g, total = generator(run.cfg.seed, "log-likelihood", device=x.device), 0.
-    bar = tqdm(x.split(100), desc="log-likelihood", file=sys.stderr, mininterval=0.5 if sys.stderr.isatty() else 10, disable=not progress)
-    for xb in bar: total += run.model.log_likelihood(xb, samples, g).double().sum().item()
+    for xb in progress_bar(progress, x.split(100), desc="log-likelihood"): total += run.model.log_likelihood(xb, samples, g).double().sum().item()
     return total/len(x)
 
 # %% ../nbs/10_evaluation.ipynb #100011
@@ -244,7 +239,7 @@ def plot_codes(
     axes = torch.linalg.svd(z - centre, full_matrices=False).Vh[:2].T if z.shape[1] > 2 else torch.eye(z.shape[1], 2)
     fig, ax = plt.subplots(figsize=(5.5, 4.5), layout="constrained")
     y = data.y_test[:n].cpu() if data.y_test is not None else None
-    s = ax.scatter(*((z - centre) @ axes).T, s=3, c=y, cmap="tab10" if y is not None and y.max() < 10 else "viridis")
+    s = ax.scatter(*((z - centre) @ axes).T, s=12 if len(z) < 500 else 3, c=y, cmap="tab10" if y is not None and y.max() < 10 else "viridis")
     if y is not None: fig.colorbar(s, label="class")
     ax.plot(*((mu - centre) @ axes).T, "k+", ms=8, label="prior's means"); ax.legend(fontsize=8)
     ax.set(xlabel="first axis", ylabel="second axis", title="codes of test data")

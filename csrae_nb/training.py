@@ -476,7 +476,7 @@ def _finish(t):
     meta = {**t.meta, "config": dataclasses.asdict(t.cfg), "x_shape": t.data.x_shape, "likelihood": t.data.likelihood}
     if t.acc.is_main_process:
         with _writing(t.path): save_tensors(t.path/"model.safetensors", t.best, meta)
-        t.file.unlink(missing_ok=True)
+        for f in (t.file, *t.path.glob(".*.tmp")): f.unlink(missing_ok=True)   # a kill may leave a temporary file behind
     t.acc.wait_for_everyone()
 
 # %% ../nbs/09_training.ipynb #090057

@@ -12,6 +12,9 @@ root = Path(__file__).parents[1]
 scripts = Path(sysconfig.get_path("scripts"))
 notebooks = sorted((root/"nbs").glob("*.ipynb"))
 modules = sorted((root/"csrae_nb").glob("[!_]*.py"))
+ini = ConfigParser(delimiters=["="], interpolation=None)
+ini.read(root/"settings.ini")
+extras = set(ini["extras"]) - set(ini.defaults())
 per_notebook = pytest.mark.parametrize("path", notebooks, ids=lambda p: p.stem)
 
 def house_files():
@@ -132,7 +135,7 @@ def test_requirements_are_true(path):
     "What a module imports is required; what an extra brings is imported inside functions."
     tree = ast.parse(path.read_text())
     assert distributions(imported(tree, inside_functions=False)) <= required()
-    assert distributions(imported(tree)) <= required() | required("dev")
+    assert distributions(imported(tree)) <= required().union(*(required(extra) for extra in extras - {"dev"}))
 
 def test_every_requirement_is_used():
     names = [m for path in modules for m in imported(ast.parse(path.read_text()))]
@@ -141,11 +144,9 @@ def test_every_requirement_is_used():
 
 def test_metadata():
     "settings.ini, pyproject.toml and the package agree, and `dev` contains every other extra."
-    ini = ConfigParser(delimiters=["="], interpolation=None)
-    ini.read(root/"settings.ini")
     assert ini["DEFAULT"]["version"] == csrae_nb.__version__
     assert ini["DEFAULT"]["lib_name"] == re.search(r'^name = "(.*)"', (root/"pyproject.toml").read_text(), re.M)[1]
-    for extra in set(ini["extras"]) - set(ini.defaults()): assert required(extra) <= required("dev"), extra
+    for extra in extras: assert required(extra) <= required("dev"), extra
 
 def test_readme_examples(tmp_path, monkeypatch):
     "The Python in README runs as it stands."

@@ -1,0 +1,120 @@
+"The divergence against oracles and properties that need many cases, or more memory than a notebook should take."
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from scipy.integrate import quad
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+
+from csrae_nb.divergence import GMM, cs_divergence, kl_divergence, log_overlap
+
+torch.set_num_threads(1)
+
+@st.composite
+def mixtures(draw, D, batch=()):
+    "A mixture of 1 to 5 components, weights down to e⁻⁸, variances from 1e-4 to 1e4, means within 100."
+    N, g = draw(st.integers(1, 5)), torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    u = lambda *s: torch.rand(*batch, *s, generator=g, dtype=torch.float64)
+    return GMM((8*u(N)).log_softmax(-1), (u(N, D) - .5)*10**draw(st.floats(-1, 2)), 10**(draw(st.floats(-3, 3)) + 2*u(N, D) - 1))
+
+pairs = st.integers(1, 6).flatmap(lambda D: st.tuples(mixtures(D), mixtures(D)))
+def close(a, b, scale=1.): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9*(1 + float(scale)))
+def size(q, p): return max(log_overlap(a, b).abs().max() for a, b in ((q, p), (q, q), (p, p)))
+
+@given(pairs)
+@settings(max_examples=200, deadline=None)
+def test_it_is_a_divergence(qp):
+    q, p = qp; D, s = cs_divergence(q, p), size(*qp)
+    close(D, cs_divergence(p, q), s)                                   # symmetric
+    assert D >= -1e-9*(1 + s)                                          # not negative
+    close(cs_divergence(q, q), torch.zeros_like(D), s)                 # zero at equality
+    if D < 1e-12: close(q.log_prob(q.mu), p.log_prob(q.mu), s)         # and only there
+
+@given(pairs, st.floats(-50, 50), st.floats(-3, 3), st.randoms())
+@settings(max_examples=200, deadline=None)
+def test_what_it_does_not_depend_on(qp, shift, log_a, rnd):
+    q, p = qp; D, s, a = cs_divergence(q, p), size(*qp), math.exp(log_a)
+    moved = [GMM(g.logw, a*g.mu + shift, a*a*g.var) for g in qp]
+    close(cs_divergence(*moved), D, 1e3*(s + size(*moved)))            # units and origin of x
+    order = list(range(len(p.logw))); rnd.shuffle(order)
+    close(cs_divergence(q, GMM(p.logw[order], p.mu[order], p.var[order])), D, s)  # the order of components
+    halves = GMM(torch.cat([p.logw, p.logw]) - math.log(2), p.mu.repeat(2, 1), p.var.repeat(2, 1))
+    close(cs_divergence(q, halves), D, s)                              # how a density is written as a mixture
+
+@given(st.tuples(mixtures(3, (4, 1)), mixtures(3, (5,))))
+@settings(max_examples=50, deadline=None)
+def test_a_batch_is_its_elements(qp):
+    q, p = qp; D = cs_divergence(q, p)
+    assert D.shape == (4, 5)
+    at = lambda g, *i: GMM(g.logw[i], g.mu[i], g.var[i])
+    close(D[2, 3], cs_divergence(at(q, 2, 0), at(p, 3)), size(q, p))
+
+@pytest.mark.parametrize("seed", range(5))
+def test_two_dimensions_by_quadrature(seed):
+    g = torch.Generator().manual_seed(seed); r = lambda *s: torch.rand(*s, generator=g, dtype=torch.float64)
+    q, p = (GMM(r(N).log_softmax(-1), 6*r(N, 2) - 3, 0.2 + r(N, 2)) for N in (2, 3))
+    x = torch.linspace(-12, 12, 601, dtype=torch.float64); xy = torch.cartesian_prod(x, x)
+    dq, dp = (d.to_distribution().log_prob(xy).exp() for d in (q, p))
+    integral = lambda f: f.sum().log() + 2*math.log(24/600)
+    torch.testing.assert_close(cs_divergence(q, p), -integral(dq*dp) + .5*integral(dq*dq) + .5*integral(dp*dp), rtol=1e-8, atol=1e-8)
+
+EQ30 = GMM(torch.tensor([.5, .5], dtype=torch.float64).log(), torch.tensor([[-3.], [3.]], dtype=torch.float64), torch.ones(2, 1, dtype=torch.float64))
+def gaussian(mean, std): return GMM.gaussian(torch.tensor([mean], dtype=torch.float64), torch.tensor([std**2], dtype=torch.float64))
+
+@pytest.mark.parametrize("mean, std, value", [(0., 4.24916, .293382), (2.99924, 1.00227, .346510), (0., 10**.5, .339307)])
+def test_known_values_of_eq30(mean, std, value):
+    "Best single Gaussian, the local optimum beside it, and the moment-matched one."
+    assert abs(cs_divergence(gaussian(mean, std), EQ30).item() - value) < 1e-6
+
+def test_one_dimension_by_adaptive_quadrature():
+    q = gaussian(1., .7); f = lambda g, x: g.log_prob(torch.tensor([x], dtype=torch.float64)).exp().item()
+    i = lambda a, b: math.log(quad(lambda x: f(a, x)*f(b, x), -15, 15, limit=200)[0])
+    assert abs(cs_divergence(q, EQ30).item() - (-i(q, EQ30) + .5*i(q, q) + .5*i(EQ30, EQ30))) < 1e-8
+
+def test_monte_carlo_in_many_dimensions():
+    g = torch.Generator().manual_seed(0); r = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)
+    q, p = (GMM(r(N).log_softmax(-1), r(N, 10), (.3*r(N, 10)).exp()) for N in (3, 4))
+    for a, b in ((q, p), (p, p)):
+        w = b.log_prob(a.sample(200_000, g)).exp()
+        assert abs(w.mean() - log_overlap(a, b).exp()) < 4*w.std()/len(w)**.5
+
+def test_gradients_of_everything():
+    g = torch.Generator().manual_seed(0); r = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64, requires_grad=True)
+    leaves = r(2, 3), r(2, 3, 2), r(2, 3, 2), r(4), r(4, 2), r(4, 2)
+    def D(lq, mq, sq, lp, mp, sp): return cs_divergence(GMM(lq.log_softmax(-1), mq, sq.exp()), GMM(lp.log_softmax(-1), mp, sp.exp()))
+    assert torch.autograd.gradcheck(D, leaves)
+
+def test_second_derivatives_are_refused_not_wrong():
+    mu = torch.zeros(3, 2, requires_grad=True)
+    grad, = torch.autograd.grad(cs_divergence(GMM.gaussian(mu, torch.ones(3, 2)), GMM.gaussian(torch.ones(2), torch.ones(2))).sum(), mu, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"): grad.sum().backward()
+
+def test_distributions_in_and_out():
+    q = Independent(Normal(torch.randn(5, 3), torch.rand(5, 3) + .1), 1)
+    p = MixtureSameFamily(Categorical(torch.tensor([.2, .8])), Independent(Normal(torch.randn(2, 3), torch.rand(2, 3) + .1), 1))
+    D = cs_divergence(q, p)
+    assert D.shape == torch.broadcast_shapes(q.batch_shape, p.batch_shape)
+    torch.testing.assert_close(D, cs_divergence(GMM.from_distribution(q), GMM.from_distribution(p)))
+    torch.testing.assert_close(GMM.from_distribution(p).to_distribution().log_prob(q.mean), p.log_prob(q.mean))
+    std = Independent(Normal(torch.zeros(3), torch.ones(3)), 1)
+    torch.testing.assert_close(kl_divergence(q, std), torch.distributions.kl_divergence(q, std))
+
+@pytest.mark.parametrize("K, D", [(1000, 1000), (1, 1000), (1000, 1)])
+def test_extremes_are_finite_in_single_precision(K, D):
+    "Means 1e4 apart, variances from 1e-10 to 1e10, a thousand components in a thousand dimensions."
+    g = torch.Generator().manual_seed(0); u = lambda *s: torch.rand(*s, generator=g)
+    logw, mu, logvar = u(K).log_softmax(-1), 1e4*u(K, D), math.log(10)*(20*u(K, 1) - 10 + 0*u(K, D))
+    q_mu, q_logvar = 1e4*u(3, D), math.log(10)*torch.tensor([-10., 0., 10.])[:, None].expand(3, D)
+    leaves = [t.clone().requires_grad_() for t in (logw, mu, logvar, q_mu, q_logvar)]
+    w, m, v, qm, qv = leaves
+    value = cs_divergence(GMM.gaussian(qm, qv.exp()), GMM(w, m, v.exp())); value.sum().backward()
+    assert value.isfinite().all() and all(t.grad.isfinite().all() for t in leaves)
+
+def test_the_self_term_takes_no_K2D_memory():
+    import resource
+    K, D = 1500, 100                                                   # K²D floats: 900 MB
+    mu, var = torch.randn(K, D, requires_grad=True), torch.rand(K, D, requires_grad=True)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    log_overlap(*[GMM(torch.full((K,), -math.log(K)), mu, var + .1)]*2).backward()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300*1024   # KiB; K² alone, several times, is some tens of MB
