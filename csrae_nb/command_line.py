@@ -56,9 +56,9 @@ def train_output(
 ) -> Path:
     "The executed notebook of a run, in its folder, which is made; ValueError or OSError if there can be no such run."
     from papermill.utils import chdir
-    from csrae_nb.training import _prepare_data, make_config, open_run, resolve
+    from csrae_nb.training import prepare_data, make_config, open_run, resolve
     cfg = resolve(make_config(values))
-    with chdir(cwd): _prepare_data(cfg, None)
+    with chdir(cwd): prepare_data(cfg, None)
     return open_run(cfg)/"train.ipynb"
 
 # %% ../nbs/11_command_line.ipynb #110018
@@ -73,16 +73,21 @@ def fill_in(
     values = given_parameters(o)
     check_names(notebook, values)
     _hand_over(o, values)
-    runs = os.environ["CSRAE_RUNS"] = os.path.abspath(os.environ.get("CSRAE_RUNS") or root/"_runs")
+    os.environ["CSRAE_RUNS"] = os.path.abspath(os.environ.get("CSRAE_RUNS") or root/"_runs")
     if o["output_path"]: return
-    train = notebook.name == "train.ipynb"
-    path = train_output(values, o["cwd"]) if train else Path(runs)/"_notebooks"/notebook.name
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = train_output(values, o["cwd"]) if notebook.name == "train.ipynb" else _other_output(notebook.name)
     o["output_path"] = str(path).replace("{", "{{").replace("}", "}}") # papermill takes it for a template
     _show_messages(o)
-    if train: ctx.call_on_close(lambda: _report(path.parent))
+    if notebook.name == "train.ipynb": ctx.call_on_close(lambda: _report(path.parent))
 
 # %% ../nbs/11_command_line.ipynb #110020
+def _other_output(name):
+    "Where an executed notebook goes that is not a run."
+    folder = Path(os.environ["CSRAE_RUNS"])/"_notebooks"
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise OSError(f"cannot write to {folder} ({e.strerror}); name another folder in CSRAE_RUNS") from e
+    return folder/name
+
 def _hand_over(options, values):
     "Let papermill find the merged parameters, as YAML, in place of their sources."
     import yaml

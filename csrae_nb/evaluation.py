@@ -103,7 +103,7 @@ def write_metrics(run: Run, metrics: dict) -> Path: # the file
     return run.path/"metrics.json"
 
 # %% ../nbs/10_evaluation.ipynb #100018
-METRICS = ("reconstruction", "divergence", "ll", "knn3", "knn5", "knn10", "effective_k")
+METRICS = ("reconstruction", "divergence", "ll", "knn3", "knn5", "knn10", "effective_k", "log_prior", "log_prior_refit")
 
 def _row_key(c): # what stands in a row besides the metrics and the seeds
     mixture = c["model"] in ("VampPriorVAE", "MixtureCSRAE")
@@ -136,7 +136,7 @@ def _row(runs):
     row = {**_row_key(runs[0]["config"]), "seeds": seeds}
     for m in METRICS: row[f"{m}_mean"], row[f"{m}_se"] = _mean_se([r["metrics"][m] for r in runs])
     cfg = Config(**{**runs[0]["config"], "seed": 0, "name": None, "device": "auto", "threads": 1})
-    return {**row, "command": f"{command(cfg)} -p seed {{{seeds.replace(' ', ',')}}}"}
+    return {**row, "command": f"for seed in {seeds}; do {command(cfg)} -p seed $seed; done"}
 
 # %% ../nbs/10_evaluation.ipynb #100020
 def write_table(

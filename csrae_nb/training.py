@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'MODELS', 'FORMAT', 'Config', 'make_config', 'resolve', 'identity', 'run_name', 'command', 'project_root',
            'runs_folder', 'generator', 'make_prior', 'make_model', 'write_atomic', 'save_tensors', 'load_tensors',
            'open_run', 'progress_bar', 'NonFiniteLoss', 'train_epoch', 'warmup_weight', 'mean_terms', 'draw_codes',
-           'Run', 'load_run', 'fit']
+           'Run', 'load_run', 'prepare_data', 'fit']
 
 # %% ../nbs/09_training.ipynb #090002
 import csv
@@ -21,6 +21,7 @@ import shutil
 import sys
 import time
 from configparser import ConfigParser
+from configparser import Error as ConfigError
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,7 @@ def _check_config(c):
         v, want = getattr(c, f.name), f.type
         if not isinstance(v, (int, float) if want is float else want) or isinstance(v, bool) and want is not bool:
             raise ValueError(f"{f.name}={v!r}; expected {getattr(want, '__name__', want)}")
+        if want is float: object.__setattr__(c, f.name, float(v))      # lam=2 and lam=2.0 are one run
     for k, known in _choices.items():
         if (v := getattr(c, k)) is not None and v not in known: raise ValueError(f"unknown {k} {v!r}; expected one of {', '.join(known)}")
     for k, low in _least.items():
@@ -108,10 +110,10 @@ def _check_config(c):
 # %% ../nbs/09_training.ipynb #090010
 def make_config(values: dict) -> Config: # validated
     "Config from a dict of fields; ValueError that lists the known ones for an unknown one."
-    known = [f.name for f in dataclasses.fields(Config)]
+    known = {f.name: f.type for f in dataclasses.fields(Config)}
     if unknown := [k for k in values if k not in known]: raise ValueError(
         f"unknown parameter {', '.join(map(repr, unknown))}; the known ones are {', '.join(known)}")
-    return Config(**values)
+    return Config(**{k: float(v) if known[k] is float and type(v) is int else v for k, v in values.items()})
 
 # %% ../nbs/09_training.ipynb #090013
 _not_identity = ("name", "device", "threads", "ll_samples")
@@ -146,9 +148,9 @@ def command(cfg: Config) -> str: # as typed in a terminal
 def project_root(start: Path | str = ".") -> Path | None: # None outside of this project
     "The folder at or above `start` whose settings.ini says lib_name = csrae_nb."
     for folder in (p := Path(start).resolve(), *p.parents):
-        ini = ConfigParser()
-        try: ini.read(folder/"settings.ini")
-        except Exception: continue                                     # somebody else's settings.ini
+        ini = ConfigParser(interpolation=None)
+        try: ini.read(folder/"settings.ini", encoding="utf-8")
+        except (ConfigError, OSError, UnicodeError): continue          # somebody else's settings.ini
         if ini.get("DEFAULT", "lib_name", fallback=None) == "csrae_nb": return folder
 
 def runs_folder() -> Path:
@@ -373,8 +375,11 @@ def load_run(
     return Run(cfg, path, model.to(device).eval(), **{k: meta[k] for k in ("history", "best_epoch", "seconds", "sha256")})
 
 # %% ../nbs/09_training.ipynb #090050
-def _prepare_data(cfg, data):
-    "The data of a configuration, checked against it; see fit."
+def prepare_data(
+    cfg: Config, # resolved
+    data: Dataset | dict | None = None, # as in fit
+) -> Dataset:
+    "The data of a configuration, loaded if need be and checked against it; ValueError if they do not fit."
     if data is None:
         if cfg.dataset == "arrays": raise ValueError('dataset="arrays" needs the arrays: fit(cfg, dict(x=..., y=...))')
         data = load_data(cfg.dataset, likelihood=cfg.likelihood, split_seed=cfg.split_seed)
@@ -487,7 +492,7 @@ def fit(
 ) -> Run: # with the best model
     "Train, or go on, or find finished, the run of a configuration; ValueError, OSError or NonFiniteLoss before anything is lost."
     cfg = resolve(cfg)
-    data, acc = _prepare_data(cfg, data), _accelerator(cfg)
+    data, acc = prepare_data(cfg, data), _accelerator(cfg)
     path = open_run(cfg)
     if (path/"model.safetensors").exists():
         run = load_run(path, acc.device)
@@ -497,7 +502,7 @@ def fit(
     with _threads(cfg.threads):
         t = _Training(cfg, data.to(acc.device), acc, path)
         steps = len(data.x_train)//cfg.batch_size
-        with progress_bar(progress and acc.is_main_process, total=cfg.epochs*steps, initial=t.meta["epoch"]*steps, unit="step", desc=path.name) as bar:
+        with progress_bar(progress and acc.is_main_process, total=cfg.epochs*steps, initial=t.meta["epoch"]*steps, unit="step", desc="training") as bar:
             while not t.done: _epoch(t, bar); t.save()
         _finish(t)
     return load_run(path, acc.device)
