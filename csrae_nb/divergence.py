@@ -26,8 +26,10 @@ class GMM:
 
     def __post_init__(self):
         w, m, v = (tuple(t.shape) for t in (self.logw, self.mu, self.var))
-        if len(w) < 1 or len(m) < 2 or m[-2:] != v[-2:] or w[-1] != m[-2]: raise ValueError(
-            f"a GMM needs logw (*B, N), mu (*B, N, D), var (*B, N, D); got logw {w}, mu {m}, var {v}")
+        fits = len(w) >= 1 and len(m) >= 2 and m[-2:] == v[-2:] and w[-1] == m[-2]
+        try: fits and self.batch_shape
+        except RuntimeError: fits = False
+        if not fits: raise ValueError(f"a GMM needs logw (*B, N), mu (*B, N, D), var (*B, N, D); got logw {w}, mu {m}, var {v}")
 
     @classmethod
     def gaussian(cls,
@@ -108,21 +110,27 @@ def _flat(g, B, P):
     return [t.expand(*B, *t.shape[-2:]).reshape(P, -1, t.shape[-1]) for t in (g.mu, g.var)]
 
 # %% ../nbs/01_divergence.ipynb #010018
+def _common_batch(q, p):
+    "Broadcast batch shape of two mixtures; ValueError if D or the batches do not fit."
+    if q.mu.shape[-1] != p.mu.shape[-1]: raise ValueError(f"q has D={q.mu.shape[-1]}, p has D={p.mu.shape[-1]}: both must live in one space")
+    try: return torch.broadcast_shapes(q.batch_shape, p.batch_shape)
+    except RuntimeError as e: raise ValueError(f"q has batch {tuple(q.batch_shape)}, p has {tuple(p.batch_shape)}: they do not broadcast") from e
+
+# %% ../nbs/01_divergence.ipynb #010019
 def pairwise_log_overlap(
     q: GMM | Distribution, # N components
     p: GMM | Distribution, # M components, same D
 ) -> Float[Tensor, "*B N M"]: # log z_{n,m}, unweighted
-    "log ∫ N(x | μₙ, σₙ²) N(x | νₘ, τₘ²) dx for all pairs of components, Eq. (5); ValueError if D differs."
+    "log ∫ N(x | μₙ, σₙ²) N(x | νₘ, τₘ²) dx for all pairs of components, Eq. (5); ValueError if D or the batches do not fit."
     q, p = as_gmm(q), as_gmm(p)
-    if q.mu.shape[-1] != p.mu.shape[-1]: raise ValueError(f"q has D={q.mu.shape[-1]}, p has D={p.mu.shape[-1]}: both must live in one space")
+    B = _common_batch(q, p)
     if len(q.batch_shape) == 0 < len(p.batch_shape): return pairwise_log_overlap(p, q).mT
-    B = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
     Bp, P = (B, B.numel()) if len(p.batch_shape) else (p.batch_shape, 1)
     sides = _flat(q, B, P) + _flat(p, Bp, P)
     dtype = reduce(torch.promote_types, (t.dtype for t in sides))
     return _LogZ.apply(*(t.to(dtype) for t in sides)).view(*B, q.mu.shape[-2], p.mu.shape[-2])
 
-# %% ../nbs/01_divergence.ipynb #010024
+# %% ../nbs/01_divergence.ipynb #010025
 def _joint_log_prob(self: GMM, z: Float[Tensor, "*#B D"]) -> Float[Tensor, "*B N"]:
     "log wₙ N(z | μₙ, σₙ²) for every component."
     return pairwise_log_overlap(GMM.gaussian(z, torch.zeros_like(z)), self)[..., 0, :] + self.logw
@@ -137,7 +145,7 @@ def _responsibilities(self: GMM, z: Float[Tensor, "*#B D"]) -> Float[Tensor, "*B
 
 GMM.joint_log_prob, GMM.log_prob, GMM.responsibilities = _joint_log_prob, _log_prob, _responsibilities
 
-# %% ../nbs/01_divergence.ipynb #010027
+# %% ../nbs/01_divergence.ipynb #010028
 def _rsample(self: GMM, generator: torch.Generator | None = None) -> Float[Tensor, "*B D"]:
     "One reparametrised draw an element of the batch; ValueError if there are several components."
     if self.mu.shape[-2] != 1: raise ValueError(f"only a single Gaussian is reparametrised; this GMM has {self.mu.shape[-2]} components")
@@ -159,16 +167,16 @@ def _sample(self: GMM,
 
 GMM.rsample, GMM.sample = _rsample, _sample
 
-# %% ../nbs/01_divergence.ipynb #010030
+# %% ../nbs/01_divergence.ipynb #010031
 def log_overlap(
     q: GMM | Distribution, # N components
     p: GMM | Distribution, # M components, same D
 ) -> Float[Tensor, "*B"]: # one value an element of the broadcast batch
     "log ∫ q(x) p(x) dx = log Σₙₘ wₙ vₘ z_{n,m}: the first sum of Eq. (4)."
     q, p = as_gmm(q), as_gmm(p)
-    return (q.logw[..., :, None] + p.logw[..., None, :] + pairwise_log_overlap(q, p)).logsumexp((-2, -1))
+    return (pairwise_log_overlap(q, p) + q.logw[..., :, None] + p.logw[..., None, :]).logsumexp((-2, -1))
 
-# %% ../nbs/01_divergence.ipynb #010033
+# %% ../nbs/01_divergence.ipynb #010034
 def cs_divergence(
     q: GMM | Distribution, # posterior, or any mixture
     p: GMM | Distribution, # prior, or any mixture over the same space
@@ -177,14 +185,15 @@ def cs_divergence(
     q, p = as_gmm(q), as_gmm(p)
     return -log_overlap(q, p) + 0.5*log_overlap(q, q) + 0.5*log_overlap(p, p)
 
-# %% ../nbs/01_divergence.ipynb #010046
+# %% ../nbs/01_divergence.ipynb #010047
 def kl_divergence(
     q: GMM | Distribution, # posterior
     p: GMM | Distribution, # prior
     z: Float[Tensor, "*#B D"] | None = None, # a draw from q, needed when q or p has several components
 ) -> Float[Tensor, "*B"]:
-    "KL(q‖p): exact between single Gaussians, else the one-draw estimate log q(z) − log p(z); ValueError if that lacks its z."
+    "KL(q‖p): exact between single Gaussians, else the one-draw estimate log q(z) − log p(z); ValueError if that lacks its z, or shapes differ."
     q, p = as_gmm(q), as_gmm(p)
+    _common_batch(q, p)
     if q.mu.shape[-2] == p.mu.shape[-2] == 1:
         ratio = q.var / p.var
         return 0.5*(ratio - 1 - ratio.log() + (q.mu - p.mu)**2/p.var).sum((-2, -1))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'knn_error', 'mean_log_likelihood', 'evaluate', 'provenance', 'write_metrics', 'results_table',
-           'write_table', 'show_examples', 'plot_history', 'plot_reconstructions', 'plot_samples', 'plot_components',
-           'plot_codes']
+           'write_table', 'is_picture', 'show_examples', 'plot_history', 'plot_reconstructions', 'plot_samples',
+           'plot_components', 'plot_codes']
 
 # %% ../nbs/10_evaluation.ipynb #100002
 import csv
@@ -28,7 +28,7 @@ from torch import Tensor
 from . import __version__
 from .data import Dataset
 from .priors import effective_components, occupancy
-from .training import Config, Run, command, draw_codes, generator, mean_terms, progress_bar, project_root, write_atomic
+from .training import Config, Run, command, cpu_threads, draw_codes, generator, mean_terms, progress_bar, project_root, write_atomic
 
 # %% ../nbs/10_evaluation.ipynb #100007
 def knn_error(
@@ -55,24 +55,27 @@ def mean_log_likelihood(
 ) -> float: # nats an image
     "Mean log p(x) over x, Eq. (28)."
     g, total = generator(run.cfg.seed, "log-likelihood", device=x.device), 0.
-    for xb in progress_bar(progress, x.split(100), desc="log-likelihood"): total += run.model.log_likelihood(xb, samples, g).double().sum().item()
+    for xb in progress_bar(progress, x.split(100), desc="log-likelihood"): total += run.model.log_likelihood(xb, samples, g).cpu().double().sum().item()
     return total/len(x)
 
 # %% ../nbs/10_evaluation.ipynb #100011
-@torch.no_grad()
 def evaluate(
     run: Run, # a finished run
     data: Dataset, # what it was trained on
     progress: bool = True, # show a progress bar on stderr
 ) -> dict: # metric: value
     "Metrics of a run on the test set; those that the data have no labels for, or that are switched off, are None."
+    with torch.no_grad(), cpu_threads(run.cfg.threads): return _evaluate(run, data, progress)
+
+def _evaluate(run, data, progress):
     model, seed, device = run.model, run.cfg.seed, next(run.model.parameters()).device
     g = lambda purpose: generator(seed, purpose, device=device)
     train, test = data.fixed("train").to(device), data.fixed("test").to(device)
     reconstruction, divergence = mean_terms(model, test, g("test"))
     z_train, z_test = draw_codes(model, train, g("train codes")), draw_codes(model, test, g("test codes"))
     prior, refit = model.prior(), model.prior.refit(z_train)
-    knn = knn_error(z_train, data.y_train, z_test, data.y_test) if data.y_train is not None and data.y_test is not None else {}
+    ks = tuple(k for k in (3, 5, 10) if k <= len(z_train) and data.y_train is not None and data.y_test is not None)
+    knn = knn_error(z_train, data.y_train, z_test, data.y_test, ks) if ks else {}
     used = occupancy(prior, z_test)
     return dict(reconstruction=reconstruction, divergence=divergence,
         ll=mean_log_likelihood(run, test, run.cfg.ll_samples, progress) if run.cfg.ll_samples else None,
@@ -105,7 +108,8 @@ def write_metrics(run: Run, metrics: dict) -> Path: # the file
 # %% ../nbs/10_evaluation.ipynb #100018
 METRICS = ("reconstruction", "divergence", "ll", "knn3", "knn5", "knn10", "effective_k", "log_prior", "log_prior_refit")
 
-def _row_key(c): # what stands in a row besides the metrics and the seeds
+def _row_key(c):
+    "What stands in a row besides the metrics and the seeds."
     mixture = c["model"] in ("VampPriorVAE", "MixtureCSRAE")
     prior = (c["prior"] if c["model"] == "MixtureCSRAE" else "vamp") if mixture else "normal"
     return dict(model=c["model"], prior=prior, components=c["components"] if mixture else 1, latent_dim=c["latent_dim"],
@@ -149,18 +153,22 @@ def write_table(
     write_atomic(path, out.getvalue())
 
 # %% ../nbs/10_evaluation.ipynb #100023
+def is_picture(shape: tuple[int, ...]) -> bool:
+    "Whether one example is an image: H W, or with 1 or 3 channels first or last."
+    return len(shape) == 2 or len(shape) == 3 and (shape[0] in (1, 3) or shape[-1] in (1, 3))
+
 def show_examples(
     ax, # matplotlib axes
     xs: Float[Tensor, "n *X"], # examples
     columns: int = 10, # images in a row
     **kw, # of the scatter or line plot
 ) -> None:
-    "Draw examples into one axes: a grid of images (H W, 1 H W or 3 H W), points, or lines."
+    "Draw examples into one axes: a grid of images, points if they have two values, or lines."
     xs = xs.detach().cpu(); shape = tuple(xs.shape[1:])
     if shape == (2,): ax.plot(*xs.T, ".", ms=2, **kw); return
-    if len(shape) < 2: ax.plot(xs.flatten(1).T, lw=0.7, **kw); return
+    if not is_picture(shape): ax.plot(xs.flatten(1).T, lw=0.7, **kw); return
     xs = (xs - xs.min())/(xs.max() - xs.min()).clamp_min(1e-8)
-    xs = xs[:, None] if len(shape) == 2 else xs
+    xs = xs[:, None] if len(shape) == 2 else xs.movedim(-1, 1) if shape[0] not in (1, 3) else xs
     pad = torch.ones((-len(xs)) % columns, *xs.shape[1:])
     grid = torch.nn.functional.pad(torch.cat([xs, pad]), (0, 1, 0, 1), value=0.5).unflatten(0, (-1, columns))   # (rows, columns, C, H, W)
     ax.imshow(grid.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).squeeze(-1), cmap="gray_r"); ax.axis("off")
@@ -183,7 +191,7 @@ def plot_reconstructions(
     n: int = 20, # test examples
 ) -> Figure:
     "Test examples, and what the decoder makes of their codes' means."
-    x = data.fixed("test")[:n if len(data.x_shape) > 1 else 1000].to(next(run.model.parameters()).device)
+    x = data.fixed("test")[:n if is_picture(data.x_shape) else 1000].to(next(run.model.parameters()).device)
     fig, axs = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", sharex=True, sharey=True)
     for ax, xs, title in zip(axs, (x, run.model.reconstruct(x)), ("test data", "reconstructions")): show_examples(ax, xs); ax.set_title(title)
     return fig
@@ -196,9 +204,9 @@ def plot_samples(
 ) -> Figure:
     "Samples from the prior as trained, and from the prior after one EM step on the training codes; each named."
     m, g = run.model, lambda purpose: generator(run.cfg.seed, purpose, device=next(run.model.parameters()).device)
-    n = n if len(data.x_shape) > 1 else 1000
+    n = n if is_picture(data.x_shape) else 1000
     refit = m.prior.refit(draw_codes(m, data.fixed("train").to(g("").device), g("train codes")))
-    fig, axs = plt.subplots(1, 2, figsize=(9, 4.6 if len(data.x_shape) > 1 else 3), layout="constrained", sharex=True, sharey=True)
+    fig, axs = plt.subplots(1, 2, figsize=(9, 4.6 if is_picture(data.x_shape) else 3), layout="constrained", sharex=True, sharey=True)
     show_examples(axs[0], m.sample(n, g("samples"))); axs[0].set_title("samples of the prior as trained")
     show_examples(axs[1], m.sample(n, g("samples"), prior=refit)); axs[1].set_title("after one EM step of the prior")
     return fig
@@ -215,7 +223,7 @@ def plot_components(
     z = draw_codes(m, data.fixed("test").to(g.device), generator(run.cfg.seed, "test codes", device=g.device))
     used = occupancy(m.prior(), z); order = used.argsort(descending=True)
     fig, axs = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", width_ratios=(2, 1))
-    if len(data.x_shape) > 1:
+    if is_picture(data.x_shape):
         top = order[:components]
         xs = torch.stack([m.sample(n, g, component=k.item()) for k in top], 1).flatten(0, 1)
         show_examples(axs[0], xs, columns=len(top)); axs[0].set_title("a column a component, the most used first")

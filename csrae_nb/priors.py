@@ -68,7 +68,8 @@ class MoGPrior(Prior):
         else: self.register_buffer("logits", logits, persistent=False)
 
     def forward(self) -> GMM:
-        mu, logvar = (self.mu, self.logvar) if self.network is None else self.network(self.codes).float().chunk(2, -1)
+        if self.network is None: mu, logvar = self.mu, self.logvar
+        else: h = self.network(self.codes); mu, logvar = h.to(torch.promote_types(h.dtype, torch.float32)).chunk(2, -1)
         return GMM(self.logits.log_softmax(-1), mu, logvar.exp())
 
     @torch.no_grad()
@@ -77,7 +78,7 @@ class MoGPrior(Prior):
         if self.network is not None: raise ValueError("a MoGPrior with a network has no free parameters to set from codes")
         n, mu, var = kmeans(codes, len(self.mu), seed)
         self.mu.copy_(mu); self.logvar.copy_(var.log())
-        if isinstance(self.logits, nn.Parameter): self.logits.copy_((n/len(codes)).log())
+        if isinstance(self.logits, nn.Parameter): self.logits.copy_((n.clamp_min(1)/len(codes)).log())
 
 # %% ../nbs/03_priors.ipynb #030012
 def kmeans(
@@ -91,9 +92,10 @@ def kmeans(
     if len(codes) < K: raise ValueError(f"k-means of {len(codes)} codes into {K} components; use at most as many components as codes")
     with threadpool_limits(1): labels = KMeans(K, n_init=1, random_state=seed).fit(codes.cpu().double().numpy()).labels_
     r = torch.eye(K, dtype=codes.dtype, device=codes.device)[torch.as_tensor(labels, device=codes.device).long()]  # (n, K)
-    n = r.sum(0); mu = (r.T @ codes) / n[:, None]
+    n = r.sum(0); mu = (r.T @ codes) / n.clamp_min(1)[:, None]
     square = r.T @ (codes - r @ mu)**2                                                                              # (K, D)
-    return n, mu, (square + square.sum(0)/len(codes)) / (n[:, None] + 1)
+    var = (square + square.sum(0)/len(codes)) / (n[:, None] + 1)
+    return n, mu, var.maximum(1e-6*codes.var(0)).clamp_min(1e-30)      # where each code is a cluster, none has a spread
 
 # %% ../nbs/03_priors.ipynb #030016
 class VampPrior(Prior):

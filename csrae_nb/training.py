@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'MODELS', 'FORMAT', 'Config', 'make_config', 'resolve', 'identity', 'run_name', 'command', 'project_root',
            'runs_folder', 'generator', 'make_prior', 'make_model', 'write_atomic', 'save_tensors', 'load_tensors',
            'open_run', 'progress_bar', 'NonFiniteLoss', 'train_epoch', 'warmup_weight', 'mean_terms', 'draw_codes',
-           'Run', 'load_run', 'prepare_data', 'fit']
+           'Run', 'load_run', 'prepare_data', 'cpu_threads', 'fit']
 
 # %% ../nbs/09_training.ipynb #090002
 import csv
@@ -17,9 +17,12 @@ import io
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 import time
+import warnings
+import zlib
 from configparser import ConfigParser
 from configparser import Error as ConfigError
 from contextlib import contextmanager
@@ -70,7 +73,7 @@ class Config:
     likelihood: str | None = None # bernoulli, gaussian, discretized_logistic; None: what the data call for
     network: str | None = None # a row of Table 6: mlp, pinwheel
     epochs: int | None = None # passes over the training data, at most
-    warmup: int | None = None # epochs over which the weight of the divergence grows from 0 to its value
+    warmup: int | None = None # epochs over which the weight of the divergence grows from 0 to its value; None: the preset's share of epochs
     patience: int | None = None # stop after so many epochs without a better validation criterion
     batch_size: int = 100 # examples a step, over all processes together
     lr: float = 5e-4 # Adam's learning rate
@@ -101,6 +104,8 @@ def _check_config(c):
         if (v := getattr(c, k)) is not None and v not in known: raise ValueError(f"unknown {k} {v!r}; expected one of {', '.join(known)}")
     for k, low in _least.items():
         if (v := getattr(c, k)) is not None and not low <= v < math.inf: raise ValueError(f"{k}={v}; expected at least {low}")
+    ignored, used = ("beta", "lam") if "CSRAE" in c.model else ("lam", "beta")
+    if getattr(c, ignored) != 1: raise ValueError(f"{ignored}={getattr(c, ignored)} has no effect on {c.model}; set {used}")
     if not 0 < c.lr < math.inf: raise ValueError(f"lr={c.lr}; expected a positive number")
     if c.dataset not in (*DATASETS, "arrays") and not c.dataset.endswith((".npz", ".npy")): raise ValueError(
         f"unknown dataset {c.dataset!r}; expected one of {', '.join(DATASETS)}, a path to .npz or .npy, or \"arrays\"")
@@ -121,6 +126,7 @@ _not_identity = ("name", "device", "threads", "ll_samples")
 def resolve(cfg: Config) -> Config: # without None, but for likelihood, which the data decide, and name
     "Config with the data set's preset in place of None."
     preset = PRESETS.get(cfg.dataset, PRESETS["other"])
+    preset = {**preset, "warmup": round(preset["warmup"]*(cfg.epochs or preset["epochs"])/preset["epochs"])}
     return dataclasses.replace(cfg, **{k: v for k, v in preset.items() if getattr(cfg, k) is None})
 
 def identity(cfg: Config) -> dict: # field: value
@@ -142,7 +148,7 @@ def command(cfg: Config) -> str: # as typed in a terminal
     preset = resolve(Config(dataset=cfg.dataset))
     changed = {f.name: v for f in dataclasses.fields(Config) if (v := getattr(cfg, f.name)) not in (f.default, getattr(preset, f.name))}
     if cfg.dataset != Config.dataset: changed = {"dataset": cfg.dataset, **changed}
-    return " ".join(["papermill nbs/train.ipynb", *(f"-p {k} {v}" for k, v in changed.items())])
+    return " ".join(["papermill nbs/train.ipynb", *(f"-p {k} {shlex.quote(str(v))}" for k, v in changed.items())])
 
 # %% ../nbs/09_training.ipynb #090019
 def project_root(start: Path | str = ".") -> Path | None: # None outside of this project
@@ -207,10 +213,17 @@ def write_atomic(
 # %% ../nbs/09_training.ipynb #090030
 FORMAT = 1 # of model.safetensors and checkpoint.safetensors
 
+def _checksum(tensors):
+    "CRC of names and values: safetensors has none."
+    crc = 0
+    for k in sorted(tensors): crc = zlib.crc32(tensors[k].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(k.encode(), crc))
+    return crc
+
 def save_tensors(path: Path | str, tensors: dict[str, Tensor], meta: dict) -> None:
     "Tensors and JSON-able metadata in one safetensors file, written atomically."
-    header = {"csrae_nb": json.dumps(dict(format=FORMAT, version=__version__, **meta))}
-    write_atomic(path, save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, header))
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    header = {"csrae_nb": json.dumps(dict(format=FORMAT, version=__version__, checksum=_checksum(tensors), **meta))}
+    write_atomic(path, save(tensors, header))
 
 def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict]: # tensors on the CPU, metadata
     "What `save_tensors` wrote; ValueError for a damaged, foreign or newer file, which is left as it is."
@@ -222,6 +235,8 @@ def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict]: # tensors 
     meta = json.loads(header["csrae_nb"])
     if meta["format"] > FORMAT: raise ValueError(
         f"{path} was written by csrae_nb {meta['version']} (format {meta['format']}), newer than this {__version__} (format {FORMAT}); upgrade csrae_nb")
+    if meta.get("checksum") not in (None, _checksum(tensors)): raise ValueError(
+        f"{path} is damaged (its checksum is wrong); move it away to start this run anew, or put back a whole copy")
     return tensors, meta
 
 # %% ../nbs/09_training.ipynb #090033
@@ -233,7 +248,8 @@ def _writing(path):
 
 def _same_config(path, cfg):
     "ValueError if config.json in path is of another configuration, or no configuration."
-    try: there = json.loads((path/"config.json").read_text())
+    try:
+        if not isinstance(there := json.loads((path/"config.json").read_text()), dict): raise ValueError("no JSON object")
     except ValueError as e: raise ValueError(f"{path/'config.json'} is damaged ({e}); move the folder away to start anew") from e
     here = json.loads(json.dumps(identity(cfg)))
     if differ := [f"{k}: {there.get(k)!r} there, {here.get(k)!r} here" for k in {**here, **there} if k not in _not_identity and there.get(k) != here.get(k)]:
@@ -310,7 +326,7 @@ def train_epoch(
             first = i//every*every; _check_finite(log[first:i+1], first, epoch, path)
             _, rec, div = log[first:i+1].mean(0).tolist()
             bar.set_postfix(epoch=epoch, reconstruction=f"{rec:.2f}", divergence=f"{div:.2f}", refresh=False); bar.update(i + 1 - first)
-    return log[:, 1:].mean(0)
+    return acc.reduce(log[:, 1:].mean(0), "mean")
 
 # %% ../nbs/09_training.ipynb #090042
 def warmup_weight(cfg: Config, epoch: int) -> float: # 0 to 1
@@ -326,7 +342,7 @@ def mean_terms(
 ) -> tuple[float, float]: # reconstruction −E log p(x|z) and divergence, in nats an example
     "Mean of the two terms over x, one draw of z each."
     terms = [model.loss(xb, generator=generator) for xb in x.split(rows)]
-    return tuple(torch.cat([getattr(t, k) for t in terms]).double().mean().item() for k in ("reconstruction", "divergence"))
+    return tuple(torch.cat([getattr(t, k) for t in terms]).cpu().double().mean().item() for k in ("reconstruction", "divergence"))
 
 # %% ../nbs/09_training.ipynb #090045
 @torch.no_grad()
@@ -369,9 +385,10 @@ def load_run(
     if not (path/"model.safetensors").exists(): raise ValueError(f"{path} holds no finished run (no model.safetensors)"
         + ("; start it again with the same command to finish it" if (path/"checkpoint.safetensors").exists() else ""))
     weights, meta = load_tensors(path/"model.safetensors")
-    cfg = make_config(meta["config"])
-    model = make_model(cfg, tuple(meta["x_shape"]), meta["likelihood"])
-    model.load_state_dict(weights)
+    try:
+        cfg = make_config(meta["config"])
+        model = make_model(cfg, tuple(meta["x_shape"]), meta["likelihood"]); model.load_state_dict(weights)
+    except (KeyError, RuntimeError) as e: raise ValueError(f"{path/'model.safetensors'} is no model of a finished run ({e})") from e
     return Run(cfg, path, model.to(device).eval(), **{k: meta[k] for k in ("history", "best_epoch", "seconds", "sha256")})
 
 # %% ../nbs/09_training.ipynb #090050
@@ -389,6 +406,7 @@ def prepare_data(
     n = len(data.x_train)
     if cfg.batch_size > n: raise ValueError(f"batch_size={cfg.batch_size} is larger than the {n} training examples of {data.name}")
     if cfg.model in ("VampPriorVAE", "MixtureCSRAE") and cfg.components > n: raise ValueError(f"components={cfg.components}; {data.name} has only {n} training examples")
+    if data.name != Path(cfg.dataset).stem: raise ValueError(f'the config says dataset {cfg.dataset!r}, the data are {data.name!r}; for arrays of your own say dataset="arrays"')
     return data
 
 # %% ../nbs/09_training.ipynb #090051
@@ -408,8 +426,8 @@ def _untrained(cfg, data, device):
 
 # %% ../nbs/09_training.ipynb #090052
 @contextmanager
-def _threads(n):
-    "CPU operations on n threads."
+def cpu_threads(n: int): # a context
+    "CPU operations on n threads, inside a with."
     before = torch.get_num_threads(); torch.set_num_threads(n)
     try: yield
     finally: torch.set_num_threads(before)
@@ -420,9 +438,9 @@ def _write_history(path, history):
     write_atomic(path/"history.csv", out.getvalue())
 
 # %% ../nbs/09_training.ipynb #090053
-def _check_space(file):
-    "OSError if the disk cannot hold two later checkpoints, of up to five times the weights in this first one."
-    need, free = 10*file.stat().st_size, shutil.disk_usage(file.parent).free
+def _check_space(file, times):
+    "OSError if the disk cannot hold two later checkpoints: `times` this one's size, 10 for one that holds weights only."
+    need, free = times*file.stat().st_size, shutil.disk_usage(file.parent).free
     with _writing(file.parent):
         if free < need: raise OSError(errno.ENOSPC, f"{free/2**20:.0f} MiB free, this run needs {need/2**20:.0f} MiB")
 
@@ -432,15 +450,17 @@ class _Training:
     def __init__(self, cfg, data, acc, path):
         self.cfg, self.data, self.acc, self.path, self.val = cfg, data, acc, path, data.fixed("val")
         self.model, self.opt = _untrained(cfg, data, acc.device)
-        self.best, self.meta = {}, dict(epoch=0, best_epoch=0, criterion=None, seconds=0., history=[], sha256=data.sha256)
+        self.best, self.meta = {}, dict(epoch=0, best_epoch=0, criterion=None, seconds=0., history=[], sha256=data.sha256, identity=identity(cfg))
         self.file = path/"checkpoint.safetensors"
-        if self.file.exists(): self.resume()
-        else: self.save(); _check_space(self.file)
+        found = self.file.exists(); acc.wait_for_everyone()            # all have looked before the main process writes
+        if found: self.resume()
+        self.save(); _check_space(self.file, 2 if found else 10)       # a disk that cannot take it is found out now
         self.net, self.stepper = acc.prepare(self.model, self.opt)
 
     def resume(self):
         "Go on from the checkpoint; ValueError if it is of other data."
         tensors, meta = load_tensors(self.file)
+        if meta.get("identity") != identity(self.cfg): raise ValueError(f"{self.file} is no checkpoint of this configuration; move it away to start this run anew")
         if meta["sha256"] != self.data.sha256: raise ValueError(f"{self.path} was begun with other data; give this run another name")
         self.best, self.meta = _unpack(tensors, self.model, self.opt), {k: meta[k] for k in self.meta}
 
@@ -492,14 +512,16 @@ def fit(
 ) -> Run: # with the best model
     "Train, or go on, or find finished, the run of a configuration; ValueError, OSError or NonFiniteLoss before anything is lost."
     cfg = resolve(cfg)
+    if cfg.warmup > cfg.epochs: warnings.warn(f"warmup={cfg.warmup} is longer than epochs={cfg.epochs}: the divergence gets at most {cfg.epochs/cfg.warmup:.0%} of its weight")
     data, acc = prepare_data(cfg, data), _accelerator(cfg)
     path = open_run(cfg)
     if (path/"model.safetensors").exists():
         run = load_run(path, acc.device)
+        if identity(run.cfg) != identity(cfg): raise ValueError(f"{path/'model.safetensors'} is of another configuration; move it away to train anew")
         if run.sha256 != data.sha256: raise ValueError(f"{path} was trained on other data; give this run another name")
         if progress: print(f"{path.name} is finished (best epoch {run.best_epoch} of {len(run.history)}): nothing to train")
         return dataclasses.replace(run, cfg=cfg)
-    with _threads(cfg.threads):
+    with cpu_threads(cfg.threads):
         t = _Training(cfg, data.to(acc.device), acc, path)
         steps = len(data.x_train)//cfg.batch_size
         with progress_bar(progress and acc.is_main_process, total=cfg.epochs*steps, initial=t.meta["epoch"]*steps, unit="step", desc="training") as bar:
