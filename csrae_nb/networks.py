@@ -95,7 +95,7 @@ def make_networks(
     return (Encoder(x_shape, latent_dim, row["encoder"], row["act"], generator),
             Decoder(latent_dim, x_shape, n_params, row["decoder"], row["act"], generator))
 
-# %% ../nbs/05_networks.ipynb #050016
+# %% ../nbs/05_networks.ipynb #050017
 def prior_network(
     components: int, # K
     latent_dim: int, # D

@@ -124,7 +124,7 @@ def test_parameters_are_merged_as_papermill_merges_them(foreign, tmp_path):
     assert ours == theirs == dict(name="7", lam=4, seed=10., likelihood=None, prior_network=True, beta=3.5e-05, model="2020-01-01")
 
 @pytest.mark.parametrize("args, says", [
-    (["-p", "lam", "-1"], "lam=-1; expected at least 0"),
+    (["-p", "lam", "-1"], "lam=-1.0; expected at least 0"),
     (["-p", "dataset", "mnits"], "expected one of digits"),
     (["-p", "model", "GAN"], "expected one of VAE"),
     (["-p", "dataset", "none.npz"], "existing .npz or .npy"),
