@@ -42,7 +42,8 @@ class GMM:
     @property
     def batch_shape(self) -> torch.Size: # () for a single mixture
         "Broadcast shape of the batch axes *B."
-        return torch.broadcast_shapes(self.logw.shape[:-1], self.mu.shape[:-2], self.var.shape[:-2])
+        w, m, v = self.logw.shape[:-1], self.mu.shape[:-2], self.var.shape[:-2]
+        return w if w == m == v else torch.broadcast_shapes(w, m, v)
 
     @classmethod
     def from_distribution(cls, d: Distribution) -> "GMM":
