@@ -512,7 +512,7 @@ def fit(
 ) -> Run: # with the best model
     "Train, or go on, or find finished, the run of a configuration; ValueError, OSError or NonFiniteLoss before anything is lost."
     cfg = resolve(cfg)
-    if cfg.warmup > cfg.epochs: warnings.warn(f"warmup={cfg.warmup} is longer than epochs={cfg.epochs}: the divergence gets at most {cfg.epochs/cfg.warmup:.0%} of its weight")
+    if cfg.warmup > cfg.epochs: warnings.warn(f"warmup={cfg.warmup} is longer than epochs={cfg.epochs}: the divergence gets at most {cfg.epochs/cfg.warmup:.0%} of its weight", stacklevel=2)
     data, acc = prepare_data(cfg, data), _accelerator(cfg)
     path = open_run(cfg)
     if (path/"model.safetensors").exists():
