@@ -356,7 +356,7 @@ def read_arrays(
 
 # %% ../nbs/08_data.ipynb #080060
 def load_data(
-    dataset: str | Path | Mapping | np.ndarray | Tensor = "digits", # a name of `DATASETS`, a path to .npz or .npy, or arrays
+    dataset: str | Path | Mapping | np.ndarray | Tensor | list | tuple = "digits", # a name of `DATASETS`, a path to .npz or .npy, or arrays
     likelihood: str | None = None, # a key of `LIKELIHOODS`; None: the data set's own, or by the values
     split_seed: int = 0, # chooses the splits that the data do not come with
 ) -> Dataset:
@@ -367,11 +367,11 @@ def load_data(
     floats a Gaussian; under `likelihood="bernoulli"` grey levels are probabilities of pixels, drawn anew in each epoch. ValueError
     for an unknown name, a damaged file and arrays that do not fit; FileNotFoundError for a public file that cannot be had."""
     if likelihood: make_likelihood(likelihood) # unknown: an error before any download
-    if isinstance(dataset, (np.ndarray, Tensor)): dataset = dict(x=dataset)
+    if isinstance(dataset, (np.ndarray, Tensor, list, tuple)): dataset = dict(x=dataset)
     if isinstance(dataset, Mapping): return from_arrays(dataset, likelihood, split_seed)
     path = Path(dataset).expanduser()
     if dataset in DATASETS: read, default = DATASETS[dataset]
-    elif path.suffix in (".npz", ".npy") and path.is_file(): read, default = partial(read_arrays, path), None
+    elif path.suffix.lower() in (".npz", ".npy") and path.is_file(): read, default = partial(read_arrays, path), None
     else: raise ValueError(f"dataset {str(dataset)!r} is neither one of {', '.join(DATASETS)} nor an existing .npz or .npy file")
     arrays, hashes = read()
     return from_arrays(arrays, likelihood or default, split_seed, path.stem, hashes)
