@@ -12,8 +12,7 @@ help: ## list the targets
 
 demo: $(VENV)/.has-notebooks ## install, then train on scikit-learn's digits and draw the pictures
 	papermill nbs/train.ipynb
-	@run=$$(dirname "$$(ls -t "$${CSRAE_RUNS:-_runs}"/*/*.ipynb | head -n 1)"); \
-	echo "Pictures: samples.png and the executed notebook, beside metrics.json, in $$run"
+	@echo "Pictures: samples.png, and all of them in train.ipynb, in the folder named above."
 
 test: $(VENV)/.has-dev ## install, then run every notebook and test
 	pytest -n logical --maxprocesses 4 --dist worksteal

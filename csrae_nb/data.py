@@ -35,10 +35,6 @@ from .pinwheel import make_pinwheel
 SPLITS = ("train", "val", "test")
 BINARISATION_SEED = 28 # of `Dataset.fixed`; any number would do, but every model must meet the same one
 
-def _key(kind, split):
-    if split not in SPLITS: raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
-    return f"{kind}_{split}"
-
 # %% ../nbs/08_data.ipynb #080006
 @dataclass(frozen=True)
 class Dataset:
@@ -59,17 +55,14 @@ class Dataset:
         "Shape of one example."
         return tuple(self.x_train.shape[1:])
 
-    def labels(self, split: str) -> Int[Tensor, "N"] | None: # None where unknown
-        "The labels of a split. ValueError for an unknown one."
-        return getattr(self, _key("y", split))
-
     def draw(self, x: Float[Tensor, "B *X"], generator: torch.Generator | None = None) -> Float[Tensor, "B *X"]:
         "What a model sees of x in training: a fresh binarisation of dynamic data, any other data as they are."
         return torch.bernoulli(x, generator=generator) if self.dynamic else x
 
     def fixed(self, split: str) -> Float[Tensor, "N *X"]: # the same in every run and for every model
-        "The split as models are judged on it: dynamic data binarised once, by a fixed seed."
-        x = getattr(self, _key("x", split))
+        "The split as models are judged on it: dynamic data binarised once, by a fixed seed. ValueError for an unknown split."
+        if split not in SPLITS: raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
+        x = getattr(self, f"x_{split}")
         generator = torch.Generator().manual_seed(BINARISATION_SEED + SPLITS.index(split))
         return self.draw(x.cpu(), generator).to(x.device)
 

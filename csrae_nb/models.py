@@ -97,10 +97,8 @@ def paper_eq21(
     p: GMM, # mixture with weights 1/K
 ) -> Float[Tensor, "B"]: # not a divergence: unbounded below when p is learned
     "The penalty printed in Eqs. (21) and (59), sign turned: kept to study the paper, wrong as a divergence."
-    K = p.logw.shape[-1]
-    printed = GMM(p.logw, p.mu, p.var.expand_as(p.mu))
-    d2 = (printed.mu[:, None] - printed.mu[None])**2                   # (K, K, D)
-    self_p = -0.5*(d2/(2*printed.var[None]) + (4*math.pi*printed.var[None]).log()).sum(-1)  # variance 2σ²ₖ', as printed
+    K, twice = p.logw.shape[-1], 2*p.var[None]                         # a pair's variance is 2σ²ₖ', as printed
+    self_p = -0.5*((p.mu[:, None] - p.mu[None])**2/twice + (2*math.pi*twice).log()).sum(-1)  # (K, K)
     self_q = (2*math.pi**0.5*q.var[..., 0, :].sqrt()).log().sum(-1)
     return -pairwise_log_overlap(q, p)[:, 0].logsumexp(-1) + self_p.logsumexp((0, 1)) - self_q + math.log(K)
 

@@ -63,7 +63,7 @@ def test_a_checkpoint_that_cannot_be_used_is_named_and_kept(monkeypatch, damage,
 def test_other_data_do_not_continue_a_run(monkeypatch):
     x = torch.rand(300, 4).numpy(); cfg = Config(**SHORT, dataset="arrays", name="b", components=5, ll_samples=10)
     fit(cfg, dict(x=x), progress=False)
-    with pytest.raises(ValueError, match="trained on other data"): fit(cfg, dict(x=x + 1), progress=False)
+    with pytest.raises(ValueError, match="is of other data"): fit(cfg, dict(x=x + 1), progress=False)
 
 def test_an_unfinished_run_says_so(monkeypatch):
     with pytest.raises(ValueError, match="start it again with the same command"): load_run(stop(monkeypatch, 2, name="c"))
