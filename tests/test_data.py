@@ -1,17 +1,23 @@
-"What the chapter on data cannot hold: downloads through a server on this machine, and the real MNIST where `CSRAE_DATA` has it."
+"What the chapter on data cannot hold: downloads through a server, files of full size, folders in every state, and the real data where `CSRAE_DATA` has them."
 import gzip
 import http.server
+import io
 import os
+import shutil
 import struct
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from scipy.io import loadmat, savemat
 
 from csrae_nb import data
 
@@ -125,10 +131,293 @@ def test_flipped_bits_in_a_zip(folder):
         with pytest.raises(ValueError, match="damaged or another file"): data.read_file(NAME)
 
 
+@pytest.fixture
+def no_sums(folder, monkeypatch):
+    "NAME as a public file whose sums nobody publishes."
+    monkeypatch.setitem(data.FILES, NAME, replace(data.FILES[NAME], sha256=None, download_sha256=None))
+
+
+def test_download_without_a_known_sum_is_accepted_by_its_format(no_sums, serve, folder, recwarn):
+    serve(b"<html>garbage</html>", gzip.compress(CONTENT + b"\0"), ZIPPED)
+    assert data.read_file(NAME)[1] == {f"{NAME}.gz": data.sha256(ZIPPED)} # the third mirror's
+    assert left(folder) == [f"{NAME}.gz"] and not recwarn.list
+
+
+@pytest.mark.parametrize("answer", [b"<html>garbage</html>", b"", ZIPPED[:-5], ZIPPED[:9]], ids=["garbage", "empty", "cut", "header"])
+def test_bad_download_without_a_known_sum_leaves_the_cache_clean(no_sums, serve, folder, answer):
+    serve(answer)
+    with pytest.raises(FileNotFoundError, match="could not be downloaded:\n.*another file"): data.read_file(NAME)
+    assert left(folder) == []
+
+
 def test_imports_without_pooch():
     code = ("import sys; sys.modules['pooch'] = sys.modules['requests'] = None; from csrae_nb.data import load_data; "
             "assert load_data('digits').x_shape == (8, 8)")
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# The formats at full size, with made-up content --------------------------------------------------------------------
+
+def bars(n, seed):
+    "n images of an upright bar on 28×28, in grey: higher than wide, as letters are."
+    rng, x = np.random.default_rng(seed), np.zeros((n, 28, 28), np.float32)
+    column = rng.integers(2, 26, n)
+    x[np.arange(n), 5:23, column] = rng.uniform(0.6, 1, (n, 18))
+    return x
+
+
+def one_hot(y, n): return (np.arange(n)[:, None] == y).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def letters():
+    "Images and alphabets of a made-up chardata.mat."
+    return dict(x=bars(24_345, 0), y=np.sort(np.arange(24_345) % 50), x_test=bars(8_070, 1), y_test=np.arange(8_070) % 50)
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2), (0, 2, 1)], ids=["by_row", "by_column"])
+def test_omniglot(folder, letters, axes):
+    x, x_test = (letters[k].transpose(axes).reshape(-1, 784).T for k in ("x", "x_test"))
+    folder.mkdir(); path = folder/data.CHARDATA
+    savemat(path, dict(data=x, target=one_hot(letters["y"], 50), testdata=x_test, testtarget=one_hot(letters["y_test"], 50), targetchar=0))
+    d = data.load_data("omniglot", split_seed=1)
+    assert [len(x) for x in (d.x_train, d.x_val, d.x_test)] == [23_128, 1_217, 8_070] and d.x_shape == (28, 28)
+    assert (d.name, d.likelihood, d.dynamic) == ("omniglot", "bernoulli", True) and d.sha256 == {path.name: data.sha256(path.read_bytes())}
+    assert np.array_equal(d.x_test, letters["x_test"]) and np.array_equal(d.y_test, letters["y_test"])
+    order = np.random.RandomState(123).permutation(24_345)
+    for split, rows in dict(train=order[:-1_217], val=order[-1_217:]).items():
+        assert np.array_equal(getattr(d, f"x_{split}"), letters["x"][rows]) and np.array_equal(getattr(d, f"y_{split}"), letters["y"][rows])
+    assert d.x_train.is_contiguous() and len(d.y_val.unique()) == 50 # every alphabet is validated
+
+
+def silhouettes(columns=784):
+    rng = np.random.default_rng(0)
+    sizes = dict(train=4_100, val=2_264, test=2_307)
+    return ({f"{s}_data": rng.integers(0, 2, (n, columns), dtype=np.uint8) for s, n in sizes.items()}
+            | {f"{s}_labels": rng.integers(1, 102, (n, 1), dtype=np.uint8) for s, n in sizes.items()}
+            | dict(classnames=np.array(["Face", "Chair"], dtype=object)))
+
+
+def test_caltech101(folder):
+    folder.mkdir(); content = silhouettes()
+    savemat(folder/data.SILHOUETTES, content, do_compression=True)
+    d = data.load_data("caltech101")
+    assert (d.name, d.likelihood, d.dynamic, d.x_shape) == ("caltech101", "bernoulli", False, (28, 28)) and list(d.sha256) == [data.SILHOUETTES]
+    for s in data.SPLITS:
+        x, y = getattr(d, f"x_{s}"), getattr(d, f"y_{s}")
+        assert np.array_equal(x.mT.flatten(1), 1 - content[f"{s}_data"]) and np.array_equal(y, content[f"{s}_labels"][:, 0] - 1)
+        assert d.fixed(s) is x or d.fixed(s).equal(x)
+
+
+def test_another_mat_file_says_what_it_holds(folder):
+    folder.mkdir(); savemat(folder/data.SILHOUETTES, silhouettes(256)) # those of 16×16
+    with pytest.raises(ValueError, match=r"damaged or another file: it holds .*train_data \(4100, 256\).*expected .*train_data \(4100, 784\)"):
+        data.load_data("caltech101")
+    shutil.copy(folder/data.SILHOUETTES, folder/data.CHARDATA)
+    with pytest.raises(ValueError, match=r"it holds .*val_data.*expected data \(784, 24345\), target"): data.load_data("omniglot")
+
+
+def test_damaged_mat_file_is_named(folder):
+    folder.mkdir(); path = folder/data.SILHOUETTES
+    savemat(path, silhouettes(), do_compression=True); raw = path.read_bytes()
+    cuts = [raw[:n] for n in (0, 1, 100, 128, 200, len(raw)//2, len(raw) - 1)]
+    for damaged in [*cuts, raw[:200] + b"\xff"*100 + raw[300:], bytes(len(raw)), b"\x89HDF\r\n\x1a\n" + raw]:
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{path.name} is damaged or another file"): data.load_data("caltech101")
+
+
+@pytest.fixture(scope="module")
+def batches():
+    "Records of CIFAR-10 by name of their file; each tells its number by its first pixel, and the plane by the value after."
+    x = np.zeros((6, 10_000, data.RECORD), np.uint8)
+    i = np.arange(60_000).reshape(6, 10_000)
+    x[..., 0], x[..., 1], x[..., 2] = i % 10, i % 256, i//256
+    for plane in range(3): x[..., 4 + 1024*plane], x[..., 1 + 32 + 1024*plane] = 50 + plane, 100 + plane
+    return {name: x[k].tobytes() for k, name in enumerate(data.BATCHES)}
+
+
+def check_cifar10(arrays):
+    assert {k: v.shape for k, v in arrays.items() if k[0] == "x"} == dict(x_train=(45_000, 3, 32, 32), x_val=(5_000, 3, 32, 32), x_test=(10_000, 3, 32, 32))
+    x, y = (np.concatenate([arrays[f"{a}_{s}"] for s in data.SPLITS]) for a in "xy")
+    assert np.array_equal(x[:, 0, 0, 0] + 256*x[:, 0, 0, 1].astype(int), np.arange(60_000)) and np.array_equal(y, np.arange(60_000) % 10)
+    assert x[7, :, 0, 3].tolist() == [50, 51, 52] and x[7, :, 1, 0].tolist() == [100, 101, 102]
+
+
+@pytest.mark.parametrize("place", ["", "cifar-10-batches-bin"])
+def test_cifar10_from_its_batches(folder, batches, place):
+    (folder/place).mkdir(parents=True)
+    for name, raw in batches.items(): (folder/place/name).write_bytes(raw)
+    arrays, hashes = data.read_cifar10()
+    check_cifar10(arrays)
+    assert hashes == {name: data.sha256(raw) for name, raw in batches.items()}
+    (folder/place/data.BATCHES[2]).unlink()
+    with pytest.raises(FileNotFoundError, match="data_batch_3.bin not in .* put the missing there too, or the whole archive"): data.read_cifar10()
+    (folder/place/data.BATCHES[2]).write_bytes(raw[:-1])
+    with pytest.raises(ValueError, match="data_batch_3.bin is damaged or another file: it has 30,729,999 bytes"): data.read_cifar10()
+
+
+def test_cifar10_from_its_archive(folder, batches):
+    with tarfile.open(fileobj=(out := io.BytesIO()), mode="w:gz", compresslevel=1) as tar:
+        for name in reversed(data.BATCHES): # in any order
+            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}"); info.size = len(batches[name])
+            tar.addfile(info, io.BytesIO(batches[name]))
+    folder.mkdir(); path = folder/data.CIFAR10; path.write_bytes(out.getvalue())
+    d = data.load_data("cifar10")
+    assert (d.name, d.likelihood, d.dynamic, d.x_shape) == ("cifar10", "discretized_logistic", False, (3, 32, 32))
+    assert d.sha256 == {path.name: data.sha256(out.getvalue())} and d.x_train.is_contiguous()
+    check_cifar10({k: (v + 0.5).mul_(255).round_().byte().numpy() if k[0] == "x" else v.numpy() for k, v in vars(d).items() if k[:2] in ("x_", "y_")})
+    path.write_bytes(out.getvalue()[:-100])
+    with pytest.raises(ValueError, match="cifar-10-binary.tar.gz is damaged or another file"): data.load_data("cifar10")
+
+
+def test_colour_arrays_with_channels_last_are_turned(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path/"lossy.npz", x_train=x, y_train=np.arange(30, dtype=np.uint8), x_test=x[:5], y_test=np.arange(5, dtype=np.uint8))
+    d = data.load_data(tmp_path/"lossy.npz")
+    assert (d.name, d.likelihood, d.x_shape) == ("lossy", "discretized_logistic", (3, 32, 32)) and d.x_train.is_contiguous()
+    assert d.x_test.equal(torch.from_numpy(x[:5].transpose(0, 3, 1, 2).astype(np.float32)).div(255).sub(0.5))
+
+
+# Folders of images --------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def pictures(tmp_path):
+    "A folder of 30 random grey images of 6×5, as .png, .jpg and .bmp, in folders of three classes; and the function that adds one."
+    folder, rng = tmp_path/"pictures", np.random.default_rng(0)
+    def add(name, image=None, **kw):
+        (folder/name).parent.mkdir(parents=True, exist_ok=True)
+        image = rng.integers(0, 256, (5, 6), dtype=np.uint8) if image is None else image
+        (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(folder/name, **kw)
+    for i in range(30): add(f"{'cat dog emu'.split()[i % 3]}/{i:02}.{'png JPG jpeg bmp'.split()[i % 4]}")
+    return folder, add
+
+
+def test_folder(pictures, capfd):
+    folder, _ = pictures
+    d = data.load_data(f"{folder}/", split_seed=3)
+    assert (d.name, d.likelihood, d.dynamic, d.x_shape) == ("pictures", "discretized_logistic", False, (5, 6))
+    assert [len(x) for x in (d.x_train, d.x_val, d.x_test)] == [24, 3, 3] and list(d.sha256) == ["pictures"]
+    assert torch.cat([d.y_train, d.y_val, d.y_test]).bincount().tolist() == [10]*3
+    again = data.load_data(folder, split_seed=3)
+    assert again.x_train.equal(d.x_train) and again.sha256 == d.sha256 and not data.load_data(folder, split_seed=4).x_train.equal(d.x_train)
+    assert capfd.readouterr() == ("", "") # nothing to wait for, no bar
+
+
+def test_the_sum_of_a_folder_is_of_names_and_contents(pictures):
+    folder, _ = pictures
+    def digest(): return data.read_folder(folder)[1]["pictures"]
+    first = digest()
+    (folder/"notes.txt").write_text("not an image"); (folder/".hidden").mkdir(); shutil.copy(folder/"cat"/"00.png", folder/".hidden"/"00.png")
+    (folder/"cat"/"._00.png").write_bytes(b"a Mac wrote this")
+    assert digest() == first # neither is read
+    (folder/"cat"/"00.png").rename(folder/"cat"/"000.png"); renamed = digest()
+    with open(folder/"cat"/"12.png", "ab") as f: f.write(b"\0")
+    assert len({first, renamed, digest()}) == 3
+
+
+def test_folder_of_folders_in_any_order_of_creation(pictures, tmp_path):
+    folder, _ = pictures
+    other = tmp_path/"copy"/"pictures"
+    for f in reversed(sorted(folder.rglob("*.*"))): (other/f.parent.name).mkdir(parents=True, exist_ok=True); shutil.copy(f, other/f.parent.name)
+    assert data.load_data(other).x_train.equal(data.load_data(folder).x_train) and data.load_data(other).sha256 == data.load_data(folder).sha256
+
+
+def test_modes(pictures):
+    folder, add = pictures
+    rgb = np.random.default_rng(1).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    shutil.rmtree(folder)
+    add("0.png", rgb); add("1.png", np.dstack([rgb, rgb[..., 0]])); add("2.png", rgb[..., 0]); add("3.bmp", Image.fromarray(rgb))
+    add("4.png", Image.fromarray(rgb).quantize(256)); add("5.png", Image.fromarray(rgb[..., 0]).convert("LA"))
+    x = data.read_folder(folder)[0]["x_train"]
+    assert x.shape == (6, 3, 5, 6) and x.dtype == np.uint8 and x.flags.c_contiguous
+    for i in (0, 1, 3): assert np.array_equal(x[i], rgb.transpose(2, 0, 1)) # opaque or not
+    for i in (2, 5): assert np.array_equal(x[i], np.stack([rgb[..., 0]]*3)) # grey among colours
+    assert abs(x[4].astype(int) - x[0]).max() < 40 # by a palette
+
+
+def test_a_rotated_photograph_is_turned(pictures):
+    folder, add = pictures
+    shutil.rmtree(folder)
+    image, exif = Image.fromarray(np.tile(np.arange(0, 240, 8, dtype=np.uint8), (20, 1))), Image.Exif()
+    exif[0x0112] = 6 # "the top row is the right-hand side"
+    add("0.jpg", image, exif=exif)
+    x = data.read_folder(folder)[0]["x_train"][0]
+    assert x.shape == (30, 20) and x[0].mean() < 20 and x[-1].mean() > 200
+
+
+@pytest.mark.parametrize("image", [Image.new("1", (4, 4), 1), Image.fromarray(255*np.eye(4, dtype=np.uint8)), Image.fromarray(np.eye(4, dtype=np.uint8))],
+                         ids=["mode_1", "0_255", "0_1"])
+def test_black_and_white_is_binary(pictures, image):
+    folder, add = pictures
+    shutil.rmtree(folder)
+    for i in range(10): add(f"{i}.png", image)
+    d = data.load_data(folder)
+    assert (d.likelihood, d.dynamic, d.y_train) == ("bernoulli", False, None) and d.x_train[0].equal(torch.from_numpy(np.asarray(image).astype(np.float32)).gt(0).float())
+
+
+def test_one_sub_folder_is_no_class(pictures):
+    folder, _ = pictures
+    for name in ("cat", "dog"): shutil.rmtree(folder/name)
+    assert data.load_data(folder).y_train is None
+
+
+def test_splits_by_folders(pictures):
+    folder, add = pictures
+    for f in sorted(folder.rglob("*.*")):
+        (folder/"train"/f.parent.name).mkdir(parents=True, exist_ok=True); f.rename(folder/"train"/f.parent.name/f.name)
+    for name in ("cat", "dog", "emu"): (folder/name).rmdir()
+    add("test/emu/0.png"); add("test/fox/0.png")
+    d = data.load_data(folder)
+    assert [len(x) for x in (d.x_train, d.x_val, d.x_test)] == [27, 3, 2] and d.y_test.tolist() == [2, 3] # classes of all splits
+    add("validation/cat/0.png")
+    with pytest.raises(ValueError, match="has a folder train, .* 1 do not: validation/cat/0.png"): data.load_data(folder)
+
+
+def test_every_cut_of_an_image_is_read_or_named(pictures):
+    folder, _ = pictures
+    for path in sorted((folder/"cat").iterdir())[:4]: # one of each kind
+        raw = path.read_bytes()
+        for n in range(0, len(raw), max(1, len(raw)//15)):
+            path.write_bytes(raw[:n])
+            try: data.read_folder(folder)
+            except ValueError as e: assert f"1 of 30 images in {folder} cannot be read: cat/{path.name}" in str(e) or "are not 6×5" in str(e)
+        path.write_bytes(raw)
+
+
+def test_the_odd_ones_are_counted_and_some_named(pictures):
+    folder, add = pictures
+    for i in range(5): add(f"dog/odd{i}.png", np.zeros((6, 5), np.uint8))
+    with pytest.raises(ValueError, match=r"5 of 35 images in .* are not 6×5 \(width×height\) like the other 30: "
+                       r"dog/odd0.png \(5×6\), dog/odd1.png \(5×6\), dog/odd2.png \(5×6\) and 2 more"): data.load_data(folder)
+
+
+def test_an_image_that_may_not_be_read(pictures, monkeypatch):
+    folder, _ = pictures
+    read = Path.read_bytes
+    def refuse(self):
+        if self.name == "00.png": raise PermissionError(13, "Permission denied")
+        return read(self)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(ValueError, match="1 of 30 images in .* cannot be read: cat/00.png .*Permission denied"): data.load_data(folder)
+
+
+def test_a_long_reading_shows_a_bar(pictures, monkeypatch, capfd):
+    folder, _ = pictures
+    decoded = data._decoded
+    monkeypatch.setattr(data, "_decoded", lambda raw: time.sleep(0.1) or decoded(raw))
+    data.read_folder(folder)
+    assert "pictures" in capfd.readouterr().err
+
+
+def test_empty_folder(tmp_path):
+    with pytest.raises(ValueError, match="holds no images .* among its 0 files"): data.load_data(tmp_path)
+
+
+def test_here_is_a_folder_with_a_name(pictures, monkeypatch):
+    folder, _ = pictures
+    monkeypatch.chdir(folder)
+    assert data.load_data(".").name == data.dataset_name(".") == "pictures" and data.load_data("cat").name == "cat" and data.is_source("cat")
+    with pytest.raises(ValueError, match="'' is neither"): data.load_data("")
 
 
 # The real files, where there are any ------------------------------------------------------------------------------
@@ -169,3 +458,31 @@ def test_static_mnist(real, recwarn):
 def test_the_quick_and_the_general_amat_reader_agree(real):
     raw = data.find_file("binarized_mnist_test.amat").read_bytes()[:2*784*200]
     assert np.array_equal(data.read_amat(raw), data.read_amat(raw.replace(b"\n", b"  \r\n")))
+
+
+@needs("chardata.mat")
+def test_real_omniglot(real, tmp_path, monkeypatch, recwarn):
+    d = data.load_data("omniglot")
+    assert [len(x) for x in (d.x_train, d.x_val, d.x_test)] == [23_128, 1_217, 8_070] and (d.likelihood, d.dynamic) == ("bernoulli", True)
+    assert all(len(y.unique()) == 50 for y in (d.y_train, d.y_val, d.y_test)) and not recwarn.list
+    m = loadmat(data.find_file(data.CHARDATA))
+    turned = {k: m[k].T.reshape(-1, 28, 28).transpose(0, 2, 1).reshape(-1, 784).T if k in ("data", "testdata") else m[k] for k in data.FILES[data.CHARDATA].shape}
+    for k, v in data._omniglot_split(turned).items(): assert np.array_equal(v, getattr(d, k)), k # stored either way, read the same
+
+
+@needs("caltech101_silhouettes_28_split1.mat")
+def test_real_caltech101(real, recwarn):
+    d = data.load_data("caltech101")
+    assert [len(x) for x in (d.x_train, d.x_val, d.x_test)] == [4_100, 2_264, 2_307] and (d.likelihood, d.dynamic) == ("bernoulli", False)
+    assert all(y.unique().tolist() == list(range(101)) for y in (d.y_train, d.y_val, d.y_test)) and not recwarn.list
+    corners = d.x_train[:, ::27, ::27].mean()
+    assert corners < 0.3 < 0.6 < d.x_train[:, 10:18, 10:18].mean() # the object is in the middle, and it is 1
+
+
+@needs(data.BATCHES[0])
+@needs(data.BATCHES[5])
+def test_real_cifar10(real):
+    d = data.load_data("cifar10")
+    assert d.x_shape == (3, 32, 32) and torch.cat([d.y_train, d.y_val]).bincount().tolist() == [5_000]*10 and d.y_test.bincount().tolist() == [1_000]*10
+    mean = (torch.cat([d.x_train, d.x_val]).mean((0, 2, 3)) + 0.5).tolist() # the means that everybody normalises by
+    assert mean == pytest.approx([0.4914, 0.4822, 0.4465], abs=1e-4)
