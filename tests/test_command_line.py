@@ -52,7 +52,7 @@ def test_as_typed(runs, tmp_path):
     code, text = in_terminal(program, "nbs/train.ipynb", "-p", "dataset", "digits", *short, cwd=root)
     assert code == 0, text
     assert "100%" in text and f"run: {runs}/digits-" in text
-    folder, = runs.iterdir()
+    folder, = runs.glob("digits-*")
     assert {p.name for p in folder.iterdir()} == files
     assert folder.name == run_name(Config(epochs=2, warmup=1)) and len(load_run(folder).history) == 2
     nb = nbformat.read(folder/"train.ipynb", 4)
@@ -67,7 +67,7 @@ def test_as_typed(runs, tmp_path):
     for done in redirected, piped:
         assert done.returncode == 0, done.stderr
         assert "nothing to train" in done.stdout and f"{folder.name}/ (config.json" in done.stdout
-    assert [*runs.iterdir()] == [folder] and {p.name for p in folder.iterdir()} == files
+    assert [*runs.glob("digits-*")] == [folder] and {p.name for p in folder.iterdir()} == files
     assert (folder/"model.safetensors").stat() == weights
     assert train.read_bytes() == before
 

@@ -1,0 +1,77 @@
+"The FID's plumbing, with random weights in place of Inception's, and without any."
+import math
+
+import pytest
+import torch
+
+from csrae_nb import evaluation
+from csrae_nb.data import load_data
+from csrae_nb.evaluation import FID_WEIGHTS, SETS, FIDUnavailable, complete_run, finished_metrics, inception, inception_features
+from csrae_nb.training import Config, runs_folder
+
+pytest.importorskip("pytorch_fid")
+CFG = Config(epochs=2, warmup=1, kmeans_epoch=1, ll_samples=0, expost_components=5, fid_layer=64, fid_images=6)
+
+@pytest.fixture(autouse=True)
+def runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("CSRAE_RUNS", str(tmp_path/"runs")); monkeypatch.setenv("TORCH_HOME", str(tmp_path/"torch"))
+
+@pytest.fixture
+def random_weights(monkeypatch):
+    "The network is built as ever, but keeps the weights it was initialised with."
+    def build(layer):
+        with monkeypatch.context() as m:
+            m.setattr(evaluation._inception_module(), "load_state_dict_from_url", lambda *a, **k: {})
+            m.setattr(torch.nn.Module, "load_state_dict", lambda self, *a, **k: None)
+            torch.manual_seed(0); return inception(layer)
+    return build
+
+@pytest.mark.parametrize("layer", [64, 192, 768, 2048])
+def test_each_layer_gives_its_number_of_features(random_weights, layer):
+    with torch.no_grad(): h = random_weights(layer)(torch.rand(2, 3, 28, 28))
+    assert h.shape == (2, layer) and h.isfinite().all() and not torch.equal(h[0], h[1])
+
+def test_a_run_with_fid_says_how_it_was_made(random_weights, monkeypatch):
+    monkeypatch.setattr(evaluation, "inception", random_weights)
+    metrics = complete_run(CFG, progress=False)
+    assert all(math.isfinite(metrics[f"fid_{s}"]) and metrics[f"fid_{s}"] >= -1e-3 for s in SETS)
+    assert (metrics["fid_layer"], metrics["fid_resize"], metrics["images"]) == (64, "bilinear, 299x299", 6)
+    assert len(list((runs_folder()/".cache").glob("digits-statistics-*.safetensors"))) == 2      # of the classifier's features, and of these
+
+def test_a_damaged_cache_is_made_anew(random_weights, monkeypatch):
+    monkeypatch.setattr(evaluation, "inception", random_weights)
+    first = complete_run(CFG, progress=False)
+    for f in (runs_folder()/".cache").glob("*.safetensors"): f.write_bytes(f.read_bytes()[:100])
+    (runs_folder()/evaluation.run_name(CFG)/"metrics.json").unlink()
+    again = complete_run(CFG, progress=False)
+    assert {k: again[k] for k in first if k != "occupancy"} == {k: first[k] for k in first if k != "occupancy"}
+
+def test_colour_and_grey_are_shown_with_three_channels_from_0_to_1(monkeypatch):
+    seen = []
+    class Net(torch.nn.Module):
+        def __init__(self): super().__init__(); self.w = torch.nn.Parameter(torch.ones(1))
+        def forward(self, x): seen.append(x); return x.flatten(1)
+    monkeypatch.setattr(evaluation, "inception", lambda layer: Net())
+    data = load_data("digits")
+    inception_features(data, 64).of(data.x_test[:2])
+    colour = load_data(dict(x=torch.randint(256, (20, 3, 4, 4), dtype=torch.uint8)))
+    inception_features(colour, 64).of(colour.x_test)
+    assert seen[0].shape == (2, 3, 8, 8) and seen[1].shape[1:] == (3, 4, 4) and all(0 <= x.min() and x.max() <= 1 for x in seen)
+
+def test_without_weights_a_run_goes_on(monkeypatch):
+    def offline(*a, **k): raise OSError("no network here")
+    monkeypatch.setattr(evaluation._inception_module(), "load_state_dict_from_url", offline)
+    with pytest.warns(UserWarning, match=f"no FID: .*{FID_WEIGHTS}"): metrics = complete_run(CFG, progress=False)
+    assert metrics["fid_samples"] is None and metrics["fid_layer"] is None and metrics["frechet_classifier_samples"] > 0
+    assert finished_metrics(CFG) == metrics
+
+def test_damaged_weights_are_named(tmp_path):
+    place = tmp_path/"torch"/"hub"/"checkpoints"; place.mkdir(parents=True)
+    (place/FID_WEIGHTS).write_bytes(b"these are no weights")
+    with pytest.raises(FIDUnavailable, match=f"{FID_WEIGHTS} is damaged"): inception()
+
+def test_without_labels_there_is_no_classifier_and_no_neighbours():
+    x = torch.rand(60, 6, 6).numpy()
+    with pytest.warns(UserWarning, match="has no labels"):
+        metrics = complete_run(Config(dataset="arrays", epochs=1, warmup=1, batch_size=20, components=2, latent_dim=2, ll_samples=2, expost_components=2), dict(x=x), progress=False)
+    assert metrics["knn3"] is None and metrics["frechet_classifier_samples"] is None and metrics["ll"] is not None
