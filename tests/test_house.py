@@ -49,7 +49,7 @@ def distributions(names):
 def required(extra=""):
     "The packages that csrae_nb requires, or one of its extras."
     reqs = map(Requirement, requires("csrae_nb"))
-    return {r.name.lower().replace("_", "-") for r in reqs if r.marker is None or (extra and r.marker.evaluate({"extra": extra}))}
+    return {r.name.lower().replace("_", "-") for r in reqs if "extra" not in str(r.marker) or (extra and r.marker.evaluate({"extra": extra}))}
 
 # --- the tree
 
