@@ -37,7 +37,7 @@ from .data import Dataset, dataset_name, load_data
 from .divergence import GMM
 from .likelihoods import make_likelihood
 from .priors import effective_components, em_step, kmeans, occupancy
-from .training import (Config, Run, command, cpu_threads, divergence_weight, draw_codes, fit, generator, identity, load_tensors, make_config, mean_terms,
+from .training import (EVALUATION, Config, Run, command, cpu_threads, divergence_weight, draw_codes, fit, generator, identity, load_tensors, make_config, mean_terms,
                                prepare_data, prior_kind, progress_bar, project_root, resolve, run_name, runs_folder, save_tensors, write_atomic)
 
 # %% ../nbs/10_evaluation.ipynb #100007
@@ -264,8 +264,10 @@ def frechet_distances(
     some = torch.randperm(len(data.x_test), generator=generator(0, "frechet images"))[:n].to(data.x_test.device)
     key = dict(data=data.sha256, likelihood=data.likelihood, split_seed=run.cfg.split_seed, n=n, features=features.name)
     real = _cached(f"{data.name}-statistics", key, lambda: {k: v for k, v in vars(feature_statistics(features.of, data.x_test[some].split(500))).items() if k != "n"})
-    def draw(source, g): return (m.sample(min(500, n - i), g, prior=source) for i in range(0, n, 500))
-    sets = {"reconstructions": (m.reconstruct(x) for x in data.fixed("test")[some].split(500)),
+    binary = data.likelihood == "bernoulli" and not data.dynamic
+    def shown(x): return (x > 0.5).to(x.dtype) if binary else x
+    def draw(source, g): return (shown(m.sample(min(500, n - i), g, prior=source)) for i in range(0, n, 500))
+    sets = {"reconstructions": (shown(m.reconstruct(x)) for x in data.fixed("test")[some].split(500)),
             **{name: draw(source, generator(run.cfg.seed, "samples", device=run.device)) for name, source in sample_sources(run, codes).items()}}
     bar = progress_bar(progress, sets.items(), desc="Fréchet distances", unit="set")
     return {name: frechet_distance(feature_statistics(features.of, blocks), Statistics(**real, n=n)) for name, blocks in bar}
@@ -343,13 +345,12 @@ def write_metrics(run: Run, metrics: dict) -> Path: # the file
     return run.path/"metrics.json"
 
 # %% ../nbs/10_evaluation.ipynb #100045
-_settings = ("ll_samples", "fid_layer", "fid_images", "expost_components")
-
 def finished_metrics(cfg: Config) -> dict | None: # None: not trained, or not evaluated with these settings
     "Metrics of a run that is trained and evaluated, from its folder."
     cfg, folder = resolve(cfg), runs_folder()/run_name(cfg)
     there, metrics = _written(folder)
-    same = there and all(there.get(k) == getattr(cfg, k) for k in _settings) and identity(make_config(there)) == identity(cfg)
+    asked = {k: v for k in EVALUATION if (v := getattr(cfg, k))}        # 0: need not be there, but may
+    same = there and all(there.get(k) == v for k, v in asked.items()) and identity(make_config(there)) == identity(cfg)
     return metrics if same and set(METRICS) <= metrics.keys() and (folder/"model.safetensors").exists() else None
 
 def _written(folder):
@@ -400,7 +401,7 @@ def results_table(
     for path in map(Path, runs):
         if not (path/"metrics.json").exists(): raise ValueError(f"{path} has no metrics.json; run it through train.ipynb first")
         r = json.loads((path/"metrics.json").read_text()); cfg = make_config(r["config"])
-        same = {**identity(cfg), "seed": None, **{k: getattr(cfg, k) for k in ("ll_samples", "fid_layer", "fid_images", "expost_components")}}
+        same = {**identity(cfg), "seed": None, **{k: getattr(cfg, k) for k in EVALUATION}}
         groups.setdefault(json.dumps(same, sort_keys=True), []).append(r)
     rows = [_row(sorted(g, key=lambda r: r["config"]["seed"])) for g in groups.values()]
     never = {k for m in METRICS for k in (f"{m}_mean", f"{m}_se") if all(row[f"{m}_mean"] is None for row in rows)}
