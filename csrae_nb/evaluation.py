@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['borrowed_labels', 'FID_WEIGHTS', 'EM_STEPS', 'SETS', 'METRICS', 'knn_error', 'run_codes', 'mean_log_likelihood',
-           'Statistics', 'feature_statistics', 'frechet_distance', 'Classifier', 'train_classifier', 'Features',
-           'classifier_features', 'FIDUnavailable', 'inception', 'is_picture', 'inception_features', 'expost_mixture',
-           'sample_sources', 'frechet_distances', 'evaluate', 'provenance', 'write_metrics', 'finished_metrics',
-           'measure', 'complete_run', 'results_table', 'write_table']
+           'Statistics', 'feature_statistics', 'frechet_distance', 'Classifier', 'train_classifier', 'accuracy',
+           'Features', 'classifier_features', 'FIDUnavailable', 'inception', 'is_picture', 'inception_features',
+           'expost_mixture', 'sample_sources', 'frechet_distances', 'evaluate', 'provenance', 'write_metrics',
+           'finished_metrics', 'measure', 'complete_run', 'results_table', 'write_table']
 
 # %% ../nbs/10_evaluation.ipynb #100002
 import csv
@@ -33,7 +33,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from . import __version__
-from .data import Dataset, dataset_name, load_data
+from .data import Dataset, dataset_name, load_data, sha256
 from .divergence import GMM
 from .likelihoods import make_likelihood
 from .priors import effective_components, em_step, kmeans, occupancy
@@ -119,8 +119,8 @@ class Classifier(nn.Module):
         self.channels = 1 if len(x_shape) == 2 else x_shape[0] if len(x_shape) == 3 else None
         if self.channels and min(x_shape[-2:]) >= 4:
             size = 32*(x_shape[-2]//4)*(x_shape[-1]//4)
-            body = [nn.Conv2d(self.channels, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
-        else: self.channels, size, body = None, 256, [nn.Flatten(), nn.Linear(math.prod(x_shape), 256), nn.ReLU()]
+            body = [nn.Conv2d(self.channels, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(.5)]
+        else: self.channels, size, body = None, 256, [nn.Flatten(), nn.Linear(math.prod(x_shape), 256), nn.ReLU(), nn.Dropout(.5)]
         self.body, self.head = nn.Sequential(*body, nn.Linear(size, hidden), nn.ReLU()), nn.Linear(hidden, classes)
 
     def features(self, x: Float[Tensor, "B *X"]) -> Float[Tensor, "B F"]:
@@ -130,26 +130,36 @@ class Classifier(nn.Module):
 
 # %% ../nbs/10_evaluation.ipynb #100020
 @torch.enable_grad()
+@torch.random.fork_rng(devices=[])
 def train_classifier(
     data: Dataset, # with labels
     examples: int = 150_000, # to be seen in training, at least; three passes at least
     seed: int = 0,
     progress: bool = True, # show a progress bar on stderr
 ) -> Classifier: # in eval mode
-    "A classifier of a data set, from its training split; ValueError without labels."
+    "A classifier of a data set, from its training split, of the epoch that does best on validation; ValueError without labels."
     if data.y_train is None: raise ValueError(f"{data.name} has no labels; a classifier needs y_train")
     n, order = len(data.x_train), generator(seed, "classifier")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed); net = Classifier(data.x_shape, int(data.y_train.max()) + 1).to(data.x_train.device)
-    opt = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True)
+    torch.manual_seed(seed)                                            # for the weights and the dropout
+    net = Classifier(data.x_shape, int(data.y_train.max()) + 1).to(data.x_train.device)
+    opt, best = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True), (-1., None)
     for _ in progress_bar(progress, range(max(3, math.ceil(examples/n))), desc="classifier", unit="epoch"):
         for i in torch.randperm(n, generator=order).to(data.x_train.device).split(100):
-            loss = nn.functional.cross_entropy(net(data.x_train[i]), data.y_train[i])
+            loss = nn.functional.cross_entropy(net.train()(data.x_train[i]), data.y_train[i])
             opt.zero_grad(); loss.backward(); opt.step()
+        if (found := accuracy(net, data)) >= best[0]: best = found, {k: v.clone() for k, v in net.state_dict().items()}
+    net.load_state_dict(best[1])
     return net.eval().requires_grad_(False)
 
+@torch.no_grad()
+def accuracy(net: Classifier, data: Dataset, split: str = "val") -> float: # between 0 and 1; 0 without labels
+    "Share of a split that a classifier gets right."
+    x, y = getattr(data, f"x_{split}"), getattr(data, f"y_{split}")
+    if y is None: return 0.
+    return sum((net.eval()(xb).argmax(1) == yb).sum().item() for xb, yb in zip(x.split(500), y.split(500)))/len(y)
+
 # %% ../nbs/10_evaluation.ipynb #100023
-def _cached(name, key, make, progress=True):
+def _cached(name, key, make):
     "Tensors from .cache/name-….safetensors beside the runs, made and kept there first if need be; one process makes them, others wait."
     folder = runs_folder()/".cache"; folder.mkdir(parents=True, exist_ok=True)
     file = folder/f"{name}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}.safetensors"
@@ -177,7 +187,7 @@ def classifier_features(data: Dataset, progress: bool = True) -> Features | None
         try: data = load_data(borrowed_labels[data.name]).to(data.x_train.device)
         except (KeyError, FileNotFoundError): return None
     net = Classifier(data.x_shape, int(data.y_train.max()) + 1)
-    net.load_state_dict(_cached(f"{data.name}-classifier", dict(data=data.sha256, format=1), lambda: train_classifier(data, progress=progress).state_dict()))
+    net.load_state_dict(_cached(f"{data.name}-classifier", dict(data=data.sha256, split=sha256(data.x_train.cpu().numpy().tobytes()), version=2), lambda: train_classifier(data, progress=progress).state_dict()))
     net.to(data.x_train.device).eval().requires_grad_(False)
     return Features(f"classifier-{_checksum(net)}", net.features)
 
@@ -269,6 +279,7 @@ def frechet_distances(
     def draw(source, g): return (shown(m.sample(min(500, n - i), g, prior=source)) for i in range(0, n, 500))
     sets = {"reconstructions": (shown(m.reconstruct(x)) for x in data.fixed("test")[some].split(500)),
             **{name: draw(source, generator(run.cfg.seed, "samples", device=run.device)) for name, source in sample_sources(run, codes).items()}}
+    sets["floor"] = iter(data.x_val[:n].split(500))
     bar = progress_bar(progress, sets.items(), desc="Fréchet distances", unit="set")
     return {name: frechet_distance(feature_statistics(features.of, blocks), Statistics(**real, n=n)) for name, blocks in bar}
 
@@ -289,7 +300,7 @@ def _usage(prior, refit, z):
         effective_k_refit=effective_components(occupancy(refit, z)), log_prior_refit=refit.log_prob(z).mean().item())
 
 # %% ../nbs/10_evaluation.ipynb #100037
-SETS = ("reconstructions", "samples", "samples_refit", "samples_refit15", "samples_expost")
+SETS = ("floor", "reconstructions", "samples", "samples_refit", "samples_refit15", "samples_expost")
 METRICS = ("reconstruction", "divergence", "criterion", "ll", *(f"knn{k}{s}" for s in ("", "_val") for k in (3, 5, 10)), "effective_k", "log_prior", "log_prior_refit",
            *(f"{kind}_{s}" for kind in ("frechet_classifier", "fid") for s in SETS))
 
@@ -301,7 +312,7 @@ def _frechet(run, data, codes, progress):
         try: fid = inception_features(data, run.cfg.fid_layer)
         except (FIDUnavailable, ValueError) as e: warnings.warn(f"no FID: {e}")
     if not (classifier := classifier_features(data, progress)): warnings.warn(f"{data.name} has no labels: no kNN errors, and no frechet_classifier")
-    how = dict(images=min(run.cfg.fid_images, len(data.x_test)), fid_layer=run.cfg.fid_layer if fid else None, fid_resize="bilinear, 299x299" if fid else None)
+    how = dict(classifier=classifier and classifier.name, images=min(run.cfg.fid_images, len(data.x_test)), fid_layer=run.cfg.fid_layer if fid else None, fid_resize="bilinear, 299x299" if fid else None)
     return {**named("frechet_classifier", classifier), **named("fid", fid), **how}
 
 # %% ../nbs/10_evaluation.ipynb #100038
@@ -349,8 +360,8 @@ def finished_metrics(cfg: Config) -> dict | None: # None: not trained, or not ev
     "Metrics of a run that is trained and evaluated, from its folder."
     cfg, folder = resolve(cfg), runs_folder()/run_name(cfg)
     there, metrics = _written(folder)
-    asked = {k: v for k in EVALUATION if (v := getattr(cfg, k))}        # 0: need not be there, but may
-    same = there and all(there.get(k) == v for k, v in asked.items()) and identity(make_config(there)) == identity(cfg)
+    asked = {k: v for k in EVALUATION if (v := getattr(cfg, k))}        # 0: need not be there, but may; more draws than asked are welcome
+    same = there and all(there.get(k) == v or k == "ll_samples" and (there.get(k) or 0) > v for k, v in asked.items()) and identity(make_config(there)) == identity(cfg)
     return metrics if same and set(METRICS) <= metrics.keys() and (folder/"model.safetensors").exists() else None
 
 def _written(folder):
@@ -401,7 +412,7 @@ def results_table(
     for path in map(Path, runs):
         if not (path/"metrics.json").exists(): raise ValueError(f"{path} has no metrics.json; run it through train.ipynb first")
         r = json.loads((path/"metrics.json").read_text()); cfg = make_config(r["config"])
-        same = {**identity(cfg), "seed": None, **{k: getattr(cfg, k) for k in EVALUATION}}
+        same = {**identity(cfg), "seed": None}
         groups.setdefault(json.dumps(same, sort_keys=True), []).append(r)
     rows = [_row(sorted(g, key=lambda r: r["config"]["seed"])) for g in groups.values()]
     never = {k for m in METRICS for k in (f"{m}_mean", f"{m}_se") if all(row[f"{m}_mean"] is None for row in rows)}
@@ -413,6 +424,7 @@ def _row(runs):
     cfg = Config(**{**runs[0]["config"], "seed": 0, "name": None, "device": "auto", "threads": 1})
     row = {**_row_key(cfg), "seeds": seeds, **{k: runs[0]["metrics"].get(k) for k in ("images", "fid_layer")}}
     for m in METRICS: row[f"{m}_mean"], row[f"{m}_se"] = _mean_se([r["metrics"].get(m) for r in runs])
+    if len({r["config"]["ll_samples"] for r in runs}) > 1: row |= dict(ll_samples=None, ll_mean=None, ll_se=None)   # estimates that do not compare
     return {**row, "command": f"for seed in {seeds}; do {command(cfg)} -p seed $seed; done"}
 
 # %% ../nbs/10_evaluation.ipynb #100051

@@ -7,6 +7,8 @@ __all__ = ['SOURCES', 'show_examples', 'plot_history', 'plot_reconstructions', '
            'compare_reconstructions', 'compare_samples']
 
 # %% ../nbs/11_samples.ipynb #110002
+import math
+
 import matplotlib.pyplot as plt
 import torch
 from jaxtyping import Float
@@ -109,8 +111,9 @@ def plot_codes(
     axes = torch.linalg.svd(z - centre, full_matrices=False).Vh[:2].T if z.shape[1] > 2 else torch.eye(z.shape[1], 2)
     fig, ax = plt.subplots(figsize=(5.5, 4.5), layout="constrained")
     y = data.y_test[:n].cpu() if data.y_test is not None else None
-    s = ax.scatter(*((z - centre) @ axes).T, s=12 if len(z) < 500 else 3, c=y, cmap="tab10" if y is not None and y.max() < 10 else "viridis")
-    if y is not None: fig.colorbar(s, label="class")
+    ten = dict(cmap="tab10", vmin=-.5, vmax=9.5) if y is not None and y.max() < 10 else {}
+    s = ax.scatter(*((z - centre) @ axes).T, s=12 if len(z) < 500 else 3, c=y, **ten)
+    if y is not None: fig.colorbar(s, label="class", ticks=range(10) if ten else None)
     ax.plot(*((mu - centre) @ axes).T, "k+", ms=8, label="prior's means"); ax.legend(fontsize=8)
     ax.set(xlabel="first axis", ylabel="second axis", title="codes of test data")
     return fig
@@ -137,8 +140,10 @@ def compare_samples(
 ) -> Figure:
     "A panel of samples a model, from the same kind of source (Fig. 6); ValueError for an unknown one."
     if source not in SOURCES: raise ValueError(f"unknown source {source!r}; expected one of {', '.join(SOURCES)}")
-    fig, axs = plt.subplots(1, len(runs), figsize=(3*len(runs), 3.3), layout="constrained", squeeze=False)
-    for ax, (name, r) in zip(axs[0], runs.items()):
+    rows = 1 if len(runs) < 4 else 2; columns = math.ceil(len(runs)/rows)
+    fig, axs = plt.subplots(rows, columns, figsize=(9, 3.2*rows*3/columns), layout="constrained", squeeze=False)
+    for ax in axs.flat: ax.axis("off")
+    for ax, (name, r) in zip(axs.flat, runs.items()):
         codes = sample_sources(r, run_codes(r, data, "train"))[source]
         show_examples(ax, r.model.sample(n, generator(r.cfg.seed, "samples", device=r.device), prior=codes), columns=6); ax.set_title(name, fontsize=9)
     fig.suptitle(f"codes from {SOURCES[source]}", fontsize=10)

@@ -84,7 +84,7 @@ class Config:
     network: str | None = None # a row of Table 6: mlp, pinwheel, residual
     epochs: int | None = None # passes over the training data, at most
     warmup: int | None = None # epochs over which the weight of the divergence grows from 0 to its value; None: the preset's share of epochs
-    patience: int | None = None # stop after so many epochs without a better validation criterion
+    patience: int | None = None # stop after so many epochs without a better validation loss
     batch_size: int = 100 # examples a step, over all processes together
     lr: float = 5e-4 # Adam's learning rate
     seed: int = 0 # weights, batches, draws of z, binarisation
@@ -406,7 +406,7 @@ class Run:
     path: Path # its folder
     model: Autoencoder # the weights of best_epoch, in eval mode
     history: list[dict] # a row an epoch: weight, and both terms in training and validation
-    best_epoch: int # the epoch of the smallest criterion
+    best_epoch: int # the epoch of the smallest validation loss
     seconds: float # spent in training, over all sittings
     sha256: dict[str, str] # of the data it was trained on
 
@@ -494,7 +494,7 @@ class _Training:
     def __init__(self, cfg, data, acc, path):
         self.cfg, self.data, self.acc, self.path, self.val = cfg, data, acc, path, data.fixed("val")
         self.model, self.opt = _untrained(cfg, data, acc.device)
-        self.best, self.meta = {}, dict(epoch=0, best_epoch=0, criterion=None, seconds=0., history=[], sha256=data.sha256, config=dataclasses.asdict(cfg))
+        self.best, self.meta = {}, dict(epoch=0, best_epoch=0, val_loss=None, seconds=0., history=[], sha256=data.sha256, config=dataclasses.asdict(cfg))
         self.file = path/"checkpoint.safetensors"
         found = self.file.exists(); acc.wait_for_everyone()            # all have looked before the main process writes
         if found: self.resume()
@@ -536,8 +536,9 @@ def _epoch(t, bar):
     if not math.isfinite(row["criterion"]): raise NonFiniteLoss(f"epoch {epoch}: validation gives reconstruction {val[0]:g}, divergence {val[1]:g}; "
         f"the last good state, of epoch {epoch - 1}, is {t.file}")
     m["history"].append(row); m["epoch"] = epoch
-    if m["criterion"] is None or row["criterion"] < m["criterion"]:
-        m["criterion"], m["best_epoch"], t.best = row["criterion"], epoch, {k: v.detach().clone() for k, v in t.model.state_dict().items()}
+    loss = val[0] + divergence_weight(t.cfg)*val[1]                    # whatever the warm-up's weight is in this epoch
+    if m["val_loss"] is None or loss < m["val_loss"]:
+        m["val_loss"], m["best_epoch"], t.best = loss, epoch, {k: v.detach().clone() for k, v in t.model.state_dict().items()}
     m["seconds"] += time.perf_counter() - start
 
 # %% ../nbs/09_training.ipynb #090060
