@@ -301,7 +301,7 @@ def rank_correlation(xs: list[float], ys: list[float]) -> float | None: # None f
 
 def is_clear_rank(rho: float | None, n: int) -> bool:
     "Whether n independent points have such a rank correlation by chance in less than 5 % of cases."
-    return rho is not None and n > 4 and 2*student.sf(abs(rho)*math.sqrt((n - 2)/max(1 - rho**2, 1e-9)), n - 2) < .05
+    return rho is not None and n > 4 and bool(2*student.sf(abs(rho)*math.sqrt((n - 2)/max(1 - rho**2, 1e-9)), n - 2) < .05)
 
 def resemblance(
     rows: list[dict], # measured
