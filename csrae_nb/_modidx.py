@@ -161,6 +161,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'csrae_nb/evaluation.py'),
                                      'csrae_nb.evaluation.measure': ('nbs/evaluation.html#measure', 'csrae_nb/evaluation.py'),
                                      'csrae_nb.evaluation.provenance': ('nbs/evaluation.html#provenance', 'csrae_nb/evaluation.py'),
+                                     'csrae_nb.evaluation.real_images': ('nbs/evaluation.html#real_images', 'csrae_nb/evaluation.py'),
                                      'csrae_nb.evaluation.results_table': ('nbs/evaluation.html#results_table', 'csrae_nb/evaluation.py'),
                                      'csrae_nb.evaluation.run_codes': ('nbs/evaluation.html#run_codes', 'csrae_nb/evaluation.py'),
                                      'csrae_nb.evaluation.sample_sources': ('nbs/evaluation.html#sample_sources', 'csrae_nb/evaluation.py'),

@@ -179,10 +179,8 @@ def run_name(cfg: Config) -> str: # a folder name
 # %% ../nbs/09_training.ipynb #090019
 def command(cfg: Config) -> str: # as typed in a terminal
     "The command that makes this run: papermill on train.ipynb, with the fields that neither default nor preset gives."
-    usual = resolve(Config(dataset=cfg.dataset, epochs=cfg.epochs))
-    changed = {f.name: v for f in dataclasses.fields(Config) if (v := getattr(cfg, f.name)) != f.default and (f.name == "epochs" or v != getattr(usual, f.name))}
-    if cfg.epochs == preset(cfg.dataset)["epochs"]: changed.pop("epochs")
-    for field in _unused(cfg): changed.pop(field, None)
+    usual = dataclasses.replace(resolve(Config(dataset=cfg.dataset, epochs=cfg.epochs)), epochs=preset(cfg.dataset)["epochs"])   # with the warm-up of these epochs
+    changed = {f.name: v for f in dataclasses.fields(Config) if (v := getattr(cfg, f.name)) not in (f.default, getattr(usual, f.name)) and f.name not in _unused(cfg)}
     if cfg.dataset != Config.dataset: changed = {"dataset": cfg.dataset, **changed}
     return " ".join(["papermill nbs/train.ipynb", *(f"-p {k} {shlex.quote(str(v))}" for k, v in changed.items())])
 

@@ -1,4 +1,5 @@
-"The FID's plumbing, with random weights in place of Inception's, and without any."
+"Fréchet distances: the FID's plumbing, with random weights in place of Inception's and without any, and what is compared with what."
+import dataclasses
 import math
 
 import pytest
@@ -6,8 +7,8 @@ import torch
 
 from csrae_nb import evaluation
 from csrae_nb.data import load_data
-from csrae_nb.evaluation import FID_WEIGHTS, SETS, FIDUnavailable, complete_run, finished_metrics, inception, inception_features
-from csrae_nb.training import Config, runs_folder
+from csrae_nb.evaluation import FID_WEIGHTS, SETS, FIDUnavailable, complete_run, evaluate, finished_metrics, inception, inception_features
+from csrae_nb.training import Config, fit, runs_folder
 
 pytest.importorskip("pytorch_fid")
 CFG = Config(epochs=2, warmup=1, kmeans_epoch=1, ll_samples=0, expost_components=5, fid_layer=64, fid_images=6)
@@ -75,3 +76,17 @@ def test_without_labels_there_is_no_classifier_and_no_neighbours():
     with pytest.warns(UserWarning, match="has no labels"):
         metrics = complete_run(Config(dataset="arrays", epochs=1, warmup=1, batch_size=20, components=2, latent_dim=2, ll_samples=2, expost_components=2), dict(x=x), progress=False)
     assert metrics["knn3"] is None and metrics["frechet_classifier_samples"] is None and metrics["ll"] is not None
+
+def test_a_draw_from_grey_images_is_compared_with_them(monkeypatch):
+    grey = load_data("digits")
+    drawn = dataclasses.replace(grey, name="static_mnist", dynamic=False, **{f"x_{s}": grey.fixed(s) for s in ("train", "val", "test")}, y_train=None, y_val=None, y_test=None)
+    cfg = dataclasses.replace(CFG, dataset="static_mnist", epochs=1, fid_layer=0, fid_images=100)
+    monkeypatch.setattr(evaluation, "load_data", lambda name: {"mnist": grey}[name])
+    run = fit(cfg, drawn, progress=False)
+    with pytest.warns(UserWarning, match="no kNN errors$"): of_draw = evaluate(run, drawn, progress=False)
+    of_grey = evaluate(run, grey, progress=False)
+    same = "frechet_classifier_floor", "frechet_classifier_reconstructions", "classifier"   # the same real images, the same inputs to the encoder
+    assert [of_draw[k] for k in same] == [of_grey[k] for k in same] and of_draw["knn3"] is None
+    def away(name): raise FileNotFoundError(name)
+    monkeypatch.setattr(evaluation, "load_data", away)
+    with pytest.warns(UserWarning, match="images of mnist, which are not at hand"): assert evaluate(run, drawn, progress=False)["frechet_classifier_floor"] is None
