@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PRESETS', 'MODELS', 'EVALUATION', 'FORMAT', 'preset', 'Config', 'make_config', 'resolve', 'prior_kind',
            'divergence_weight', 'identity', 'run_name', 'command', 'project_root', 'runs_folder', 'generator',
-           'make_prior', 'make_model', 'write_atomic', 'save_tensors', 'load_tensors', 'open_run', 'warmup_weight',
-           'mean_terms', 'progress_bar', 'NonFiniteLoss', 'train_epoch', 'draw_codes', 'Run', 'load_run',
-           'prepare_data', 'cpu_threads', 'RunLocked', 'fit']
+           'make_prior', 'assemble', 'make_model', 'write_atomic', 'save_tensors', 'load_tensors', 'open_run',
+           'warmup_weight', 'mean_terms', 'Task', 'task_of', 'progress_bar', 'NonFiniteLoss', 'train_epoch',
+           'draw_codes', 'Run', 'load_run', 'prepare_data', 'cpu_threads', 'RunLocked', 'fit']
 
 # %% ../nbs/09_training.ipynb #090002
 import csv
@@ -28,6 +28,7 @@ from configparser import ConfigParser
 from configparser import Error as ConfigError
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ from tqdm import tqdm
 from . import __version__
 from .data import DATASETS, SPLITS, Dataset, dataset_name, is_source, load_data
 from .divergence import Share
-from .likelihoods import LIKELIHOODS, make_likelihood
+from .likelihoods import LIKELIHOODS, Likelihood, make_likelihood
 from .models import CSRAE, IWAE, VAE, Autoencoder, MixtureCSRAE, MixtureVAE, VampPriorVAE
 from .networks import NETWORKS, make_networks, prior_network
 from .priors import MoGPrior, Prior, StandardNormal, VampPrior
@@ -64,6 +65,7 @@ def preset(dataset: str) -> dict: # field: value
 # %% ../nbs/09_training.ipynb #090007
 MODELS = {m.__name__: m for m in (VAE, IWAE, MixtureVAE, VampPriorVAE, CSRAE, MixtureCSRAE)}
 
+# %% ../nbs/09_training.ipynb #090008
 @dataclass(frozen=True, kw_only=True)
 class Config:
     "Everything that a run depends on; ValueError for a value that cannot be."
@@ -75,7 +77,7 @@ class Config:
     importance_samples: int = 5 # S, of an IWAE
     kl_samples: int = 1 # draws for the KL to a mixture, of MixtureVAE and VampPriorVAE
     lam: float = 1.0 # λ, weight of D_CS
-    beta: float = 1.0 # β, weight of the KL of VAE, IWAE, MixtureVAE and VampPriorVAE
+    beta: float = 1.0 # β, weight of the KL of VAE, IWAE, MixtureVAE and VampPriorVAE, and of that of the labels
     objective: str = "cs" # "cs": Eq. (2); "paper_eq21": as printed, wrong
     prior_network: bool = False # mog by Table 6's network from one-hot codes, in place of free parameters
     learned_weights: bool = False # mog with learned weights, in place of 1/K
@@ -86,6 +88,9 @@ class Config:
     warmup: int | None = None # epochs over which the weight of the divergence grows from 0 to its value; None: the preset's share of epochs
     patience: int | None = None # stop after so many epochs without a better validation loss
     batch_size: int = 100 # examples a step, over all processes together
+    labels: float = 0.0 # training images whose label is used: a number, or a fraction below 1; 0: none, train without labels
+    labelled_batch: int = 20 # of a batch, images with labels
+    alpha: float = 0.1 # α, weight of the classification term of Eq. (27)
     lr: float = 5e-4 # Adam's learning rate
     seed: int = 0 # weights, batches, draws of z, binarisation
     split_seed: int = 0 # split of data that come unsplit
@@ -100,11 +105,11 @@ class Config:
 
     def __post_init__(self): _check_config(self)
 
-# %% ../nbs/09_training.ipynb #090009
+# %% ../nbs/09_training.ipynb #090010
 _choices = dict(model=MODELS, prior=("mog", "vamp"), objective=("cs", "paper_eq21"), likelihood=LIKELIHOODS, network=NETWORKS,
                 device=("auto", "cpu"), precision=("no", "bf16"), fid_layer=(0, 64, 192, 768, 2048))
 _least = dict(latent_dim=1, components=1, importance_samples=1, kl_samples=1, kmeans_epoch=0, epochs=1, warmup=0, patience=1, batch_size=1, seed=0,
-              split_seed=0, ll_samples=0, fid_images=2, expost_components=1, threads=1, lam=0, beta=0)
+              split_seed=0, ll_samples=0, fid_images=2, expost_components=1, threads=1, lam=0, beta=0, labels=0, labelled_batch=1, alpha=0)
 
 def _check_config(c):
     "ValueError for the first field of c that cannot be."
@@ -118,14 +123,14 @@ def _check_config(c):
     for k, low in _least.items():
         if (v := getattr(c, k)) is not None and not low <= v < math.inf: raise ValueError(f"{k}={v}; expected at least {low}")
     ignored, used = ("beta", "lam") if issubclass(MODELS[c.model], CSRAE) else ("lam", "beta")
-    if getattr(c, ignored) != 1: raise ValueError(f"{ignored}={getattr(c, ignored)} has no effect on {c.model}; set {used}")
+    if getattr(c, ignored) != 1 and not (c.labels and ignored == "beta"): raise ValueError(f"{ignored}={getattr(c, ignored)} has no effect on {c.model}; set {used}")
     if not 0 < c.lr < math.inf: raise ValueError(f"lr={c.lr}; expected a positive number")
     if c.dataset != "arrays" and not is_source(c.dataset): raise ValueError(
         f"unknown dataset {c.dataset!r}; expected one of {', '.join(DATASETS)}, a path to .npz, .npy or a folder of images, or \"arrays\"")
     if c.name is not None and (not c.name or c.name != os.path.basename(c.name) or c.name.startswith(".")): raise ValueError(
         f"name={c.name!r}; expected a plain folder name")
 
-# %% ../nbs/09_training.ipynb #090010
+# %% ../nbs/09_training.ipynb #090011
 def make_config(values: dict) -> Config: # validated
     "Config from a dict of fields; ValueError that lists the known ones for an unknown one."
     known = {f.name: f.type for f in dataclasses.fields(Config)}
@@ -133,7 +138,7 @@ def make_config(values: dict) -> Config: # validated
         f"unknown parameter {', '.join(map(repr, unknown))}; the known ones are {', '.join(known)}")
     return Config(**{k: float(v) if known[k] is float and type(v) is int else v for k, v in values.items()})
 
-# %% ../nbs/09_training.ipynb #090013
+# %% ../nbs/09_training.ipynb #090014
 def resolve(cfg: Config) -> Config: # without None, but for likelihood, which the data decide, and name
     "Config with the data set's preset in place of None."
     p = preset(cfg.dataset)
@@ -148,7 +153,7 @@ def divergence_weight(cfg: Config) -> float: # λ or β
     "The weight of the divergence: lam for D_CS, beta for the KL."
     return cfg.lam if issubclass(MODELS[cfg.model], CSRAE) else cfg.beta
 
-# %% ../nbs/09_training.ipynb #090015
+# %% ../nbs/09_training.ipynb #090016
 EVALUATION = ("ll_samples", "fid_layer", "fid_images", "expost_components") # fields that say how a run is evaluated
 _not_identity = ("name", "device", "threads", *EVALUATION)
 
@@ -156,7 +161,7 @@ def _unused(cfg):
     "Fields of parts that the model of a configuration does not have."
     kind, cs = prior_kind(cfg), issubclass(MODELS[cfg.model], CSRAE)
     free = kind == "mog" and not cfg.prior_network
-    return [*(("beta",) if cs else ("lam", "objective")), *(() if cfg.model == "MixtureCSRAE" else ("prior",)), *(() if cfg.model == "IWAE" else ("importance_samples",)),
+    return [*(() if cfg.labels else ("labelled_batch", "alpha")), *(() if cs else ("lam", "objective")), *(("beta",) if cs and not cfg.labels else ()), *(() if cfg.model == "MixtureCSRAE" else ("prior",)), *(() if cfg.model == "IWAE" else ("importance_samples",)),
             *(("kl_samples",) if cs or kind == "normal" else ()), *(("components",) if kind == "normal" else ()),
             *(() if kind == "mog" else ("prior_network", "learned_weights")), *(() if free else ("kmeans_epoch",))]
 
@@ -165,18 +170,18 @@ def identity(cfg: Config) -> dict: # field: value
     c = resolve(cfg)
     return {k: v for k, v in dataclasses.asdict(c).items() if k not in (*_not_identity, *_unused(c))}
 
-# %% ../nbs/09_training.ipynb #090017
+# %% ../nbs/09_training.ipynb #090018
 def run_name(cfg: Config) -> str: # a folder name
     "cfg.name, or a name made from the configuration."
     if cfg.name: return cfg.name
     c = resolve(cfg)
-    mixture = "" if prior_kind(c) == "normal" else f"-{prior_kind(c)}{c.components}"
+    mixture, labels = "" if prior_kind(c) == "normal" else f"-{prior_kind(c)}{c.components}", f"-labels{c.labels:g}" if c.labels else ""
     default = {f.name: f.default for f in dataclasses.fields(Config)}
     changed = {k: v for k, v in identity(c).items() if v != default[k]}
     digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:6]
-    return f"{dataset_name(c.dataset)}-{c.model}{mixture}-z{c.latent_dim}-seed{c.seed}-{digest}"
+    return f"{dataset_name(c.dataset)}-{c.model}{mixture}-z{c.latent_dim}{labels}-seed{c.seed}-{digest}"
 
-# %% ../nbs/09_training.ipynb #090019
+# %% ../nbs/09_training.ipynb #090020
 def command(cfg: Config) -> str: # as typed in a terminal
     "The command that makes this run: papermill on train.ipynb, with the fields that neither default nor preset gives."
     usual = dataclasses.replace(resolve(Config(dataset=cfg.dataset, epochs=cfg.epochs)), epochs=preset(cfg.dataset)["epochs"])   # with the warm-up of these epochs
@@ -184,7 +189,7 @@ def command(cfg: Config) -> str: # as typed in a terminal
     if cfg.dataset != Config.dataset: changed = {"dataset": cfg.dataset, **changed}
     return " ".join(["papermill nbs/train.ipynb", *(f"-p {k} {shlex.quote(str(v))}" for k, v in changed.items())])
 
-# %% ../nbs/09_training.ipynb #090022
+# %% ../nbs/09_training.ipynb #090023
 def project_root(start: Path | str = ".") -> Path | None: # None outside of this project
     "The folder at or above `start` whose settings.ini says lib_name = csrae_nb."
     for folder in (p := Path(start).resolve(), *p.parents):
@@ -197,7 +202,7 @@ def runs_folder() -> Path:
     "Where runs are kept: $CSRAE_RUNS, or _runs/ of this project, or of the current folder."
     return Path(os.environ.get("CSRAE_RUNS") or (project_root() or Path.cwd())/"_runs")
 
-# %% ../nbs/09_training.ipynb #090024
+# %% ../nbs/09_training.ipynb #090025
 def generator(
     seed: int, # of the run
     *purpose: str | int, # what the numbers are for, e.g. "order", 7
@@ -207,7 +212,7 @@ def generator(
     digest = hashlib.sha256("/".join(map(str, (seed, *purpose))).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "little"))
 
-# %% ../nbs/09_training.ipynb #090027
+# %% ../nbs/09_training.ipynb #090028
 def make_prior(cfg: Config, encoder: nn.Module, pseudo_inputs: Tensor) -> Prior:
     "The prior that the model and `cfg.prior` ask for."
     if prior_kind(cfg) == "normal": return StandardNormal(cfg.latent_dim)
@@ -216,7 +221,18 @@ def make_prior(cfg: Config, encoder: nn.Module, pseudo_inputs: Tensor) -> Prior:
     network = prior_network(cfg.network, cfg.components, cfg.latent_dim, g) if cfg.prior_network else None
     return MoGPrior(cfg.components, cfg.latent_dim, network, cfg.learned_weights, g)
 
-# %% ../nbs/09_training.ipynb #090028
+# %% ../nbs/09_training.ipynb #090029
+def assemble(
+    cfg: Config, # resolved
+    encoder: nn.Module,
+    decoder: nn.Module,
+    likelihood: Likelihood,
+    pseudo_inputs: Tensor, # (K, *x_shape), where a VampPrior starts
+) -> Autoencoder:
+    "The model of a configuration around given networks."
+    own = {"IWAE": dict(samples=cfg.importance_samples), "MixtureVAE": dict(kl_samples=cfg.kl_samples), "VampPriorVAE": dict(kl_samples=cfg.kl_samples), "CSRAE": dict(objective=cfg.objective), "MixtureCSRAE": dict(objective=cfg.objective)}
+    return MODELS[cfg.model](encoder, decoder, make_prior(cfg, encoder, pseudo_inputs), likelihood, divergence_weight(cfg), **own.get(cfg.model, {}))
+
 def make_model(
     cfg: Config, # resolved
     x_shape: tuple[int, ...], # shape of one example
@@ -226,11 +242,9 @@ def make_model(
     "The untrained model of a configuration; its weights depend on the seed alone."
     lik = make_likelihood(likelihood)
     encoder, decoder = make_networks(cfg.network, x_shape, cfg.latent_dim, lik.n_params, generator(cfg.seed, "weights"))
-    prior = make_prior(cfg, encoder, torch.zeros(cfg.components, *x_shape) if pseudo_inputs is None else pseudo_inputs)
-    own = {"IWAE": dict(samples=cfg.importance_samples), "MixtureVAE": dict(kl_samples=cfg.kl_samples), "VampPriorVAE": dict(kl_samples=cfg.kl_samples), "CSRAE": dict(objective=cfg.objective), "MixtureCSRAE": dict(objective=cfg.objective)}
-    return MODELS[cfg.model](encoder, decoder, prior, lik, divergence_weight(cfg), **own.get(cfg.model, {}))
+    return assemble(cfg, encoder, decoder, lik, torch.zeros(cfg.components, *x_shape) if pseudo_inputs is None else pseudo_inputs)
 
-# %% ../nbs/09_training.ipynb #090031
+# %% ../nbs/09_training.ipynb #090032
 def write_atomic(
     path: Path | str, # the file, replaced if it exists
     data: bytes | str, # its whole content
@@ -243,7 +257,7 @@ def write_atomic(
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/09_training.ipynb #090033
+# %% ../nbs/09_training.ipynb #090034
 FORMAT = 1 # of model.safetensors and checkpoint.safetensors
 
 def _checksum(tensors):
@@ -272,7 +286,7 @@ def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict]: # tensors 
         f"{path} is damaged (its checksum is wrong); move it away to start this run anew, or put back a whole copy")
     return tensors, meta
 
-# %% ../nbs/09_training.ipynb #090036
+# %% ../nbs/09_training.ipynb #090037
 @contextmanager
 def _writing(path):
     "Turn an OSError of the body into one that says what to do."
@@ -297,7 +311,7 @@ def open_run(cfg: Config) -> Path: # its folder
     _same_config(path, cfg)
     return path
 
-# %% ../nbs/09_training.ipynb #090038
+# %% ../nbs/09_training.ipynb #090039
 def _pack(model, opt, best) -> dict[str, Tensor]:
     "All tensors of a training state under flat names."
     state = opt.state_dict()["state"]
@@ -314,7 +328,7 @@ def _unpack(tensors, model, opt) -> dict[str, Tensor]: # the best weights
     opt.load_state_dict(dict(state=state, param_groups=opt.state_dict()["param_groups"]))
     return _part(tensors, "best.")
 
-# %% ../nbs/09_training.ipynb #090040
+# %% ../nbs/09_training.ipynb #090041
 def warmup_weight(cfg: Config, epoch: int) -> float: # 0 to 1
     "Factor of λ or β in an epoch, counted from 1."
     return min(1., epoch/cfg.warmup) if cfg.warmup else 1.
@@ -330,7 +344,60 @@ def mean_terms(
     terms = [model.loss(xb, generator=generator) for xb in x.split(rows)]
     return tuple(torch.cat([getattr(t, k) for t in terms]).cpu().double().mean().item() for k in ("reconstruction", "divergence"))
 
-# %% ../nbs/09_training.ipynb #090043
+# %% ../nbs/09_training.ipynb #090044
+@dataclass(frozen=True)
+class Task:
+    "Training without labels; other tasks override what differs."
+    cfg: Config # resolved
+
+    def check(self, data: Dataset) -> None:
+        "ValueError if the data do not serve."
+        with torch.device("meta"): make_networks(self.cfg.network, data.x_shape, self.cfg.latent_dim, 1)
+
+    def about(self, data: Dataset) -> dict:
+        "What must be known of the data to make the model."
+        return dict(x_shape=data.x_shape, likelihood=data.likelihood)
+
+    def make_model(self,
+        about: dict, # as above
+        pseudo_inputs: Tensor | None = None, # as in make_model
+    ) -> Autoencoder:
+        "The untrained model."
+        return make_model(self.cfg, tuple(about["x_shape"]), about["likelihood"], pseudo_inputs)
+
+    def begin(self, model: Autoencoder, epoch: int) -> None:
+        "What changes in the model from epoch to epoch."
+
+    def rows(self, data: Dataset, epoch: int) -> Tensor: # (steps, batch_size), on the CPU
+        "The training examples of each step of an epoch; what does not fill a batch is left out."
+        order, B = torch.randperm(len(data.x_train), generator=generator(self.cfg.seed, "order", epoch)), self.cfg.batch_size
+        return order[:len(order)//B*B].view(-1, B)
+
+    def known(self, data: Dataset, rows: Tensor) -> tuple: # arguments of the loss after x, weight and generator
+        "What the loss of a batch is given besides its images."
+        return ()
+
+# %% ../nbs/09_training.ipynb #090045
+def _validate(self: Task, model: Autoencoder, data: Dataset, x: Tensor) -> dict: # column of the history: value
+    "Validation of an epoch, on the validation images x."
+    rec, div = mean_terms(model, x, generator(self.cfg.seed, "validation", device=x.device))
+    return dict(val_reconstruction=rec, val_divergence=div, criterion=rec + div)
+
+def _loss(self: Task, row: dict) -> float:
+    "Of a row of the history: what is smallest in the epoch to keep, whatever the warm-up's weight is in it."
+    return row["val_reconstruction"] + divergence_weight(self.cfg)*row["val_divergence"]
+
+def _metrics(self: Task, model: Autoencoder, data: Dataset) -> dict: # metric: value
+    "What is measured besides that which is measured of every model."
+    return {}
+
+Task.validate, Task.loss, Task.metrics = _validate, _loss, _metrics
+
+def task_of(cfg: Config) -> Task: # cfg resolved
+    "The task of a configuration."
+    return import_module("csrae_nb.semisup").LabelTask(cfg) if cfg.labels else Task(cfg)
+
+# %% ../nbs/09_training.ipynb #090047
 def progress_bar(
     show: bool, # False: a bar that stays silent
     *args, **kw, # of tqdm
@@ -338,7 +405,7 @@ def progress_bar(
     "A tqdm bar on stderr: twice a second in a terminal, every ten seconds in a log."
     return tqdm(*args, file=sys.stderr, mininterval=0.5 if sys.stderr.isatty() else 10, **kw, **({} if show else dict(disable=True)))
 
-# %% ../nbs/09_training.ipynb #090045
+# %% ../nbs/09_training.ipynb #090049
 class NonFiniteLoss(ArithmeticError):
     "The loss became infinite or NaN: training stopped, the last checkpoint is from before."
 
@@ -350,7 +417,7 @@ def _check_finite(log, first, epoch, path):
         raise NonFiniteLoss(f"epoch {epoch}, step {first + bad[0, 0].item() + 1}: loss {loss:g} = reconstruction {rec:g} and divergence {div:g}. "
             f"The last good state, of epoch {epoch - 1}, is {path/'checkpoint.safetensors'}. A lower lr, or a longer warmup, is the usual remedy")
 
-# %% ../nbs/09_training.ipynb #090046
+# %% ../nbs/09_training.ipynb #090050
 def train_epoch(
     acc, # accelerate.Accelerator
     model: nn.Module, # as prepared by acc
@@ -361,14 +428,13 @@ def train_epoch(
     path: Path, # the run's folder, named if the loss fails
     bar: tqdm, # progress, in steps
 ) -> Tensor: # mean reconstruction and divergence
-    "One pass over the training data in shuffled batches; of n processes, each takes every n-th row of a batch. What does not fill a batch is left out."
-    weight, batch, rank, n, every = warmup_weight(cfg, epoch), cfg.batch_size, acc.process_index, acc.num_processes, 50
-    order = torch.randperm(len(data.x_train), generator=generator(cfg.seed, "order", epoch)).to(acc.device)
-    noise = generator(cfg.seed, "noise", epoch, 0, device=acc.device)
-    log = torch.zeros(len(order)//batch, 3, device=acc.device)
-    for i in range(len(log)):
-        x = data.draw(data.x_train[order[i*batch:(i+1)*batch]], noise)[rank::n]
-        terms = model(x, weight, noise if n == 1 else Share(noise, rank, n))
+    "One pass over the training data in shuffled batches; of n processes, each takes every n-th row of a batch."
+    task, weight, rank, n, every = task_of(cfg), warmup_weight(cfg, epoch), acc.process_index, acc.num_processes, 50
+    rows, noise = task.rows(data, epoch).to(acc.device), generator(cfg.seed, "noise", epoch, 0, device=acc.device)
+    log = torch.zeros(len(rows), 3, device=acc.device)
+    for i, batch in enumerate(rows):
+        x = data.draw(data.x_train[batch], noise)[rank::n]
+        terms = model(x, weight, noise if n == 1 else Share(noise, rank, n), *(t[rank::n] for t in task.known(data, batch)))
         opt.zero_grad(); acc.backward(terms.loss); opt.step()
         log[i] = torch.stack([terms.loss, terms.reconstruction.mean(), terms.divergence.mean()]).detach()
         if (i + 1) % every == 0 or i + 1 == len(log):
@@ -377,7 +443,7 @@ def train_epoch(
             bar.set_postfix(epoch=epoch, reconstruction=f"{rec:.2f}", divergence=f"{div:.2f}", refresh=False); bar.update(i + 1 - first)
     return acc.reduce(log[:, 1:].mean(0), "mean")
 
-# %% ../nbs/09_training.ipynb #090048
+# %% ../nbs/09_training.ipynb #090052
 @torch.no_grad()
 def draw_codes(
     model: Autoencoder,
@@ -396,7 +462,7 @@ def _place_components(model, opt, data, cfg):
 
 def _has_free_components(model): return isinstance(model.prior, MoGPrior) and model.prior.network is None
 
-# %% ../nbs/09_training.ipynb #090050
+# %% ../nbs/09_training.ipynb #090054
 @dataclass(frozen=True)
 class Run:
     "A finished run: the best model by validation, and how it came about."
@@ -412,7 +478,7 @@ class Run:
     def device(self) -> torch.device: # where the model is
         return next(self.model.parameters()).device
 
-# %% ../nbs/09_training.ipynb #090051
+# %% ../nbs/09_training.ipynb #090055
 def load_run(
     path: Path | str, # a run's folder
     device: torch.device | str = "cpu", # where the model goes
@@ -424,11 +490,11 @@ def load_run(
     weights, meta = load_tensors(path/"model.safetensors")
     try:
         cfg = make_config(meta["config"])
-        model = make_model(cfg, tuple(meta["x_shape"]), meta["likelihood"]); model.load_state_dict(weights)
+        model = task_of(cfg).make_model(meta); model.load_state_dict(weights)
     except (KeyError, RuntimeError) as e: raise ValueError(f"{path/'model.safetensors'} is no model of a finished run ({e})") from e
     return Run(cfg, path, model.to(device).eval(), **{k: meta[k] for k in ("history", "best_epoch", "seconds", "sha256")})
 
-# %% ../nbs/09_training.ipynb #090053
+# %% ../nbs/09_training.ipynb #090057
 def prepare_data(
     cfg: Config, # resolved
     data: Dataset | dict | None = None, # as in fit
@@ -441,26 +507,27 @@ def prepare_data(
     n = len(data.x_train)
     if cfg.batch_size > n: raise ValueError(f"batch_size={cfg.batch_size} is larger than the {n} training examples of {data.name}")
     if prior_kind(cfg) != "normal" and cfg.components > n: raise ValueError(f"components={cfg.components}; {data.name} has only {n} training examples")
-    with torch.device("meta"): make_networks(cfg.network, data.x_shape, cfg.latent_dim, 1)   # a ValueError if the network does not take such data
+    task_of(cfg).check(data)
     if data.name != dataset_name(cfg.dataset): raise ValueError(f'the config says dataset {cfg.dataset!r}, the data are {data.name!r}; for arrays of your own say dataset="arrays"')
     return data
 
-# %% ../nbs/09_training.ipynb #090054
+# %% ../nbs/09_training.ipynb #090058
 def _accelerator(cfg):
     "Accelerate's view of devices, precision and processes."
     from accelerate import Accelerator
     acc = Accelerator(cpu=cfg.device == "cpu", mixed_precision=cfg.precision)
-    if cfg.batch_size % acc.num_processes: raise ValueError(f"batch_size={cfg.batch_size} cannot be shared by {acc.num_processes} processes alike")
+    for k in ("batch_size", *(("labelled_batch",) if cfg.labels else ())):
+        if getattr(cfg, k) % acc.num_processes: raise ValueError(f"{k}={getattr(cfg, k)} cannot be shared by {acc.num_processes} processes alike")
     return acc
 
 def _untrained(cfg, data, device):
     "Model and optimiser of a configuration, before the first epoch."
     first = torch.randperm(len(data.x_train), generator=generator(cfg.seed, "pseudo-inputs"))[:cfg.components].to(device)
     pseudo_inputs = data.draw(data.x_train[first], generator(cfg.seed, "pseudo-inputs", device=device)) if len(first) == cfg.components else None
-    model = make_model(cfg, data.x_shape, data.likelihood, pseudo_inputs).to(device)
+    task = task_of(cfg); model = task.make_model(task.about(data), pseudo_inputs).to(device)
     return model, torch.optim.Adam(model.parameters(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
-# %% ../nbs/09_training.ipynb #090055
+# %% ../nbs/09_training.ipynb #090059
 @contextmanager
 def cpu_threads(n: int): # a context
     "CPU operations on n threads, inside a with."
@@ -473,20 +540,20 @@ def _write_history(path, history):
     out = io.StringIO(); writer = csv.DictWriter(out, list(history[0])); writer.writeheader(); writer.writerows(history)
     write_atomic(path/"history.csv", out.getvalue())
 
-# %% ../nbs/09_training.ipynb #090056
+# %% ../nbs/09_training.ipynb #090060
 def _check_space(file, times):
     "OSError if the disk cannot hold two later checkpoints: `times` this one's size, 10 for one that holds weights only."
     need, free = times*file.stat().st_size, shutil.disk_usage(file.parent).free
     with _writing(file.parent):
         if free < need: raise OSError(errno.ENOSPC, f"{free/2**20:.0f} MiB free, this run needs {need/2**20:.0f} MiB")
 
-# %% ../nbs/09_training.ipynb #090057
+# %% ../nbs/09_training.ipynb #090061
 def _same_run(file, meta, cfg, data):
     "ValueError if a file's header is of another configuration, or of other data."
     if identity(make_config(meta.get("config", {}))) != identity(cfg): raise ValueError(f"{file} is of another configuration; move it away to train anew")
     if meta.get("sha256") != data.sha256: raise ValueError(f"{file} is of other data; give this run another name")
 
-# %% ../nbs/09_training.ipynb #090058
+# %% ../nbs/09_training.ipynb #090062
 class _Training:
     "The state of a run between two epochs: model, optimiser, best weights, and what goes into a checkpoint's header."
     def __init__(self, cfg, data, acc, path):
@@ -520,35 +587,33 @@ class _Training:
         c, m = self.cfg, self.meta
         return m["epoch"] >= c.epochs or m["epoch"] - max(m["best_epoch"], c.warmup) >= c.patience
 
-# %% ../nbs/09_training.ipynb #090059
+# %% ../nbs/09_training.ipynb #090063
 def _epoch(t, bar):
     "Train one epoch, validate, and keep the weights if they are the best so far."
     start, m, epoch = time.perf_counter(), t.meta, t.meta["epoch"] + 1
-    t.model.train()
+    task = task_of(t.cfg); task.begin(t.model.train(), epoch)
     rec, div = train_epoch(t.acc, t.net, t.stepper, t.data, t.cfg, epoch, t.path, bar).tolist()
     if epoch == t.cfg.kmeans_epoch and _has_free_components(t.model): _place_components(t.model, t.opt, t.data, t.cfg)
     t.model.eval()
-    val = mean_terms(t.model, t.val, generator(t.cfg.seed, "validation", device=t.acc.device))
-    row = dict(epoch=epoch, weight=warmup_weight(t.cfg, epoch), train_reconstruction=rec, train_divergence=div,
-               val_reconstruction=val[0], val_divergence=val[1], criterion=sum(val))
-    if not math.isfinite(row["criterion"]): raise NonFiniteLoss(f"epoch {epoch}: validation gives reconstruction {val[0]:g}, divergence {val[1]:g}; "
+    row = dict(epoch=epoch, weight=warmup_weight(t.cfg, epoch), train_reconstruction=rec, train_divergence=div, **task.validate(t.model, t.data, t.val))
+    if not math.isfinite(row["criterion"]): raise NonFiniteLoss(f"epoch {epoch}: validation gives reconstruction {row['val_reconstruction']:g}, divergence {row['val_divergence']:g}; "
         f"the last good state, of epoch {epoch - 1}, is {t.file}")
     m["history"].append(row); m["epoch"] = epoch
-    loss = val[0] + divergence_weight(t.cfg)*val[1]                    # whatever the warm-up's weight is in this epoch
+    loss = task.loss(row)
     if m["val_loss"] is None or loss < m["val_loss"]:
         m["val_loss"], m["best_epoch"], t.best = loss, epoch, {k: v.detach().clone() for k, v in t.model.state_dict().items()}
     m["seconds"] += time.perf_counter() - start
 
-# %% ../nbs/09_training.ipynb #090060
+# %% ../nbs/09_training.ipynb #090064
 def _finish(t):
     "Write model.safetensors, the best weights with all that load_run needs, and drop the checkpoint."
-    meta = {**t.meta, "x_shape": t.data.x_shape, "likelihood": t.data.likelihood}
+    meta = {**t.meta, **task_of(t.cfg).about(t.data)}
     if t.acc.is_main_process:
         with _writing(t.path): save_tensors(t.path/"model.safetensors", t.best, meta)
         for f in (t.file, *t.path.glob(".*.tmp")): f.unlink(missing_ok=True)   # a kill may leave a temporary file behind
     t.acc.wait_for_everyone()
 
-# %% ../nbs/09_training.ipynb #090062
+# %% ../nbs/09_training.ipynb #090066
 class RunLocked(RuntimeError):
     "Another process is training this run."
 
@@ -566,12 +631,12 @@ def _locked(path, acc):
 
 def _train(cfg, data, acc, path, progress):
     "From the first epoch, or the last checkpoint, to model.safetensors."
-    t, steps = _Training(cfg, data.to(acc.device), acc, path), len(data.x_train)//cfg.batch_size
+    t, steps = _Training(cfg, data.to(acc.device), acc, path), len(task_of(cfg).rows(data, 1))
     with progress_bar(progress and acc.is_main_process, total=cfg.epochs*steps, initial=t.meta["epoch"]*steps, unit="step", desc="training") as bar:
         while not t.done: _epoch(t, bar); t.save()
     _finish(t)
 
-# %% ../nbs/09_training.ipynb #090063
+# %% ../nbs/09_training.ipynb #090067
 def fit(
     cfg: Config, # what to run
     data: Dataset | dict | None = None, # a Dataset, or a dict of arrays; None: load cfg.dataset

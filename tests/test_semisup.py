@@ -1,0 +1,75 @@
+"Learning from few labels: what fit makes of it, and what is refused."
+import dataclasses
+
+import pytest
+import torch
+
+from csrae_nb.data import load_data
+from csrae_nb.divergence import Share
+from csrae_nb.evaluation import complete_run, results_table
+from csrae_nb.semisup import LabelTask, ManyLabels, OneLabel
+from csrae_nb.training import Config, fit, load_run, resolve, runs_folder, task_of
+
+CFG = Config(labels=100., epochs=2, warmup=1, kmeans_epoch=1, ll_samples=2, expost_components=5, fid_images=50)
+
+@pytest.fixture(autouse=True)
+def runs(tmp_path, monkeypatch): monkeypatch.setenv("CSRAE_RUNS", str(tmp_path/"runs"))
+
+@pytest.fixture(scope="module")
+def digits(): return load_data("digits")
+
+@pytest.mark.parametrize("model", ["VAE", "MixtureVAE", "VampPriorVAE", "CSRAE", "MixtureCSRAE"])
+def test_every_model_learns_with_labels(digits, model):
+    metrics = complete_run(cfg := dataclasses.replace(CFG, model=model), digits, progress=False)
+    assert 0 < metrics["error"] < 90 and metrics["error_val"] < 90 and metrics["ll"] < 0 and metrics["frechet_classifier_samples"] > 0
+    folder, = runs_folder().glob("digits-*-labels100-seed0-*"); run = load_run(folder)
+    assert run.best_epoch == min(run.history, key=lambda r: r["val_error"])["epoch"] and LabelTask(run.cfg).metrics(run.model, digits)["error"] == metrics["error"]
+    row, = results_table([folder])
+    assert row["labels"] == 100 and row["error_mean"] == metrics["error"] and "-p labels 100" in row["command"] and resolve(cfg).labels == 100
+
+def test_a_run_goes_on_where_it_was_stopped(digits, monkeypatch):
+    whole = fit(dataclasses.replace(CFG, name="whole", epochs=3), digits, progress=False)
+    from csrae_nb import training
+    epoch = training._epoch
+    def stop(t, bar):
+        if t.meta["epoch"] == 1: raise KeyboardInterrupt
+        epoch(t, bar)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt): m.setattr(training, "_epoch", stop); fit(cfg := dataclasses.replace(CFG, name="stopped", epochs=3), digits, progress=False)
+    again = fit(cfg, digits, progress=False)
+    assert all(torch.equal(v, again.model.state_dict()[k]) for k, v in whole.model.state_dict().items())
+
+@pytest.mark.parametrize("model", ["VAE", "MixtureCSRAE"])
+def test_two_processes_see_what_one_would(digits, model):
+    task = task_of(resolve(dataclasses.replace(CFG, model=model, components=5))); net = task.make_model(task.about(digits)); rows = task.rows(digits, 1)[0]
+    x, (y,) = digits.draw(digits.x_train[rows], torch.Generator().manual_seed(0)), task.known(digits, rows)
+    whole = net.loss(x, .5, torch.Generator().manual_seed(1), y)
+    parts = [net.loss(x[r::2], .5, Share(torch.Generator().manual_seed(1), r, 2), y[r::2]) for r in range(2)]
+    torch.testing.assert_close((parts[0].loss + parts[1].loss)/2, whole.loss)
+    for r in range(2): torch.testing.assert_close(parts[r].reconstruction, whole.reconstruction[r::2])
+
+def test_each_epoch_sees_all_images(digits):
+    task = task_of(resolve(CFG)); rows = task.rows(digits, 1); labelled, others = rows[:, :20], rows[:, 20:]
+    assert torch.bincount(digits.y_train[labelled.unique()]).tolist() == [10]*10                                          # ten of each digit
+    assert not set(labelled.flatten().tolist()) & set(others.flatten().tolist()) and len(others.unique()) == others.numel() > len(digits.x_train) - 100 - 80
+    assert not rows.equal(task.rows(digits, 2)) and rows[:, :20].unique().equal(task.rows(digits, 2)[:, :20].unique())
+    supervised = task_of(resolve(dataclasses.replace(CFG, labels=float(len(digits.x_train))))); assert len(supervised.known(digits, supervised.rows(digits, 1)[0])[0]) == 100
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(model="IWAE"), "labels have no IWAE"),
+    (dict(network="residual"), "has no part for labels"),
+    (dict(labels=5000.), "expected up to 1439"),
+    (dict(labels=1e-9), "at least one image"),
+    (dict(labelled_batch=100), "leaves no room"),
+    (dict(labels=1300., batch_size=200), "takes 180 images without a label, and there are 139"),
+])
+def test_what_is_refused(digits, changes, message):
+    with pytest.raises(ValueError, match=message): fit(dataclasses.replace(CFG, **changes), digits, progress=False)
+    assert not runs_folder().exists()
+
+def test_labels_that_are_not_there(digits):
+    with pytest.raises(ValueError, match="has no labels of its val images"): fit(CFG, dataclasses.replace(digits, y_val=None), progress=False)
+
+@pytest.mark.parametrize("kind", [OneLabel(3), ManyLabels(2)])
+def test_gradients_through_softened_draws_are_those_of_the_formula(kind):
+    logits = torch.randn(4, kind.outputs, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(0)); normal = torch.randn(4, kind.outputs, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert torch.autograd.gradcheck(lambda a: kind.relax(a, .7, normal), logits) and torch.autograd.gradcheck(lambda a: kind.kl(a, torch.zeros(kind.outputs, dtype=torch.float64)), logits)
