@@ -275,13 +275,13 @@ def _log_likelihood(self: SemiSupervised,
 SemiSupervised.reconstruct, SemiSupervised.sample, SemiSupervised.log_likelihood = _reconstruct, _sample, _log_likelihood
 
 # %% ../nbs/14_semi_supervised.ipynb #140025
-def how_many(labels: float, n: int) -> int: # of n training images
+def how_many(labels: float | int, n: int) -> int: # of n training images
     "The number that `labels` means: itself, or a fraction of n below 1."
     return round(labels*n) if labels < 1 else int(labels)
 
 def labelled_images(
     y: Int[Tensor, "N *L"], # labels of the training images
-    labels: float, # how many to use: a number, or a fraction below 1
+    labels: float | int, # how many to use: a number, or a fraction below 1
     seed: int,
 ) -> Int[Tensor, "n"]: # their indices, sorted
     "The images whose labels are used, as many of each class; of many answers at once, any images. ValueError if there are not that many."
@@ -361,7 +361,7 @@ LabelTask.rows, LabelTask.known, LabelTask.validate, LabelTask.loss, LabelTask.m
 
 # %% ../nbs/14_semi_supervised.ipynb #140032
 def error_percent(
-    model: SemiSupervised,
+    model: Autoencoder, # a SemiSupervised one
     x: Float[Tensor, "n *X"], # images as the model sees them
     y: Int[Tensor, "n *L"], # their labels
 ) -> float:
