@@ -9,11 +9,13 @@ __all__ = ['FIELDS', 'OUTCOMES', 'PRELOAD', 'expand', 'distinct', 'read_sweep', 
 
 # %% ../nbs/12_sweeps.ipynb #120002
 import argparse
+import csv
 import dataclasses
 import itertools
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
@@ -322,9 +324,29 @@ def _follow(events, p, progress):
             p.update(some)
 
 # %% ../nbs/12_sweeps.ipynb #120042
-def sweep_table(configs: Iterable[Config]) -> list[dict]: # rows of results_table
-    "Mean and standard error over the seeds of what is finished of a grid."
-    return results_table([run_folder(c) for c in distinct(configs) if is_finished(c)])
+def sweep_table(
+    configs: Iterable[Config],
+    earlier: Iterable[dict] = (), # rows of an earlier table of the grid
+) -> list[dict]: # rows of results_table
+    "Mean and standard error over the seeds of what is finished of a grid; earlier rows stay where they are over more seeds."
+    configs = distinct(configs)
+    here = {_which(r["command"]): r for r in results_table([run_folder(c) for c in configs if is_finished(c)])}
+    there = {_which(r["command"]): r for r in earlier}
+    grid = dict.fromkeys(_which(command(dataclasses.replace(c, device="auto", threads=1))) for c in configs)
+    rows = [max((t[k] for t in (here, there) if k in t), key=lambda r: len(r["seeds"].split())) for k in grid if k in here or k in there]
+    columns = dict.fromkeys(k for r in sorted(rows, key=len, reverse=True) for k in r)
+    return [{k: r.get(k) for k in columns} for r in rows]
+
+def _which(command):
+    "Which row of a table a command makes: the command without the seeds, and without what only the evaluation reads."
+    return re.sub(rf"^for seed in [\d ]*; do |; done$| -p ({'|'.join(['seed', *EVALUATION])}) [^\s;]+", "", command)
+
+def _read_csv(path):
+    "The rows of a table, as text, [] without the file; ValueError for a file that is no such table."
+    if not path.exists(): return []
+    with open(path, newline="", encoding="utf-8") as f: rows = csv.DictReader(f); there = list(rows)
+    if "command" not in (rows.fieldnames or []): raise ValueError(f"{path} is there and no table of csrae-sweep: it has no column `command`; name another file")
+    return there
 
 # %% ../nbs/12_sweeps.ipynb #120045
 def shard(
@@ -353,7 +375,7 @@ def _parser():
     p.add_argument("--jobs", type=int, metavar="N", help="runs at a time, of one thread each (default: one a core); a cluster that is joined decides itself")
     p.add_argument("--shard", default="1/1", metavar="i/n", help="only the i-th of n parts of the grid, i from 1")
     p.add_argument("--list", action="store_true", help="run nothing: show the state and the command of each run")
-    p.add_argument("--csv", type=Path, metavar="PATH", help="afterwards, write a table of all that is finished of the whole grid: mean and standard error over seeds")
+    p.add_argument("--csv", type=Path, metavar="PATH", help="afterwards, write a table of all that is finished of the whole grid: mean and standard error over seeds; rows measured elsewhere stay")
     p.add_argument("--engine", choices=("local", "ray"), default="local", help="processes of this machine, or Ray")
     p.add_argument("--address", help="with Ray: the cluster to join, e.g. auto (default: start Ray here)")
     p.add_argument("--gpus", type=float, default=0., help="with Ray: GPUs a run, e.g. 0.25 (default: 0, CPU only)")
@@ -385,8 +407,8 @@ def _report(configs, outcome, before):
     print(f"{len(outcome)} runs: {', '.join(counts)}" + (f" ({before} of them before)" if before else ""))
 
 def _write_csv(path, configs):
-    "The table of what is finished."
-    if rows := sweep_table(configs): write_table(path, rows); print(f"{path}: {len(rows)} rows")
+    "The table of what is finished here, or was when the file was written."
+    if rows := sweep_table(configs, _read_csv(path)): write_table(path, rows); print(f"{path}: {len(rows)} rows")
     else: print(f"{path}: not written, no run is finished")
 
 # %% ../nbs/12_sweeps.ipynb #120050
@@ -407,7 +429,7 @@ def main(
     try:
         whole, how = distinct(read_words(o.grid)), _engine(o)
         configs = shard(whole, o.shard)
-        if o.csv: o.csv.parent.mkdir(parents=True, exist_ok=True)
+        if o.csv: o.csv.parent.mkdir(parents=True, exist_ok=True); _read_csv(o.csv) # an error now, not after hours
         if o.list: _show_states(configs); status = 0
         else: status = _run(configs, o.jobs or _cores(), how)
         if o.csv: _write_csv(o.csv, whole)
