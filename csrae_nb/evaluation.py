@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['FID_WEIGHTS', 'drawn_from', 'EM_STEPS', 'SETS', 'METRICS', 'OF_TASKS', 'knn_error', 'run_codes',
            'mean_log_likelihood', 'Statistics', 'feature_statistics', 'frechet_distance', 'Classifier',
-           'train_classifier', 'accuracy', 'Features', 'classifier_features', 'FIDUnavailable', 'inception',
-           'is_picture', 'inception_features', 'real_images', 'expost_mixture', 'sample_sources', 'frechet_distances',
-           'evaluate', 'provenance', 'write_metrics', 'finished_metrics', 'measure', 'complete_run', 'results_table',
-           'write_table']
+           'train_classifier', 'accuracy', 'Features', 'classifier_features', 'FIDUnavailable', 'weights_file',
+           'inception', 'is_picture', 'inception_features', 'real_images', 'expost_mixture', 'sample_sources',
+           'frechet_distances', 'evaluate', 'provenance', 'write_metrics', 'finished_metrics', 'measure',
+           'complete_run', 'results_table', 'write_table']
 
 # %% ../nbs/10_evaluation.ipynb #100002
 import csv
@@ -39,7 +39,7 @@ from .divergence import GMM
 from .likelihoods import make_likelihood
 from .priors import effective_components, em_step, kmeans, occupancy
 from .training import (EVALUATION, Config, Run, command, cpu_threads, divergence_weight, draw_codes, fit, generator, identity, load_tensors, make_config, mean_terms,
-                               prepare_data, prior_kind, progress_bar, project_root, resolve, run_name, runs_folder, save_tensors, task_of, write_atomic)
+                               prepare_data, prior_kind, progress_bar, project_root, resolve, run_lock, run_name, runs_folder, save_tensors, task_of, write_atomic)
 
 # %% ../nbs/10_evaluation.ipynb #100007
 def knn_error(
@@ -205,17 +205,20 @@ def _inception_module():
 class FIDUnavailable(RuntimeError):
     "The FID cannot be computed here: the message says what is missing, and where to put it."
 
+def weights_file() -> Path:
+    "Where Inception's weights are, or belong."
+    return Path(torch.hub.get_dir())/"checkpoints"/FID_WEIGHTS
+
 def inception(
     layer: int = 2048, # number of features: 64, 192, 768 or 2048
 ) -> nn.Module: # images (B, 3, H, W) in [0, 1] to features (B, layer)
     "pytorch-fid's Inception; FIDUnavailable without the package or its weights."
     try: module = _inception_module()
     except ImportError as e: raise FIDUnavailable(f"the FID needs pytorch-fid ({e}): pip install 'csrae_nb[fid]'") from e
-    place = Path(torch.hub.get_dir())/"checkpoints"/FID_WEIGHTS
     try: net = module.InceptionV3([module.InceptionV3.BLOCK_INDEX_BY_DIM[layer]])
     except OSError as e: raise FIDUnavailable(f"the FID needs the weights {FID_WEIGHTS}, which could not be downloaded ({e}). Get them from {module.FID_WEIGHTS_URL} "
-        f"and put them into {place.parent} (or set TORCH_HOME)") from e
-    except (RuntimeError, EOFError, UnpicklingError) as e: raise FIDUnavailable(f"{place} is damaged ({e}); remove it, or put a whole copy there") from e
+        f"and put them into {weights_file().parent} (or set TORCH_HOME)") from e
+    except (RuntimeError, EOFError, UnpicklingError) as e: raise FIDUnavailable(f"{weights_file()} is damaged ({e}); remove it, or put a whole copy there") from e
     return nn.Sequential(net.eval(), _Pooled())
 
 class _Pooled(nn.Module):
@@ -315,14 +318,14 @@ OF_TASKS = ("error", "error_val") # of runs whose task measures them
 def _frechet(run, data, sources, progress):
     "Both kinds of distances, None where the features cannot be had."
     real = real_images(data)
-    classifier, fid = classifier_features(real, progress) if real else None, None
+    classifier, fid, missing = classifier_features(real, progress) if real else None, None, False
     if real is None: warnings.warn(f"no Fréchet distances: {data.name} is compared with the images of {drawn_from[data.name]}, which are not at hand")
     if data.y_train is None: warnings.warn(f"{data.name} has no labels: no kNN errors{'' if classifier else ', and no frechet_classifier'}")
     def named(kind, features): return {f"{kind}_{s}": d for s, d in (frechet_distances(run, data, real, features, sources, run.cfg.fid_images, progress) if features else dict.fromkeys(SETS)).items()}
     if real and run.cfg.fid_layer:
         try: fid = inception_features(real, run.cfg.fid_layer)
-        except (FIDUnavailable, ValueError) as e: warnings.warn(f"no FID: {e}")
-    how = dict(classifier=classifier and classifier.name, images=min(run.cfg.fid_images, len(data.x_test)), fid_layer=run.cfg.fid_layer if fid else None, fid_resize="bilinear, 299x299" if fid else None)
+        except (FIDUnavailable, ValueError) as e: warnings.warn(f"no FID: {e}"); missing = isinstance(e, FIDUnavailable)
+    how = dict(classifier=classifier and classifier.name, images=min(run.cfg.fid_images, len(data.x_test)), fid_layer=run.cfg.fid_layer if fid else None, fid_resize="bilinear, 299x299" if fid else None, fid_missing=missing)
     return {**named("frechet_classifier", classifier), **named("fid", fid), **how}
 
 # %% ../nbs/10_evaluation.ipynb #100039
@@ -374,7 +377,8 @@ def finished_metrics(cfg: Config) -> dict | None: # None: not trained, or not ev
     there, metrics = _written(folder)
     asked = {k: v for k in EVALUATION if (v := getattr(cfg, k))}        # 0: need not be there, but may; more draws than asked are welcome
     same = there and all(there.get(k) == v or k == "ll_samples" and (there.get(k) or 0) > v for k, v in asked.items()) and identity(make_config(there)) == identity(cfg)
-    return metrics if same and set(METRICS) <= metrics.keys() and (folder/"model.safetensors").exists() else None
+    late = cfg.fid_layer and metrics.get("fid_missing") and weights_file().exists()   # it can be had by now
+    return metrics if same and not late and set(METRICS) <= metrics.keys() and (folder/"model.safetensors").exists() else None
 
 def _written(folder):
     "Configuration and metrics of a folder's metrics.json, empty if it has none."
@@ -385,9 +389,11 @@ def _written(folder):
 def measure(run: Run, data: Dataset, progress: bool = True) -> dict: # metric: value
     "Metrics of a run: those in its folder, or from `evaluate`, and then written there."
     if metrics := finished_metrics(run.cfg): return metrics
-    there, known = _written(run.path)
-    metrics = evaluate(run, data, progress, known if there.get("ll_samples") == run.cfg.ll_samples else None)
-    write_metrics(run, metrics)
+    with run_lock(run.path):
+        if metrics := finished_metrics(run.cfg): return metrics
+        there, known = _written(run.path)
+        metrics = evaluate(run, data, progress, known if there.get("ll_samples") == run.cfg.ll_samples else None)
+        write_metrics(run, metrics)
     return metrics
 
 def complete_run(

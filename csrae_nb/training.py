@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'MODELS', 'EVALUATION', 'FORMAT', 'preset', 'Config', 'mak
            'divergence_weight', 'identity', 'run_name', 'command', 'project_root', 'runs_folder', 'generator',
            'make_prior', 'assemble', 'make_model', 'write_atomic', 'save_tensors', 'load_tensors', 'open_run',
            'warmup_weight', 'mean_terms', 'Task', 'task_of', 'progress_bar', 'NonFiniteLoss', 'train_epoch',
-           'draw_codes', 'Run', 'load_run', 'prepare_data', 'cpu_threads', 'RunLocked', 'fit']
+           'draw_codes', 'Run', 'load_run', 'prepare_data', 'cpu_threads', 'RunLocked', 'run_lock', 'fit']
 
 # %% ../nbs/09_training.ipynb #090002
 import csv
@@ -26,7 +26,7 @@ import warnings
 import zlib
 from configparser import ConfigParser
 from configparser import Error as ConfigError
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -615,19 +615,17 @@ def _finish(t):
 
 # %% ../nbs/09_training.ipynb #090066
 class RunLocked(RuntimeError):
-    "Another process is training this run."
+    "Another process is training or evaluating this run."
 
 @contextmanager
-def _locked(path, acc):
-    "The folder's lock, held by the main process inside a with; RunLocked if another process has it."
+def run_lock(path: Path): # of a run's folder
+    "The folder's lock, held inside a with; RunLocked if another process has it."
     lock = FileLock(path/".lock")
-    if acc.is_main_process:
-        with _writing(path):
-            try: lock.acquire(timeout=0)
-            except Timeout: raise RunLocked(f"another process is training {path}; wait for it, or stop it first") from None
+    with _writing(path):
+        try: lock.acquire(timeout=0)
+        except Timeout: raise RunLocked(f"another process is at work in {path}; wait for it, or stop it first") from None
     try: yield
-    finally:
-        if acc.is_main_process: (path/".lock").unlink(missing_ok=True); lock.release()
+    finally: (path/".lock").unlink(missing_ok=True); lock.release()
 
 def _train(cfg, data, acc, path, progress):
     "From the first epoch, or the last checkpoint, to model.safetensors."
@@ -648,7 +646,7 @@ def fit(
     data, acc = prepare_data(cfg, data), _accelerator(cfg)
     path = open_run(cfg); file = path/"model.safetensors"
     if not (found := file.exists()):
-        with _locked(path, acc), cpu_threads(cfg.threads):
+        with run_lock(path) if acc.is_main_process else nullcontext(), cpu_threads(cfg.threads):
             if not (found := file.exists()): _train(cfg, data, acc, path, progress)
     run = load_run(path, acc.device)
     _same_run(file, dict(config=dataclasses.asdict(run.cfg), sha256=run.sha256), cfg, data)

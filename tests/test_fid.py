@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from filelock import FileLock
 
 from csrae_nb import evaluation
 from csrae_nb.data import load_data
-from csrae_nb.evaluation import FID_WEIGHTS, SETS, FIDUnavailable, complete_run, evaluate, finished_metrics, inception, inception_features
-from csrae_nb.training import Config, fit, runs_folder
+from csrae_nb.evaluation import FID_WEIGHTS, SETS, FIDUnavailable, complete_run, evaluate, finished_metrics, inception, inception_features, measure
+from csrae_nb.training import Config, RunLocked, fit, runs_folder
 
 pytest.importorskip("pytorch_fid")
 CFG = Config(epochs=2, warmup=1, kmeans_epoch=1, ll_samples=0, expost_components=5, fid_layer=64, fid_images=6)
@@ -65,6 +66,22 @@ def test_without_weights_a_run_goes_on(monkeypatch):
     with pytest.warns(UserWarning, match=f"no FID: .*{FID_WEIGHTS}"): metrics = complete_run(CFG, progress=False)
     assert metrics["fid_samples"] is None and metrics["fid_layer"] is None and metrics["frechet_classifier_samples"] > 0
     assert finished_metrics(CFG) == metrics
+
+def test_the_fid_is_made_up_for_when_the_weights_arrive(random_weights, monkeypatch, tmp_path):
+    def offline(*a, **k): raise OSError("no network here")
+    cfg = dataclasses.replace(CFG, ll_samples=2)
+    with monkeypatch.context() as m, pytest.warns(UserWarning, match="no FID"):
+        m.setattr(evaluation._inception_module(), "load_state_dict_from_url", offline); before = complete_run(cfg, progress=False)
+    evaluation.weights_file().parent.mkdir(parents=True); evaluation.weights_file().touch()
+    monkeypatch.setattr(evaluation, "inception", random_weights)
+    after = complete_run(cfg, progress=False)
+    assert before["fid_samples"] is None and after["fid_samples"] > 0 and after["ll"] is not None and after["ll"] == before["ll"] and finished_metrics(cfg) == after
+
+def test_a_run_is_evaluated_by_one_process_at_a_time():
+    run = fit(dataclasses.replace(CFG, fid_layer=0), progress=False)
+    with FileLock(run.path/".lock"), pytest.raises(RunLocked, match="another process is at work"): measure(run, load_data("digits"), progress=False)
+    metrics = measure(run, load_data("digits"), progress=False)
+    with FileLock(run.path/".lock"): assert measure(run, load_data("digits"), progress=False) == metrics   # to read, nobody waits
 
 def test_damaged_weights_are_named(tmp_path):
     place = tmp_path/"torch"/"hub"/"checkpoints"; place.mkdir(parents=True)
