@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'BINARISATION_SEED', 'BATCHES', 'RECORD', 'CHARDATA', 'SILHOUETTES', 'CIFAR10', 'FILES', 'IMAGES',
-           'DATASETS', 'ARRAYS', 'Dataset', 'is_binary', 'default_likelihood', 'scaled', 'channels_first', 'cut_splits',
-           'check_arrays', 'sha256', 'from_arrays', 'read_digits', 'read_pinwheel', 'read_idx', 'read_amat', 'read_mat',
-           'read_records', 'read_batches', 'PublicFile', 'data_folder', 'find_file', 'download', 'read_file',
-           'read_mnist', 'read_static_mnist', 'upright', 'read_omniglot', 'read_caltech101', 'read_cifar10',
-           'read_folder', 'read_arrays', 'is_source', 'dataset_name', 'load_data']
+           'DATASETS', 'ARRAYS', 'LazyImages', 'Dataset', 'is_binary', 'default_likelihood', 'scaled', 'channels_first',
+           'cut_splits', 'check_arrays', 'sha256', 'from_arrays', 'read_digits', 'read_pinwheel', 'read_idx',
+           'read_amat', 'read_mat', 'read_records', 'read_batches', 'PublicFile', 'data_folder', 'find_file',
+           'download', 'read_file', 'read_mnist', 'read_static_mnist', 'upright', 'read_omniglot', 'read_caltech101',
+           'read_cifar10', 'read_folder', 'read_arrays', 'is_source', 'dataset_name', 'load_data']
 
 # %% ../nbs/08_data.ipynb #080002
 import gzip
@@ -22,7 +22,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,17 +41,40 @@ from .pinwheel import make_pinwheel
 SPLITS = ("train", "val", "test")
 BINARISATION_SEED = 28 # of `Dataset.fixed`; any number would do, but every model must meet the same one
 
-# %% ../nbs/08_data.ipynb #080006
+@dataclass(frozen=True)
+class LazyImages:
+    "Stands for a tensor of images that are too many for memory."
+    read: Callable[[np.ndarray], Tensor] # row numbers (B,) to images (B, *X)
+    n: int # number of images
+    x_shape: tuple[int, ...] # of one image
+    device: torch.device | str = "cpu" # where the images go
+
+    @property
+    def shape(self) -> tuple[int, ...]: return (self.n, *self.x_shape)
+
+    def __len__(self): return self.n
+
+    def __getitem__(self, rows: Tensor | slice) -> Tensor: # (B, *X)
+        "Images by their row numbers, read now."
+        return self.read(np.arange(self.n)[rows.cpu() if isinstance(rows, Tensor) else rows]).to(self.device)
+
+    def split(self, rows: int) -> Iterator[Tensor]: # each (rows, *X), but for the last
+        "All images in blocks, one in memory at a time."
+        return (self[i:i + rows] for i in range(0, self.n, rows))
+
+    def to(self, device: torch.device | str) -> "LazyImages": return replace(self, device=device)
+
+# %% ../nbs/08_data.ipynb #080007
 @dataclass(frozen=True)
 class Dataset:
     "Examples in three splits, in the range of their likelihood."
     name: str # a name of `DATASETS`, or of a file or folder
-    x_train: Float[Tensor, "n *X"] # to train on
-    x_val: Float[Tensor, "v *X"] # to stop early and to choose by
-    x_test: Float[Tensor, "t *X"] # to report
-    y_train: Int[Tensor, "n"] | None # class of each example, where known
-    y_val: Int[Tensor, "v"] | None
-    y_test: Int[Tensor, "t"] | None
+    x_train: Float[Tensor, "n *X"] | LazyImages # to train on
+    x_val: Float[Tensor, "v *X"] | LazyImages # to stop early and to choose by
+    x_test: Float[Tensor, "t *X"] | LazyImages # to report
+    y_train: Int[Tensor, "n *L"] | None # class of each example, or its row of answers, where known
+    y_val: Int[Tensor, "v *L"] | None
+    y_test: Int[Tensor, "t *L"] | None
     likelihood: str # a key of `LIKELIHOODS`
     dynamic: bool # x holds probabilities of pixels that are drawn anew in each epoch
     sha256: dict[str, str] # what was read: name of a file or an array -> its SHA-256
@@ -65,7 +88,7 @@ class Dataset:
         "What a model sees of x in training: a fresh binarisation of dynamic data, any other data as they are."
         return torch.bernoulli(x, generator=generator) if self.dynamic else x
 
-    def fixed(self, split: str) -> Float[Tensor, "N *X"]: # the same in every run and for every model
+    def fixed(self, split: str) -> Float[Tensor, "N *X"] | LazyImages: # the same in every run and for every model
         "The split as models are judged on it: dynamic data binarised once, by a fixed seed. ValueError for an unknown split."
         if split not in SPLITS: raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
         x = getattr(self, f"x_{split}")
@@ -74,9 +97,9 @@ class Dataset:
 
     def to(self, device: torch.device | str) -> "Dataset":
         "The same data on another device."
-        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
+        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, (Tensor, LazyImages))})
 
-# %% ../nbs/08_data.ipynb #080010
+# %% ../nbs/08_data.ipynb #080011
 def is_binary(x: np.ndarray) -> bool:
     "Whether all values are 0 or 1."
     if x.dtype.kind in "bu": return bool(x.max(initial=0) <= 1) # much faster
@@ -89,7 +112,7 @@ def default_likelihood(
     if all(map(is_binary, xs)): return "bernoulli"
     return "discretized_logistic" if xs[0].dtype == np.uint8 else "gaussian"
 
-# %% ../nbs/08_data.ipynb #080012
+# %% ../nbs/08_data.ipynb #080013
 def scaled(
     x: np.ndarray, # uint8 or float
     likelihood: str, # a key of `LIKELIHOODS`
@@ -101,7 +124,7 @@ def scaled(
     if x.dtype == np.uint8 and likelihood == "discretized_logistic": t -= 0.5
     return t
 
-# %% ../nbs/08_data.ipynb #080015
+# %% ../nbs/08_data.ipynb #080016
 def channels_first(
     x: np.ndarray, # examples
 ) -> np.ndarray: # contiguous
@@ -109,7 +132,7 @@ def channels_first(
     last = x.ndim == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3)
     return np.ascontiguousarray(np.moveaxis(x, -1, 1) if last else x)
 
-# %% ../nbs/08_data.ipynb #080018
+# %% ../nbs/08_data.ipynb #080019
 def cut_splits(
     arrays: dict[str, np.ndarray], # x_train, and any of the other five
     seed: int, # chooses who goes where
@@ -123,7 +146,7 @@ def cut_splits(
     rows = {s: order[i*tenth:(i + 1)*tenth] for i, s in enumerate(missing)} | {"train": order[tenth*len(missing):]}
     return arrays | {f"{a}_{s}": arrays[f"{a}_train"][r] for a in "xy" if f"{a}_train" in arrays for s, r in rows.items()}
 
-# %% ../nbs/08_data.ipynb #080021
+# %% ../nbs/08_data.ipynb #080022
 def _numpy(name, x):
     try: return np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x)
     except ValueError as e: raise ValueError(f"{name} is no array: {e}") from e # e.g. lists of unequal length
@@ -142,7 +165,7 @@ def _labels(name, y):
         f"{name} has dtype {y.dtype} and shape {y.shape}, expected a vector of integers, one an example")
     return y.astype(np.int64)
 
-# %% ../nbs/08_data.ipynb #080022
+# %% ../nbs/08_data.ipynb #080023
 def _check_keys(arrays):
     known = [f"{a}_{s}" for a in "xy" for s in SPLITS]
     unknown = [str(k) for k in arrays if k not in ("x", "y", *known)]
@@ -160,7 +183,7 @@ def _check_fit(arrays):
         if x.shape[1:] != first.shape[1:]: raise ValueError(f"{k} has examples of shape {x.shape[1:]}, x_train of {first.shape[1:]}")
         if (x.dtype == np.uint8) != (first.dtype == np.uint8): raise ValueError(f"{k} is {x.dtype}, x_train is {first.dtype}: use one kind")
 
-# %% ../nbs/08_data.ipynb #080023
+# %% ../nbs/08_data.ipynb #080024
 def check_arrays(
     arrays: Mapping, # anything numpy can read: arrays, tensors, lists; None is no array
 ) -> dict[str, np.ndarray]: # under full names; examples uint8 or float, labels int64
@@ -172,12 +195,12 @@ def check_arrays(
     _check_fit(arrays)
     return arrays
 
-# %% ../nbs/08_data.ipynb #080027
+# %% ../nbs/08_data.ipynb #080028
 def sha256(data: bytes) -> str: # hexadecimal
     "SHA-256 of bytes."
     return hashlib.sha256(data).hexdigest()
 
-# %% ../nbs/08_data.ipynb #080028
+# %% ../nbs/08_data.ipynb #080029
 def from_arrays(
     arrays: Mapping, # `x` or `x_train`, and any of `x_val, x_test, y_train, y_val, y_test`
     likelihood: str | None = None, # a key of `LIKELIHOODS`; None: by the values
@@ -196,7 +219,7 @@ def from_arrays(
     for k, v in x.items(): make_likelihood(likelihood).check(v, k)
     return Dataset(name, **x, **y, likelihood=likelihood, dynamic=likelihood == "bernoulli" and not binary, sha256=hashes)
 
-# %% ../nbs/08_data.ipynb #080032
+# %% ../nbs/08_data.ipynb #080033
 def read_digits() -> tuple[dict, None]: # arrays; no file
     "scikit-learn's bundled 8×8 digits, grey levels in [0, 1]."
     from sklearn.datasets import load_digits
@@ -210,7 +233,7 @@ def read_pinwheel() -> tuple[dict, None]: # arrays; no file
     draws = {s: make_pinwheel(n, generator=generator) for s, n in sizes.items()}
     return {f"{a}_{s}": v for s, xy in draws.items() for a, v in zip("xy", xy)}, None
 
-# %% ../nbs/08_data.ipynb #080037
+# %% ../nbs/08_data.ipynb #080038
 def read_idx(
     raw: bytes, # a whole file, unzipped
 ) -> np.ndarray: # uint8
@@ -223,7 +246,7 @@ def read_idx(
     if len(raw) != size: raise ValueError(f"it has {len(raw):,} bytes, its header {shape} asks for {size:,}")
     return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
 
-# %% ../nbs/08_data.ipynb #080040
+# %% ../nbs/08_data.ipynb #080041
 def _even_text(raw, columns):
     "The digits of a text in which each is followed by one blank or newline; None for another text."
     if len(raw) % (2*columns): return None
@@ -242,7 +265,7 @@ def read_amat(
     if x.shape[1] != columns or not is_binary(x): raise ValueError(f"expected lines of {columns} zeros and ones")
     return x.astype(np.uint8)
 
-# %% ../nbs/08_data.ipynb #080043
+# %% ../nbs/08_data.ipynb #080044
 def read_mat(
     raw: bytes, # a whole file
 ) -> dict[str, np.ndarray]: # by name
@@ -251,7 +274,7 @@ def read_mat(
     try: return {k: v for k, v in loadmat(io.BytesIO(raw)).items() if not k.startswith("__")}
     except Exception as e: raise ValueError(f"scipy cannot read it as a .mat file ({type(e).__name__}: {e})") from e
 
-# %% ../nbs/08_data.ipynb #080046
+# %% ../nbs/08_data.ipynb #080047
 BATCHES = *(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin" # 10,000 records each
 RECORD = 1 + 3*32*32 # bytes
 
@@ -274,7 +297,7 @@ def read_batches(
         if missing: raise ValueError(f"the archive lacks {', '.join(missing)}")
         return np.concatenate([read_records(tar.extractfile(members[b]).read()) for b in BATCHES])
 
-# %% ../nbs/08_data.ipynb #080050
+# %% ../nbs/08_data.ipynb #080051
 @dataclass(frozen=True)
 class PublicFile:
     "A file of a public distribution."
@@ -295,7 +318,7 @@ _chardata = dict(data=(784, 24_345), target=(50, 24_345), testdata=(784, 8_070),
 _silhouettes = {f"{split}_{a}": (n, columns) for split, n in (("train", 4_100), ("val", 2_264), ("test", 2_307))
                 for a, columns in (("data", 784), ("labels", 1))}
 
-# %% ../nbs/08_data.ipynb #080051
+# %% ../nbs/08_data.ipynb #080052
 CHARDATA, SILHOUETTES, CIFAR10 = "chardata.mat", "caltech101_silhouettes_28_split1.mat", "cifar-10-binary.tar.gz"
 FILES = dict([
     _mnist("train-images-idx3-ubyte", (60_000, 28, 28), "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -315,7 +338,7 @@ FILES = dict([
     *((name, PublicFile((10_000, RECORD), None, (), None)) for name in BATCHES), # they come in the archive
 ])
 
-# %% ../nbs/08_data.ipynb #080054
+# %% ../nbs/08_data.ipynb #080055
 def data_folder() -> Path:
     "Where public files are kept: the environment variable `CSRAE_DATA`, or pooch's cache folder for csrae_nb."
     if os.environ.get("CSRAE_DATA"): return Path(os.environ["CSRAE_DATA"]).expanduser()
@@ -329,7 +352,7 @@ def find_file(
     places = [data_folder()/place/f"{name}{end}" for place in ("", "MNIST/raw", "cifar-10-batches-bin") for end in ("", ".gz")]
     return next((p for p in places if p.is_file()), None)
 
-# %% ../nbs/08_data.ipynb #080055
+# %% ../nbs/08_data.ipynb #080056
 def _content(raw):
     return gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
 
@@ -348,7 +371,7 @@ def _parsed(name, content):
 
 _DAMAGED = ValueError, EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError
 
-# %% ../nbs/08_data.ipynb #080056
+# %% ../nbs/08_data.ipynb #080057
 def _fetch(name, url):
     from pooch import HTTPDownloader, retrieve
     known = FILES[name].download_sha256
@@ -370,7 +393,7 @@ def download(
     raise FileNotFoundError(f"{name} is not in {data_folder()} and could not be downloaded:{''.join(failed)}\nGet it from there "
                             f"by other means and put it into that folder (CSRAE_DATA names another), or try again later.")
 
-# %% ../nbs/08_data.ipynb #080060
+# %% ../nbs/08_data.ipynb #080061
 def read_file(
     name: str, # a key of `FILES`
 ) -> tuple[np.ndarray | dict[str, np.ndarray], dict[str, str]]: # its array or arrays; name and SHA-256 of the file that was read
@@ -384,7 +407,7 @@ def read_file(
         warnings.warn(f"{path} has the right format and size but differs from the public file")
     return x, {path.name: sha256(raw)}
 
-# %% ../nbs/08_data.ipynb #080066
+# %% ../nbs/08_data.ipynb #080067
 def _table5(a, train, test):
     return {f"{a}_train": train[:45_000], f"{a}_val": train[45_000:50_000], f"{a}_test": test}
 
@@ -402,7 +425,7 @@ def read_static_mnist() -> tuple[dict, dict[str, str]]: # arrays; sums of the tw
     (x, h), (xt, ht) = read_file("binarized_mnist_train.amat"), read_file("binarized_mnist_test.amat")
     return _table5("x", x.reshape(-1, 28, 28), xt.reshape(-1, 28, 28)), h | ht
 
-# %% ../nbs/08_data.ipynb #080070
+# %% ../nbs/08_data.ipynb #080071
 def upright(
     x: np.ndarray, # (N, 28, 28), drawings on 0
     *more: np.ndarray, # further drawings, stored like x
@@ -412,7 +435,7 @@ def upright(
     lying = ink.any(1).sum() > ink.any(2).sum() # columns with ink, rows with ink
     return [a.transpose(0, 2, 1) if lying else a for a in (x, *more)]
 
-# %% ../nbs/08_data.ipynb #080071
+# %% ../nbs/08_data.ipynb #080072
 def _omniglot_split(arrays):
     "The arrays of chardata.mat, 23,128 / 1,217 / 8,070."
     images = (arrays[k].T.astype(np.float32).reshape(-1, 28, 28) for k in ("data", "testdata"))
@@ -426,7 +449,7 @@ def read_omniglot() -> tuple[dict, dict[str, str]]: # arrays; sum of the file
     arrays, hashes = read_file(CHARDATA)
     return _omniglot_split(arrays), hashes
 
-# %% ../nbs/08_data.ipynb #080076
+# %% ../nbs/08_data.ipynb #080077
 def _silhouette(x):
     "Images of the public file, upright and with 1 for the object."
     if not is_binary(x): raise ValueError(f"{SILHOUETTES} ranges from {x.min()} to {x.max()}, expected only zeros and ones")
@@ -438,7 +461,7 @@ def read_caltech101() -> tuple[dict, dict[str, str]]: # arrays; sum of the file
     return ({f"x_{s}": _silhouette(arrays[f"{s}_data"]) for s in SPLITS}
             | {f"y_{s}": arrays[f"{s}_labels"].ravel().astype(np.int64) - 1 for s in SPLITS}), hashes
 
-# %% ../nbs/08_data.ipynb #080082
+# %% ../nbs/08_data.ipynb #080083
 def _cifar10_split(x):
     "All 60,000 records, 45,000 / 5,000 / 10,000."
     images, labels = x[:, 1:].reshape(-1, 3, 32, 32), x[:, 0]
@@ -455,7 +478,7 @@ def read_cifar10() -> tuple[dict, dict[str, str]]: # arrays; sums of the archive
     xs, hashes = zip(*map(read_file, BATCHES))
     return _cifar10_split(np.concatenate(xs)), {k: v for h in hashes for k, v in h.items()}
 
-# %% ../nbs/08_data.ipynb #080087
+# %% ../nbs/08_data.ipynb #080088
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp") # endings of the files that a folder is read for
 
 def _some(items, n=3):
@@ -469,7 +492,7 @@ def _image_files(folder):
     if not images: raise ValueError(f"{folder} holds no images ({', '.join(IMAGES)}) among its {len(files):,} files")
     return sorted(images, key=Path.as_posix)
 
-# %% ../nbs/08_data.ipynb #080088
+# %% ../nbs/08_data.ipynb #080089
 def _arrange(folder, files):
     "Split of each file, and class or None. ValueError for files beside the splits or the classes."
     splits, inner = ["train"]*len(files), [f.parts[:-1] for f in files]
@@ -483,7 +506,7 @@ def _arrange(folder, files):
         f"{len(stray):,} of {len(files):,} images in {folder} lie beside the class folders {_some(sorted({*names} - {None}))}: {_some(stray)}")
     return splits, names
 
-# %% ../nbs/08_data.ipynb #080089
+# %% ../nbs/08_data.ipynb #080090
 def _decoded(raw):
     "One image: (H, W) if grey, else (H, W, 3); uint8."
     with Image.open(io.BytesIO(raw), formats=("PNG", "JPEG", "BMP")) as image:
@@ -502,7 +525,7 @@ def _decode_all(folder, files):
     if bad: raise ValueError(f"{len(bad):,} of {len(files):,} images in {folder} cannot be read: {_some(bad)}. Replace or remove them.")
     return images, digest.hexdigest()
 
-# %% ../nbs/08_data.ipynb #080090
+# %% ../nbs/08_data.ipynb #080091
 def _stacked(folder, files, images):
     "The images as one array, (N, H, W) or (N, 3, H, W). ValueError that names those of another size than most."
     sizes = [f"{x.shape[1]}×{x.shape[0]}" for x in images]
@@ -526,7 +549,7 @@ def read_folder(
     rows = {s: [i for i, split in enumerate(splits) if split == s] for s in SPLITS}
     return {f"{a}_{s}": v[r] for a, v in arrays.items() for s, r in rows.items() if r}, {path.name: digest}
 
-# %% ../nbs/08_data.ipynb #080100
+# %% ../nbs/08_data.ipynb #080101
 DATASETS = {                                        # name: how to read it, its likelihood
     "digits": (read_digits, "bernoulli"),           # 8×8, dynamically binarised; no download
     "pinwheel": (read_pinwheel, "gaussian"),        # 2-D points; no download
@@ -537,7 +560,7 @@ DATASETS = {                                        # name: how to read it, its 
     "cifar10": (read_cifar10, "discretized_logistic"), # 3×32×32; 170 MB
 }
 
-# %% ../nbs/08_data.ipynb #080102
+# %% ../nbs/08_data.ipynb #080103
 def read_arrays(
     path: Path, # .npz, or .npy
 ) -> tuple[dict, dict[str, str]]: # arrays, that of an .npy as `x`; name and SHA-256 of the file
@@ -551,7 +574,7 @@ def read_arrays(
         "(pickles), which are never loaded: write it anew with np.savez or np.save from arrays of numbers.") from e
     return arrays, {path.name: sha256(raw)}
 
-# %% ../nbs/08_data.ipynb #080104
+# %% ../nbs/08_data.ipynb #080105
 ARRAYS = (".npz", ".npy") # endings of the files that hold arrays
 
 def is_source(
@@ -569,7 +592,7 @@ def dataset_name(
     path = Path(os.path.abspath(Path(dataset).expanduser())) # "." has a name, too
     return path.stem if path.suffix.lower() in ARRAYS else path.name
 
-# %% ../nbs/08_data.ipynb #080106
+# %% ../nbs/08_data.ipynb #080107
 def load_data(
     dataset: str | Path | Mapping | np.ndarray | Tensor | list | tuple = "digits", # a name of `DATASETS`, a path to .npz, .npy or images, or arrays
     likelihood: str | None = None, # a key of `LIKELIHOODS`; None: the data set's own, or by the values
