@@ -66,6 +66,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'csrae_nb.data.from_arrays': ('nbs/data.html#from_arrays', 'csrae_nb/data.py'),
                                'csrae_nb.data.is_binary': ('nbs/data.html#is_binary', 'csrae_nb/data.py'),
                                'csrae_nb.data.is_source': ('nbs/data.html#is_source', 'csrae_nb/data.py'),
+                               'csrae_nb.data.known_names': ('nbs/data.html#known_names', 'csrae_nb/data.py'),
                                'csrae_nb.data.load_data': ('nbs/data.html#load_data', 'csrae_nb/data.py'),
                                'csrae_nb.data.read_amat': ('nbs/data.html#read_amat', 'csrae_nb/data.py'),
                                'csrae_nb.data.read_arrays': ('nbs/data.html#read_arrays', 'csrae_nb/data.py'),

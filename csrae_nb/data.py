@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'BINARISATION_SEED', 'BATCHES', 'RECORD', 'CHARDATA', 'SILHOUETTES', 'CIFAR10', 'FILES', 'IMAGES',
-           'DATASETS', 'ARRAYS', 'LazyImages', 'Dataset', 'is_binary', 'default_likelihood', 'scaled', 'channels_first',
-           'cut_splits', 'check_arrays', 'sha256', 'from_arrays', 'read_digits', 'read_pinwheel', 'read_idx',
-           'read_amat', 'read_mat', 'read_records', 'read_batches', 'PublicFile', 'data_folder', 'find_file',
-           'download', 'read_file', 'read_mnist', 'read_static_mnist', 'upright', 'read_omniglot', 'read_caltech101',
-           'read_cifar10', 'read_folder', 'read_arrays', 'is_source', 'dataset_name', 'load_data']
+           'DATASETS', 'ARRAYS', 'FACE_SETS', 'LazyImages', 'Dataset', 'is_binary', 'default_likelihood', 'scaled',
+           'channels_first', 'cut_splits', 'check_arrays', 'sha256', 'from_arrays', 'read_digits', 'read_pinwheel',
+           'read_idx', 'read_amat', 'read_mat', 'read_records', 'read_batches', 'PublicFile', 'data_folder',
+           'find_file', 'download', 'read_file', 'read_mnist', 'read_static_mnist', 'upright', 'read_omniglot',
+           'read_caltech101', 'read_cifar10', 'read_folder', 'read_arrays', 'known_names', 'is_source', 'dataset_name',
+           'load_data']
 
 # %% ../nbs/08_data.ipynb #080002
 import gzip
@@ -25,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -576,19 +578,24 @@ def read_arrays(
 
 # %% ../nbs/08_data.ipynb #080105
 ARRAYS = (".npz", ".npy") # endings of the files that hold arrays
+FACE_SETS = ("disfa", "fera2015", "faces_demo") # videos of faces, which the chapter on faces reads
+
+def known_names() -> tuple[str, ...]:
+    "All names that `load_data` takes."
+    return (*DATASETS, *FACE_SETS)
 
 def is_source(
     dataset: str, # as in a configuration
 ) -> bool:
-    "Whether `dataset` is a name of `DATASETS`, or can be a path: it ends like arrays, has a / in it, or is a folder here."
+    "Whether `dataset` is one of `known_names`, or can be a path: it ends like arrays, has a / in it, or is a folder here."
     path = Path(dataset).expanduser()
-    return dataset in DATASETS or path.suffix.lower() in ARRAYS or bool(dataset) and ("/" in dataset or path.is_dir())
+    return dataset in known_names() or path.suffix.lower() in ARRAYS or bool(dataset) and ("/" in dataset or path.is_dir())
 
 def dataset_name(
     dataset: str | Path, # a name of `DATASETS`, or a path
 ) -> str:
-    "What a data set is called: its name in `DATASETS`, or the name of its file, without the ending, or folder."
-    if dataset in DATASETS: return dataset
+    "What a data set is called: its own name, or the name of its file, without the ending, or folder."
+    if dataset in known_names(): return dataset
     path = Path(os.path.abspath(Path(dataset).expanduser())) # "." has a name, too
     return path.stem if path.suffix.lower() in ARRAYS else path.name
 
@@ -597,6 +604,8 @@ def load_data(
     dataset: str | Path | Mapping | np.ndarray | Tensor | list | tuple = "digits", # a name of `DATASETS`, a path to .npz, .npy or images, or arrays
     likelihood: str | None = None, # a key of `LIKELIHOODS`; None: the data set's own, or by the values
     split_seed: int = 0, # chooses the splits that the data do not come with
+    fold: int = 0, # of faces: whose subjects are the test
+    image_size: int | None = None, # of faces: pixels of a side; None: 224
 ) -> Dataset:
     """Data by name, from a file or a folder of images, or from memory.
 
@@ -608,9 +617,10 @@ def load_data(
     if isinstance(dataset, (np.ndarray, Tensor, list, tuple)): dataset = dict(x=dataset)
     if isinstance(dataset, Mapping): return from_arrays(dataset, likelihood, split_seed)
     path = Path(dataset).expanduser()
+    if dataset in FACE_SETS: return import_module("csrae_nb.faces").load_faces(dataset, fold, image_size or 224, split_seed, likelihood or "discretized_logistic")
     if dataset in DATASETS: read, default = DATASETS[dataset]
     elif path.suffix.lower() in ARRAYS and path.is_file(): read, default = partial(read_arrays, path), None
     elif dataset and path.is_dir(): read, default = partial(read_folder, Path(os.path.abspath(path))), None
-    else: raise ValueError(f"dataset {str(dataset)!r} is neither one of {', '.join(DATASETS)} nor an existing .npz or .npy file or folder of images")
+    else: raise ValueError(f"dataset {str(dataset)!r} is neither one of {', '.join(known_names())} nor an existing .npz or .npy file or folder of images")
     arrays, hashes = read()
     return from_arrays(arrays, likelihood or default, split_seed, dataset_name(dataset), hashes)

@@ -182,7 +182,7 @@ class Features:
 
 def classifier_features(data: Dataset, progress: bool = True) -> Features | None: # None without labels
     "Features of the data set's classifier, trained once."
-    if data.y_train is None: return None
+    if data.y_train is None or data.y_train.ndim > 1: return None
     net = Classifier(data.x_shape, int(data.y_train.max()) + 1)
     net.load_state_dict(_cached(f"{data.name}-classifier", dict(data=data.sha256, split=sha256(data.x_train.cpu().numpy().tobytes()), version=2), lambda: train_classifier(data, progress=progress).state_dict()))
     net.to(data.x_train.device).eval().requires_grad_(False)
@@ -283,13 +283,13 @@ def frechet_distances(
     n, m = min(n, len(data.x_test), len(real.x_test)), run.model
     some = torch.randperm(len(data.x_test), generator=generator(0, "frechet images"))[:n].to(data.x_test.device)
     key = dict(data=real.sha256, likelihood=real.likelihood, split_seed=run.cfg.split_seed, n=n, features=features.name)
-    known = _cached(f"{real.name}-statistics", key, lambda: {k: v for k, v in vars(feature_statistics(features.of, real.x_test[some].split(500))).items() if k != "n"})
-    binary = real.likelihood == "bernoulli" and not real.dynamic
+    known = _cached(f"{real.name}-statistics", key, lambda: {k: v for k, v in vars(feature_statistics(features.of, (real.x_test[i] for i in some.split(500)))).items() if k != "n"})
+    binary, test = real.likelihood == "bernoulli" and not real.dynamic, data.fixed("test")
     def shown(x): return (x > 0.5).to(x.dtype) if binary else x
     def draw(source, g): return (shown(m.sample(min(500, n - i), g, prior=source)) for i in range(0, n, 500))
-    sets = {"reconstructions": (shown(m.reconstruct(x)) for x in data.fixed("test")[some].split(500)),
+    sets = {"reconstructions": (shown(m.reconstruct(test[i])) for i in some.split(500)),
             **{name: draw(source, generator(run.cfg.seed, "samples", device=run.device)) for name, source in sources.items()},
-            "floor": iter(real.x_val[:n].split(500))}
+            "floor": (real.x_val[i:min(i + 500, n)] for i in range(0, min(n, len(real.x_val)), 500))}
     bar = progress_bar(progress, sets.items(), desc="Fréchet distances", unit="set")
     return {name: frechet_distance(feature_statistics(features.of, blocks), Statistics(**known, n=n)) for name, blocks in bar}
 
@@ -299,7 +299,7 @@ def _knn(run, data, codes):
     names, out = {"test": "knn{}", "val": "knn{}_val"}, {}
     for split, name in names.items():
         y, ks = getattr(data, f"y_{split}"), [k for k in (3, 5, 10) if k <= len(codes)]
-        known = knn_error(codes, data.y_train, run_codes(run, data, split), y, tuple(ks)) if ks and y is not None and data.y_train is not None else {}
+        known = knn_error(codes, data.y_train, run_codes(run, data, split), y, tuple(ks)) if ks and y is not None and data.y_train is not None and y.ndim == 1 else {}
         out |= {name.format(k): known.get(k) for k in (3, 5, 10)}
     return out
 

@@ -550,9 +550,11 @@ def load_faces(
     fold: int = 0, # whose subjects are the test
     image_size: int = 224, # pixels that a model sees
     split_seed: int = 0, # chooses the validation frames
+    likelihood: str = "discretized_logistic", # or gaussian
     progress: bool = True, # show a progress bar on stderr, the first time
 ) -> FaceData:
     "A fold of a data set of faces, prepared beside it at the first time; FileNotFoundError for what is missing, ValueError for a fold without frames."
+    if likelihood not in ("discretized_logistic", "gaussian"): raise ValueError(f"likelihood={likelihood!r}; the values of faces, from -0.5 to 0.5, call for discretized_logistic or gaussian")
     if name not in FACES: raise ValueError(f"unknown faces {name!r}; expected one of {', '.join(FACES)}")
     size = round(image_size*256/224); folder = data_folder()/f"{name}-prepared-{size}"
     if not (folder/"index.json").exists(): prepare_faces(name, _find(name), folder, size, progress=progress)
@@ -562,7 +564,7 @@ def load_faces(
     if rare := [f"AU {au} ({s})" for s in SPLITS for au, n in zip(FACES[name].aus, y[s].sum(0).tolist()) if not n]: warnings.warn(f"fold {fold} of {name} has no frame that shows {', '.join(rare)}")
     def lazy(split, see, shape): return LazyImages(lambda i: see(store.read(rows[split][i])), len(rows[split]), shape)
     middle = {s: lazy(s, lambda x: centred(x, image_size), (3, image_size, image_size)) for s in SPLITS}
-    return FaceData(name, lazy("train", lambda x: x, (3, size, size)), middle["val"], middle["test"], *(y[s] for s in SPLITS), "discretized_logistic", False, store.sha256,
+    return FaceData(name, lazy("train", lambda x: x, (3, size, size)), middle["val"], middle["test"], *(y[s] for s in SPLITS), likelihood, False, store.sha256,
                     crop=image_size, centres=middle["train"], aus=FACES[name].aus)
 
 # %% ../nbs/15_faces.ipynb #150052

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import __version__
-from .data import DATASETS, SPLITS, Dataset, dataset_name, is_source, load_data
+from .data import FACE_SETS, SPLITS, Dataset, LazyImages, dataset_name, is_source, known_names, load_data
 from .divergence import Share
 from .likelihoods import LIKELIHOODS, Likelihood, make_likelihood
 from .models import CSRAE, IWAE, VAE, Autoencoder, MixtureCSRAE, MixtureVAE, VampPriorVAE
@@ -54,6 +54,8 @@ PRESETS = { # what None in a Config becomes
     "pinwheel": {**_small, "network": "pinwheel", "latent_dim": 2, "components": 4},
     **dict.fromkeys(("mnist", "static_mnist", "omniglot", "caltech101"), _paper),
     "cifar10":  {**_paper, "network": "residual"},
+    **dict.fromkeys(("disfa", "fera2015"), {**_paper, "network": "faces", "image_size": 224, "epochs": 100, "warmup": 25, "patience": 30, "ll_samples": 0}),
+    "faces_demo": {**_small, "network": "faces", "image_size": 96, "latent_dim": 20, "ll_samples": 0},
     "other":    {**_small, "latent_dim": 20, "components": 50, "ll_samples": 1000}, # own arrays, and data sets without a row
 }
 
@@ -69,7 +71,7 @@ MODELS = {m.__name__: m for m in (VAE, IWAE, MixtureVAE, VampPriorVAE, CSRAE, Mi
 @dataclass(frozen=True, kw_only=True)
 class Config:
     "Everything that a run depends on; ValueError for a value that cannot be."
-    dataset: str = "digits" # a name of DATASETS, a path to .npz, .npy or a folder of images, or "arrays" for data given to fit
+    dataset: str = "digits" # a data set's name, a path to .npz, .npy or a folder of images, or "arrays" for data given to fit
     model: str = "MixtureCSRAE" # VAE, IWAE, MixtureVAE, VampPriorVAE, CSRAE or MixtureCSRAE
     prior: str = "mog" # of a MixtureCSRAE: mog or vamp
     latent_dim: int | None = None # D; None: the data set's preset, as for every None below
@@ -83,7 +85,7 @@ class Config:
     learned_weights: bool = False # mog with learned weights, in place of 1/K
     kmeans_epoch: int = 3 # epoch after which free mog components are set by k-means on the codes; 0: never
     likelihood: str | None = None # bernoulli, gaussian, discretized_logistic; None: what the data call for
-    network: str | None = None # a row of Table 6: mlp, pinwheel, residual
+    network: str | None = None # a row of Table 6: mlp, pinwheel, residual, faces
     epochs: int | None = None # passes over the training data, at most
     warmup: int | None = None # epochs over which the weight of the divergence grows from 0 to its value; None: the preset's share of epochs
     patience: int | None = None # stop after so many epochs without a better validation loss
@@ -94,6 +96,8 @@ class Config:
     lr: float = 5e-4 # Adam's learning rate
     seed: int = 0 # weights, batches, draws of z, binarisation
     split_seed: int = 0 # split of data that come unsplit
+    fold: int = 0 # of a data set of faces: whose subjects are the test, 0 to 2
+    image_size: int | None = None # of faces: pixels of a side, 32, 96, 160, 224, …
     ll_samples: int | None = None # S of Eq. (28) in the evaluation; 0: leave it out
     fid_layer: int | None = None # Inception features of the FID: 64, 192, 768 or 2048 of them; 0: leave it out
     fid_images: int = 10_000 # images of each kind in a Fréchet distance, at most
@@ -109,7 +113,7 @@ class Config:
 _choices = dict(model=MODELS, prior=("mog", "vamp"), objective=("cs", "paper_eq21"), likelihood=LIKELIHOODS, network=NETWORKS,
                 device=("auto", "cpu"), precision=("no", "bf16"), fid_layer=(0, 64, 192, 768, 2048))
 _least = dict(latent_dim=1, components=1, importance_samples=1, kl_samples=1, kmeans_epoch=0, epochs=1, warmup=0, patience=1, batch_size=1, seed=0,
-              split_seed=0, ll_samples=0, fid_images=2, expost_components=1, threads=1, lam=0, beta=0, labels=0, labelled_batch=1, alpha=0)
+              split_seed=0, fold=0, image_size=32, ll_samples=0, fid_images=2, expost_components=1, threads=1, lam=0, beta=0, labels=0, labelled_batch=1, alpha=0)
 
 def _check_config(c):
     "ValueError for the first field of c that cannot be."
@@ -124,9 +128,10 @@ def _check_config(c):
         if (v := getattr(c, k)) is not None and not low <= v < math.inf: raise ValueError(f"{k}={v}; expected at least {low}")
     ignored, used = ("beta", "lam") if issubclass(MODELS[c.model], CSRAE) else ("lam", "beta")
     if getattr(c, ignored) != 1 and not (c.labels and ignored == "beta"): raise ValueError(f"{ignored}={getattr(c, ignored)} has no effect on {c.model}; set {used}")
+    if (c.fold or c.image_size) and dataset_name(c.dataset) not in FACE_SETS: raise ValueError(f"fold and image_size are of faces ({', '.join(FACE_SETS)}), not of {c.dataset}")
     if not 0 < c.lr < math.inf: raise ValueError(f"lr={c.lr}; expected a positive number")
     if c.dataset != "arrays" and not is_source(c.dataset): raise ValueError(
-        f"unknown dataset {c.dataset!r}; expected one of {', '.join(DATASETS)}, a path to .npz, .npy or a folder of images, or \"arrays\"")
+        f"unknown dataset {c.dataset!r}; expected one of {', '.join(known_names())}, a path to .npz, .npy or a folder of images, or \"arrays\"")
     if c.name is not None and (not c.name or c.name != os.path.basename(c.name) or c.name.startswith(".")): raise ValueError(
         f"name={c.name!r}; expected a plain folder name")
 
@@ -336,7 +341,7 @@ def warmup_weight(cfg: Config, epoch: int) -> float: # 0 to 1
 @torch.no_grad()
 def mean_terms(
     model: Autoencoder,
-    x: Tensor, # (n, *X), as the model sees it
+    x: Tensor | LazyImages, # (n, *X), as the model sees it
     generator: torch.Generator | None = None,
     rows: int = 1000, # examples at a time
 ) -> tuple[float, float]: # reconstruction −E log p(x|z) and divergence, in nats an example
@@ -378,7 +383,7 @@ class Task:
         return ()
 
 # %% ../nbs/09_training.ipynb #090045
-def _validate(self: Task, model: Autoencoder, data: Dataset, x: Tensor) -> dict: # column of the history: value
+def _validate(self: Task, model: Autoencoder, data: Dataset, x: Tensor | LazyImages) -> dict: # column of the history: value
     "Validation of an epoch, on the validation images x."
     rec, div = mean_terms(model, x, generator(self.cfg.seed, "validation", device=x.device))
     return dict(val_reconstruction=rec, val_divergence=div, criterion=rec + div)
@@ -447,7 +452,7 @@ def train_epoch(
 @torch.no_grad()
 def draw_codes(
     model: Autoencoder,
-    x: Tensor, # (n, *X), as the model sees it
+    x: Tensor | LazyImages, # (n, *X), as the model sees it
     generator: torch.Generator | None = None,
     rows: int = 1000, # examples at a time
 ) -> Tensor: # (n, D)
@@ -501,9 +506,10 @@ def prepare_data(
 ) -> Dataset:
     "The data of a configuration, loaded if need be and checked against it; ValueError if they do not fit."
     if data is None and cfg.dataset == "arrays": raise ValueError('dataset="arrays" needs the arrays: fit(cfg, dict(x=..., y=...))')
-    if not isinstance(data, Dataset): data = load_data(cfg.dataset if data is None else data, cfg.likelihood, cfg.split_seed)
+    if not isinstance(data, Dataset): data = load_data(cfg.dataset if data is None else data, cfg.likelihood, cfg.split_seed, cfg.fold, cfg.image_size)
     if cfg.likelihood not in (None, data.likelihood): raise ValueError(f"the config says likelihood {cfg.likelihood}, the data {data.likelihood}")
-    for split in SPLITS: make_likelihood(data.likelihood).check(getattr(data, f"x_{split}"), f"x_{split}")
+    for split in SPLITS:
+        if isinstance(x := getattr(data, f"x_{split}"), Tensor): make_likelihood(data.likelihood).check(x, f"x_{split}")
     n = len(data.x_train)
     if cfg.batch_size > n: raise ValueError(f"batch_size={cfg.batch_size} is larger than the {n} training examples of {data.name}")
     if prior_kind(cfg) != "normal" and cfg.components > n: raise ValueError(f"components={cfg.components}; {data.name} has only {n} training examples")

@@ -1,4 +1,5 @@
 "Preparing faces: what a notebook cannot show, kills, damage and folders with gaps."
+import dataclasses
 import json
 import os
 import shutil
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 
 from csrae_nb import faces
+from csrae_nb.evaluation import complete_run
 from csrae_nb.faces import FACES, FrameStore, load_faces, prepare_faces, read_fera2015, write_disfa, write_fera2015
+from csrae_nb.training import Config, command, fit, load_run, run_name, runs_folder
 
 h5py = pytest.importorskip("h5py"); pytest.importorskip("cv2")
 SUBJECTS = tuple(FACES["faces_demo"].recordings())
@@ -91,3 +94,19 @@ def test_memory_does_not_grow_with_the_video(tmp_path):
                 f"assert _prepare('faces_demo', Path({str(root)!r}), 'SN001', out, 256)['frames'] == {n}\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
         peak.append(int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)/1024)
     assert peak[1] - peak[0] < 15                                      # MiB; 360 frames of 256×256 are 67
+
+def test_a_run_on_faces(drawn, tmp_path, monkeypatch):
+    "From the folders to metrics.json, batch by batch from the disk, through the same fit; without labels there are no kNN errors of rows of answers."
+    monkeypatch.setenv("CSRAE_DATA", str(tmp_path)); monkeypatch.setenv("CSRAE_RUNS", str(tmp_path/"runs")); shutil.copytree(drawn, tmp_path/"faces_demo")
+    cfg = Config(dataset="faces_demo", image_size=32, fold=1, epochs=2, warmup=1, kmeans_epoch=1, components=3, batch_size=50, latent_dim=4, expost_components=3)
+    metrics = complete_run(cfg, progress=False)
+    assert metrics["reconstruction"] < 8*3*32**2 and metrics["knn3"] is None and metrics["frechet_classifier_floor"] is None and metrics["effective_k"] >= 1
+    run = load_run(runs_folder()/run_name(cfg)); data = load_faces("faces_demo", 1, 32, progress=False)
+    assert run.model.reconstruct(data.fixed("test")[:3]).shape == (3, 3, 32, 32) and run.sha256 == data.sha256
+    assert not run_name(cfg) == run_name(dataclasses.replace(cfg, fold=2)) and "-p image_size 32" in command(cfg) and "-p fold 1" in command(cfg)
+
+@pytest.mark.parametrize("wrong, says", [(dict(dataset="mnist", fold=1), "fold and image_size are of faces"), (dict(dataset="faces_demo", image_size=100), "32, 96, 160, 224"),
+                                         (dict(dataset="faces_demo", image_size=32, fold=3), "expected 0 to 2"), (dict(dataset="faces_demo", image_size=32, likelihood="bernoulli"), "call for discretized_logistic")])
+def test_what_faces_cannot_be(drawn, tmp_path, monkeypatch, wrong, says):
+    monkeypatch.setenv("CSRAE_DATA", str(tmp_path)); monkeypatch.setenv("CSRAE_RUNS", str(tmp_path/"runs")); (tmp_path/"faces_demo").symlink_to(drawn)
+    with pytest.raises(ValueError, match=says): fit(Config(**wrong), progress=False)
