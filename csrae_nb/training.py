@@ -106,7 +106,6 @@ class Config:
     precision: str = "no" # mixed precision of the networks: no, bf16
     threads: int = 1 # CPU threads within an operation
     name: str | None = None # the run's folder; None: made from the rest
-
     def __post_init__(self): _check_config(self)
 
 # %% ../nbs/09_training.ipynb #090010
