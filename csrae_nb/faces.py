@@ -389,7 +389,7 @@ def aligned(
 
 # %% ../nbs/15_faces.ipynb #150036
 QUALITY = 95 # of the JPEGs
-BYTES = 0.3 # a pixel, at most, by experience: for the space that is needed
+BYTES = 0.3 # a pixel, half as much again as drawn faces take: for the space that is needed
 
 def _frames_to(file, r, size):
     "Align, compress and append the usable frames of a recording to a file; rows used, bytes of each, digest, and how many were left out why."
@@ -452,7 +452,7 @@ def _write_index(name, root, out, size, recordings):
     "index.json; FileNotFoundError if nothing could be used."
     problems = [f"{n}: {a['problem']}" for n, a in recordings.items() if "problem" in a]
     if len(problems) == len(recordings): raise FileNotFoundError(f"no recording of {name} in {root}, expected {FACES[name].layout}; first problem: {problems[0]}")
-    if problems: warnings.warn(f"{len(problems)} of {len(recordings)} recordings of {name} are left out: {'; '.join(problems[:3])}{' …' if len(problems) > 3 else ''} (all in {out/'index.json'})")
+    if problems: warnings.warn(f"{len(problems)} of {len(recordings)} recordings of {name} are left out: {'; '.join(problems[:3])}{' …' if len(problems) > 3 else ''} (all in {out/'index.json'}; once they are mended, remove it, and only they are prepared)")
     index = dict(name=name, size=size, recordings=recordings)
     write_atomic(out/"index.json", json.dumps(index, indent=1))
     return index
