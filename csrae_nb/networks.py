@@ -5,12 +5,15 @@
 # %% auto #0
 __all__ = ['NETWORKS', 'glorot_', 'mlp', 'Encoder', 'Decoder', 'Network', 'fully_connected', 'ResidualBlock', 'residual_encoder',
            'residual_decoder', 'GatedDense', 'gated_prior', 'face_features', 'face_images', 'face_encoder',
-           'face_decoder', 'make_networks', 'prior_network']
+           'face_decoder', 'torchvision_module', 'resnet18_features', 'resnet18_encoder', 'make_networks',
+           'prior_network']
 
 # %% ../nbs/05_networks.ipynb #050002
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 from jaxtyping import Float
@@ -190,12 +193,42 @@ def face_decoder(inputs: int, out_shape: tuple[int, ...], generator: torch.Gener
     "Decoder of Table 6's row for DISFA, without labels."
     return nn.Sequential(mlp(inputs, 512, generator=generator), nn.ReLU(), face_images(512, out_shape, generator))
 
+# %% ../nbs/05_networks.ipynb #050131
+def torchvision_module(name: str):
+    "A module of torchvision; ModuleNotFoundError that says what to install."
+    try: return import_module(name)
+    except ModuleNotFoundError as e: raise ModuleNotFoundError(f"this needs torchvision ({e}): pip install 'csrae_nb[faces]'") from e
+    except RuntimeError as e:
+        if "torchvision::nms" not in str(e): raise
+    for module in [m for m in sys.modules if m.split(".")[0] == "torchvision"]: del sys.modules[module]
+    torchvision_module.library = torch.library.Library("torchvision", "DEF")
+    for op in ("nms", "qnms"): torchvision_module.library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return import_module(name)
+
+def resnet18_features(
+    x_shape: tuple[int, ...], # (3, H, W)
+    outputs: int = 512,
+    generator: torch.Generator | None = None, # draws the weights
+) -> nn.Sequential: # (B, 3·H·W) to (B, outputs)
+    "ResNet18 up to its 512 features, as torchvision initialises it; ValueError for x that are no colour images."
+    if len(x_shape) != 3 or x_shape[0] != 3 or outputs != 512: raise ValueError(f"resnet18 takes colour images (3, H, W) to 512 features, got {tuple(x_shape)} and {outputs}")
+    seed = torch.empty((), dtype=torch.long, device="cpu").random_(generator=generator).item()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed); net = torchvision_module("torchvision.models").resnet18(weights=None)
+    net.fc = nn.Identity()
+    return nn.Sequential(nn.Unflatten(1, tuple(x_shape)), net)
+
+def resnet18_encoder(x_shape: tuple[int, ...], outputs: int, generator: torch.Generator | None = None) -> nn.Sequential: # (B, 3·H·W) to (B, outputs)
+    "ResNet18 in the place of `face_features`."
+    return nn.Sequential(resnet18_features(x_shape, 512, generator), mlp(512, 300, outputs, generator=generator))
+
 # %% ../nbs/05_networks.ipynb #050032
 NETWORKS = { # a network of another kind is one more row
     "mlp":      fully_connected(encoder=(300, 300), decoder=(300, 300)),
     "pinwheel": fully_connected(encoder=(5, 10), decoder=(10, 5), act=nn.Softplus),
     "residual": Network(residual_encoder, residual_decoder, gated_prior),
     "faces":    Network(face_encoder, face_decoder, fully_connected((), ()).prior),
+    "resnet18": Network(resnet18_encoder, face_decoder, fully_connected((), ()).prior),
 }
 
 def _row(name):
