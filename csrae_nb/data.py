@@ -86,6 +86,11 @@ class Dataset:
         "Shape of one example."
         return tuple(self.x_train.shape[1:])
 
+    @property
+    def answers(self) -> tuple[str, ...]:
+        "Names of the questions, where a label is a row of answers."
+        return tuple(map(str, range(self.y_train.shape[1]))) if self.y_train is not None and self.y_train.ndim > 1 else ()
+
     def draw(self, x: Float[Tensor, "B *X"], generator: torch.Generator | None = None) -> Float[Tensor, "B *X"]:
         "What a model sees of x in training: a fresh binarisation of dynamic data, any other data as they are."
         return torch.bernoulli(x, generator=generator) if self.dynamic else x

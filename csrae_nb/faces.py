@@ -22,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_compl
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
-from multiprocessing import get_context
+from multiprocessing import current_process, get_context
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -179,13 +179,14 @@ class FaceSet:
 
 def _subjects(prefix, *parts): return tuple(tuple(f"{prefix}{int(s):03}" if s.isdigit() else s for s in part.split()) for part in parts)
 
+_disfa_folds = _subjects("SN", "2 10 1 26 27 32 30 9 16", "13 18 11 28 12 6 31 21 24", "3 29 23 25 8 5 7 17 4")
+
 FACES = {
-    "disfa": FaceSet(read_disfa, "ActionUnit_Labels/, Videos_LeftCamera/ and Landmark_Points/", DISFA_AUS, _subjects("SN",
-        "2 10 1 26 27 32 30 9 16", "13 18 11 28 12 6 31 21 24", "3 29 23 25 8 5 7 17 4")),
+    "disfa": FaceSet(read_disfa, "ActionUnit_Labels/, Videos_LeftCamera/ and Landmark_Points/", DISFA_AUS, _disfa_folds),
     "fera2015": FaceSet(read_fera2015, "BP4D-training/, AUCoding/, AU Intensity Codes3.0/ and 2DFeatures/", FERA_AUS, _subjects("",
         "F001 M007 F018 F008 F002 M004 F010 F009 M012 M001 F016 M014 F023 M008", "M011 F003 M010 M002 F005 F022 M018 M017 F013 M016 F020 F011 M013 M005",
         "F007 F015 F006 F019 M006 M009 F012 M003 F004 F021 F017 M015 F014"), tuple(f"T{t}" for t in range(1, 9))),
-    "faces_demo": FaceSet(read_disfa, "the layout of DISFA", DISFA_AUS, _subjects("SN", "2 10 1", "13 18 31", "3 29 23")),
+    "faces_demo": FaceSet(read_disfa, "the layout of DISFA", DISFA_AUS, _disfa_folds),
 }
 
 def fold_rows(
@@ -286,13 +287,13 @@ def _draw_side(p, au, side, fill, line, ring, iris, hair, dark, brow):
     if au.get(14, 0) > .1: line([p[48 if side < 0 else 54] + (side*.06, -.06*au[14]), p[48 if side < 0 else 54] + (side*.06, .06*au[14])], dark, .03)
 
 # %% ../nbs/15_faces.ipynb #150022
-DEMO_RATES = {1: .07, 2: .06, 4: .15, 6: .12, 9: .06, 10: .2, 12: .18, 14: .15, 17: .1, 25: .28, 26: .12} # how much of the time an AU is active, about; a little more, since most subjects show each at least once
+DEMO_RATES = {1: .07, 2: .06, 4: .15, 6: .12, 9: .06, 10: .2, 12: .18, 14: .15, 17: .1, 25: .28, 26: .12} # how much of the time an AU is active, about; a little more, since a quarter of the subjects show it at least once
 
 def some_activity(rng: np.random.Generator, n: int, aus: tuple[int, ...]) -> np.ndarray: # (n, A), 0 to 5, not rounded
     "How strongly each AU acts in each frame: events that come, stay and go; 1 and 2, 6 and 12, 25 and 26 often together."
     level = np.zeros((n, len(aus)))
     for a, au in enumerate(aus):
-        for _ in range(max(int(rng.random() < .8), rng.poisson(DEMO_RATES[au]*n/45))):
+        for _ in range(max(int(rng.random() < .25), rng.poisson(DEMO_RATES[au]*n/45))):
             length, start, peak = rng.integers(14, 46), rng.integers(-10, n), rng.uniform(2.2, 5)
             t = (np.arange(n) - start)/length; event = peak*np.clip(5*np.minimum(t, 1 - t), 0, 1)
             partner = {1: 2, 2: 1, 6: 12, 12: 6, 25: 26, 26: 25}.get(au) if rng.random() < .5 else None
@@ -318,7 +319,7 @@ def some_frames(name: str, n: int, aus: tuple[int, ...], seed: int, size=(192, 1
 def write_disfa(
     root: Path, # made if need be
     subjects: tuple[str, ...],
-    frames: int = 220, # of each
+    frames: int = 74, # of each
     seed: int = 0,
 ) -> None:
     "Drawn subjects in the layout of DISFA."
@@ -436,6 +437,7 @@ def prepare_faces(
     progress: bool = True, # show a progress bar on stderr
 ) -> dict: # the contents of index.json: what became of each recording
     "Align and compress all recordings, those that are not yet; FileNotFoundError if none is usable, OSError before it begins if they will not fit on the disk."
+    if getattr(current_process(), "_inheriting", False): raise RuntimeError(f"{name} is prepared by processes that import your script: put what the script does under if __name__ == \"__main__\":")
     out.mkdir(parents=True, exist_ok=True)
     with FileLock(out/".lock"):                                        # others wait, and find it done
         wanted = list(FACES[name].recordings()); done = {n: a for n in wanted if (a := _prepared(out, n))}
@@ -528,6 +530,9 @@ class FaceData(Dataset):
 
     @property
     def x_shape(self): return (3, self.crop, self.crop)
+
+    @property
+    def answers(self): return tuple(f"AU{au}" for au in self.aus)
 
     def draw(self, x, generator=None): return augmented(x, self.crop, generator)
 

@@ -22,7 +22,7 @@ SUBJECTS = tuple(FACES["faces_demo"].recordings())
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     root = tmp_path_factory.mktemp("drawn")
-    write_disfa(root, SUBJECTS, frames=60)
+    write_disfa(root, SUBJECTS, frames=20)
     return root
 
 def digests(index): return {n: a["sha256"] for n, a in index["recordings"].items()}
@@ -48,13 +48,13 @@ def test_what_is_missing_is_named_and_the_rest_goes_on(drawn, tmp_path):
     shutil.rmtree(root/"Landmark_Points"/"SN001"); (root/"ActionUnit_Labels"/"SN002"/"SN002_au9.txt").unlink()
     next((root/"Videos_LeftCamera").glob("*SN003*")).write_bytes(b"no video"); next((root/"Videos_LeftCamera").glob("*SN010*")).unlink()
     for au in FACES["faces_demo"].aus:
-        f = root/"ActionUnit_Labels"/"SN013"/f"SN013_au{au}.txt"; f.write_text(f.read_text() + "".join(f"{k},0\n" for k in range(61, 81)))      # longer than the video
+        f = root/"ActionUnit_Labels"/"SN013"/f"SN013_au{au}.txt"; f.write_text(f.read_text() + "".join(f"{k},0\n" for k in range(21, 41)))      # longer than the video
         f = root/"ActionUnit_Labels"/"SN018"/f"SN018_au{au}.txt"; f.write_text(f.read_text().replace("7,0\n", "7,9\n", 1))
-    for k in (20, 21, 22): next((root/"Landmark_Points"/"SN029").rglob(f"*_00{k}_lm.mat")).unlink()
-    with pytest.warns(UserWarning, match="4 of 9 recordings of faces_demo are left out: SN001: no landmarks"): index = prepare_faces("faces_demo", root, tmp_path/"out", size=32, jobs=2, progress=False)
+    for k in (10, 11, 12): next((root/"Landmark_Points"/"SN029").rglob(f"*00{k}_lm.mat")).unlink()
+    with pytest.warns(UserWarning, match="4 of 27 recordings of faces_demo are left out: SN001: no landmarks"): index = prepare_faces("faces_demo", root, tmp_path/"out", size=32, jobs=2, progress=False)
     a = index["recordings"]
     assert "labels of AU 9" in a["SN002"]["problem"] and "is no video that can be read" in a["SN003"]["problem"] and "no video of the left camera" in a["SN010"]["problem"]
-    assert (a["SN013"]["frames"], a["SN013"]["left_out"]) == (69, {"unreadable": 1, "no face": 10}) and a["SN018"]["left_out"]["not coded"] > 0
+    assert (a["SN013"]["frames"], a["SN013"]["left_out"]) == (29, {"unreadable": 1, "no face": 10}) and a["SN018"]["left_out"]["not coded"] > 0
     assert a["SN029"]["left_out"] == {"no face": 2}                     # of three in a row the first repeats the one before
     assert json.loads((tmp_path/"out"/"index.json").read_text()) == json.loads(json.dumps(index))
 
