@@ -111,9 +111,10 @@ def plot_codes(
     axes = torch.linalg.svd(z - centre, full_matrices=False).Vh[:2].T if z.shape[1] > 2 else torch.eye(z.shape[1], 2)
     fig, ax = plt.subplots(figsize=(5.5, 4.5), layout="constrained")
     y = data.y_test[:n].cpu() if data.y_test is not None else None
+    if many := y is not None and y.ndim > 1: y = y.sum(1)
     ten = dict(cmap="tab10", vmin=-.5, vmax=9.5) if y is not None and y.max() < 10 else {}
     s = ax.scatter(*((z - centre) @ axes).T, s=12 if len(z) < 500 else 3, c=y, **ten)
-    if y is not None: fig.colorbar(s, label="class", ticks=range(10) if ten else None)
+    if y is not None: fig.colorbar(s, label="answers that are yes" if many else "class", ticks=range(10) if ten else None)
     ax.plot(*((mu - centre) @ axes).T, "k+", ms=8, label="prior's means"); ax.legend(fontsize=8)
     ax.set(xlabel="first axis", ylabel="second axis", title="codes of test data")
     return fig
