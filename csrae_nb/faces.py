@@ -459,6 +459,7 @@ def _write_index(name, root, out, size, recordings):
     write_atomic(out/"index.json", json.dumps(index, indent=1))
     return index
 
+# %% ../nbs/15_faces.ipynb #150137
 def _check_space(name, root, out, size, todo):
     "OSError if the frames will not fit on the disk."
     need, free = BYTES*size**2*sum(_frames_expected(root, n) for n in todo), shutil.disk_usage(out).free
