@@ -157,7 +157,7 @@ def make_config(values: dict) -> Config: # validated
     known = {f.name: f.type for f in dataclasses.fields(Config)}
     if unknown := [k for k in values if k not in known]: raise ValueError(
         f"unknown parameter {', '.join(map(repr, unknown))}; the known ones are {', '.join(known)}")
-    return Config(**values)
+    return Config(**{k: float(v) if type(v) is int and known[k] in (float, float | None) else v for k, v in values.items()})
 
 # %% ../nbs/09_training.ipynb #090014
 def resolve(cfg: Config) -> Config: # without None, but for likelihood, which the data decide, and name
