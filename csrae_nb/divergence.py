@@ -111,38 +111,46 @@ SKIP = 1e-12 # share of the largest gradient below which a pair is skipped
 SMALL = 2**16 # numbers (pairs × dimensions) that are done before numba has started
 
 def _log_z_loops(mu, var, nu, tau2, out, same): # nu and tau2 (P, D, M): the inner loop runs along a row
-    (P, N, D), M = mu.shape, nu.shape[2]
-    square, product, total = np.empty(M, mu.dtype), np.empty(M), np.empty(M)
+    (P, N, D), M, step = mu.shape, nu.shape[2], 8 if mu.itemsize == 4 else 1   # dimensions that cannot leave the range of a double
+    squares, products, powers = np.empty(M, mu.dtype), np.empty(M), np.empty(M, np.int64)
     for p in range(P):
         for n in range(N):
             first = n if same else 0
-            total[:] = D*math.log(2*math.pi)
-            for chunk in range(0, D, 8):
-                square[:] = 0; product[:] = 1; end = min(chunk + 8, D)
-                for d in range(chunk, end):
-                    for m in range(first, M):
-                        s, r = var[p, n, d] + tau2[p, d, m], mu[p, n, d] - nu[p, d, m]
-                        square[m] += r*r/s; product[m] *= s
-                for m in range(first, M):
-                    if 1e-290 < product[m] < 1e290: total[m] += square[m] + math.log(product[m])
-                    else:
-                        total[m] += square[m]
-                        for d in range(chunk, end): total[m] += math.log(np.float64(var[p, n, d] + tau2[p, d, m]))
-            for m in range(first, M):
-                out[p, n, m] = -total[m]/2
-                if same: out[p, m, n] = out[p, n, m]
+            square, product, power, row, odd = squares[first:], products[first:], powers[first:], out[p, n, first:], False
+            bits = product.view(np.int64)                              # sign, 11 bits of the power of two, 52 of the rest
+            square[:], product[:], power[:] = 0, 1, 0
+            for start in range(0, D, step):
+                for d in range(start, min(start + step, D)):
+                    a, b, nu_d, tau2_d = mu[p, n, d], var[p, n, d], nu[p, d, first:], tau2[p, d, first:]
+                    for m in range(len(square)): s, r = b + tau2_d[m], a - nu_d[m]; square[m] += r*r/s; product[m] *= s
+                for m in range(len(bits)):
+                    e = bits[m] >> 52; odd |= (e <= 0) | (e >= 2047); power[m] += e - 1023
+                    bits[m] = bits[m] & (1 << 52) - 1 | 1023 << 52     # the product is in [1, 2) again
+            if odd:
+                for m in range(len(square)):
+                    product[m] = 1; power[m] = 0
+                    for d in range(D): square[m] += math.log(np.float64(var[p, n, d] + tau2[p, d, first+m]))
+            for m in range(len(row)): row[m] = -(square[m] + math.log(product[m]) + power[m]*math.log(2) + D*math.log(2*math.pi))/2
+            if same:
+                for m in range(len(row)): out[p, first+m, n] = row[m]
 
+
+# %% ../nbs/01_divergence.ipynb #010117
 def _gradient_loops(mu, var, nu, tau2, g, least, gmu, gvar, gnu, gtau2, same):
-    (P, N, D), M = mu.shape, nu.shape[1]
+    (P, N, D), M, one, half = mu.shape, nu.shape[1], mu.dtype.type(1), mu.dtype.type(.5)   # of the arrays' precision: a plain 1 would make all doubles
     for p in range(P):
         for n in range(N):
+            mu_n, var_n, gmu_n, gvar_n = mu[p, n], var[p, n], gmu[p, n], gvar[p, n]
             for m in range(n if same else 0, M):
-                w = g[p, n, m]; half = w/2
+                w, h = g[p, n, m], g[p, n, m]*half
                 if not abs(w) <= least:                                # true of NaN, too
-                    for d in range(D):
-                        u = 1/(var[p, n, d] + tau2[p, m, d]); r = (mu[p, n, d] - nu[p, m, d])*u
-                        h, r = (r*r - u)*half, r*w
-                        gmu[p, n, d] -= r; gnu[p, m, d] += r; gvar[p, n, d] += h; gtau2[p, m, d] += h
+                    nu_m, tau2_m, gnu_m, gtau2_m = nu[p, m], tau2[p, m], gnu[p, m], gtau2[p, m]
+                    for d in range(len(mu_n)):                         # two short loops: one that writes four rows is too much for the compiler
+                        u = one/(var_n[d] + tau2_m[d]); r = (mu_n[d] - nu_m[d])*u
+                        gnu_m[d] += r*w; gtau2_m[d] += (r*r - u)*h
+                    for d in range(len(mu_n)):
+                        u = one/(var_n[d] + tau2_m[d]); r = (mu_n[d] - nu_m[d])*u
+                        gmu_n[d] -= r*w; gvar_n[d] += (r*r - u)*h
 
 # %% ../nbs/01_divergence.ipynb #010018
 @cache
