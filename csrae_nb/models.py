@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .divergence import GMM, Share, cs_divergence, kl_divergence, pairwise_log_overlap
+from .divergence import GMM, Share, cs_divergence, kl_divergence, matrix_log_prob, pairwise_log_overlap
 from .likelihoods import Likelihood
 from .priors import Prior, StandardNormal, VampPrior
 
@@ -146,13 +146,13 @@ class MixtureCSRAE(CSRAE):
         super().__init__(encoder, decoder, prior, likelihood, lam, objective)
 
 # %% ../nbs/06_models.ipynb #060031
-def _log_weights(model, x, q, p, samples, generator):
+def _log_weights(model, x, q, log_prior, samples, generator):
     "log p(x|z) and log p(z) − log q(z|x) at `samples` draws of z for each x, both of shape (S, B)."
     q = GMM(*(t.expand(samples, *t.shape) for t in (q.logw, q.mu, q.var)))
     z = q.rsample(generator)                                           # (S, B, D)
     xs = x.expand(samples, *x.shape).flatten(0, 1)                     # (S·B, *X)
     rec = model.likelihood.log_prob(xs, model.decode(z.flatten(0, 1))).view(samples, -1)
-    return rec, p.log_prob(z) - q.log_prob(z)
+    return rec, log_prior(z) - q.log_prob(z)
 
 # %% ../nbs/06_models.ipynb #060032
 class IWAE(VAE):
@@ -166,7 +166,7 @@ class IWAE(VAE):
 
     def loss(self, x, weight=1., generator=None) -> Terms:
         q, p = self.encode(x), self.prior()
-        rec, ratio = _log_weights(self, x, q, p, self.samples, generator)
+        rec, ratio = _log_weights(self, x, q, p.log_prob, self.samples, generator)
         bound = (rec + weight*self.lam*ratio).logsumexp(0) - math.log(self.samples)
         div = kl_divergence(q, p) if q.mu.shape[-2] == p.mu.shape[-2] == 1 else -ratio.mean(0)
         return Terms(-bound.mean(), -rec.mean(0), div)
@@ -181,10 +181,10 @@ def _log_likelihood(self: Autoencoder,
 ) -> Float[Tensor, "B"]: # nats; an estimate from below
     "log p(x) by importance sampling, Eq. (28)."
     if samples < 1: raise ValueError(f"samples={samples}; expected at least 1")
-    p, s, out = self.prior(), min(samples, rows), []
+    log_prior, s, out = matrix_log_prob(self.prior()), min(samples, rows), []
     for xb in x.split(max(1, rows//s)):
         q = self.encode(xb)
-        draws = [sum(_log_weights(self, xb, q, p, min(s, samples - i), generator)) for i in range(0, samples, s)]
+        draws = [sum(_log_weights(self, xb, q, log_prior, min(s, samples - i), generator)) for i in range(0, samples, s)]
         out.append(torch.cat(draws).logsumexp(0) - math.log(samples))
     return torch.cat(out)
 
