@@ -101,12 +101,18 @@ def feature_statistics(
     return Statistics(first + mean, (square - n*mean[:, None]*mean)/(n - 1), n)
 
 # %% ../nbs/10_evaluation.ipynb #100013
+def _factor(cov):
+    "A with A Aᵀ = cov."
+    A, singular = torch.linalg.cholesky_ex(cov)
+    if not singular: return A
+    value, vector = torch.linalg.eigh(cov)
+    return vector*value.clamp_min(0).sqrt()
+
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     "Squared Wasserstein distance of the Gaussians with these means and covariances, Eq. (29)."
     if a.mean.shape != b.mean.shape: raise ValueError(f"{len(a.mean)} features against {len(b.mean)}; compare statistics of the same features")
-    value, vector = torch.linalg.eigh(a.cov)
-    root = vector*value.clamp_min(0).sqrt() @ vector.T
-    cross = torch.linalg.eigvalsh(root @ b.cov @ root).clamp_min(0).sqrt().sum()
+    A = _factor(a.cov)
+    cross = torch.linalg.eigvalsh(A.T @ b.cov @ A).clamp_min(0).sqrt().sum()
     return ((a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2*cross).item()
 
 # %% ../nbs/10_evaluation.ipynb #100019

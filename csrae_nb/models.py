@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .divergence import GMM, Share, cs_divergence, kl_divergence, matrix_log_prob, pairwise_log_overlap
+from .divergence import GMM, Draws, cs_divergence, kl_divergence, matrix_log_prob, pairwise_log_overlap
 from .likelihoods import Likelihood
 from .priors import Prior, StandardNormal, VampPrior
 
@@ -41,16 +41,20 @@ class Autoencoder(nn.Module):
         if not lam >= 0 or lam == math.inf: raise ValueError(f"lam={lam}; the divergence's weight must be a number of at least 0")
         self.encoder, self.decoder, self.prior, self.likelihood, self.lam = encoder, decoder, prior, likelihood, lam
 
-    def divergence(self, q: GMM, p: GMM, z: Float[Tensor, "B D"], generator: torch.Generator | Share | None = None) -> Float[Tensor, "B"]:
+    def divergence(self, q: GMM, p: GMM, z: Float[Tensor, "B D"], generator: torch.Generator | Draws | None = None) -> Float[Tensor, "B"]:
         "D(q‖p); for divergences that need draws from q there is z, the one that is decoded, and the generator of more."
         raise NotImplementedError(f"{type(self).__name__} must define divergence(q, p, z, generator)")
 
-    def loss(self, x: Float[Tensor, "B *X"], weight: float = 1., generator: torch.Generator | Share | None = None) -> Terms:
+    def loss(self, x: Float[Tensor, "B *X"], weight: float = 1., generator: torch.Generator | Draws | None = None) -> Terms:
         "Eq. (13), negated: one draw of z for each x; `weight` scales λ."
         q = self.encode(x)
         z = q.rsample(generator)
         rec, div = -self.likelihood.log_prob(x, self.decode(z)), self.divergence(q, self.prior(), z, generator)
-        return Terms((rec + weight*self.lam*div).mean(), rec, div)
+        return Terms(self.total(rec, div, weight), rec, div)
+
+    def total(self, rec: Float[Tensor, "B"], div: Float[Tensor, "B"], weight: float = 1.) -> Float[Tensor, ""]:
+        "The number to minimise, of both terms."
+        return (rec + weight*self.lam*div).mean()
 
     def forward(self, x, weight=1., generator=None) -> Terms: return self.loss(x, weight, generator)
 

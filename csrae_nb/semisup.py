@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from .divergence import GMM, Share
+from .divergence import GMM, Draws
 from .data import Dataset, LazyImages
 from .likelihoods import make_likelihood
 from .models import Autoencoder, Terms, rows_at_once
@@ -342,7 +342,7 @@ def _mean_of_pairs(
 def _loss(self: SemiSupervised,
     x: Float[Tensor, "B *X"],
     weight: float = 1., # of what unlabelled images teach the classifier: a factor of that gradient, not of the loss
-    generator: torch.Generator | Share | None = None,
+    generator: torch.Generator | Draws | None = None,
     y: Int[Tensor, "n *L"] | None = None, # labels of the first n images; None: no label is known
 ) -> Terms: # the divergence and reconstruction of an unlabelled image are means over q(y|x)
     n, h = 0 if y is None else len(y), self.encoder.features(x)

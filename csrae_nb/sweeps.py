@@ -376,6 +376,8 @@ def _parser():
     p.add_argument("--shard", default="1/1", metavar="i/n", help="only the i-th of n parts of the grid, i from 1")
     p.add_argument("--list", action="store_true", help="run nothing: show the state and the command of each run")
     p.add_argument("--csv", type=Path, metavar="PATH", help="afterwards, write a table of all that is finished of the whole grid: mean and standard error over seeds; rows measured elsewhere stay")
+    p.add_argument("--fleet", action="store_true", help="first train runs that differ in seed, lam and beta only side by side in this process: for a GPU; a CPU gains nothing")
+    p.add_argument("--fleet-size", type=int, default=64, metavar="N", help="runs in a fleet, at most (default: 64)")
     p.add_argument("--engine", choices=("local", "ray"), default="local", help="processes of this machine, or Ray")
     p.add_argument("--address", help="with Ray: the cluster to join, e.g. auto (default: start Ray here)")
     p.add_argument("--gpus", type=float, default=0., help="with Ray: GPUs a run, e.g. 0.25 (default: 0, CPU only)")
@@ -389,6 +391,8 @@ def _cores():
 def _engine(o):
     "The engine that the options ask for, and its own options; ValueError for options that do not fit."
     if o.jobs is not None and o.jobs < 1: raise ValueError(f"--jobs {o.jobs}; expected at least 1")
+    if o.fleet_size < 2: raise ValueError(f"--fleet-size {o.fleet_size}; expected at least 2")
+    if o.engine == "ray" and o.fleet: raise ValueError("--fleet trains in one process on this machine; leave out --engine ray")
     if o.engine == "ray": return dict(engine=ray_engine, address=o.address, gpus=o.gpus)
     if o.address or o.gpus: raise ValueError("--address and --gpus go with --engine ray; runs on this machine use its GPU as they are")
     return dict(engine=local_engine)
@@ -431,17 +435,19 @@ def main(
         configs = shard(whole, o.shard)
         if o.csv: o.csv.parent.mkdir(parents=True, exist_ok=True); _read_csv(o.csv) # an error now, not after hours
         if o.list: _show_states(configs); status = 0
-        else: status = _run(configs, o.jobs or _cores(), how)
+        else: status = _run(configs, o.jobs or _cores(), how, o.fleet_size if o.fleet else 0)
         if o.csv: _write_csv(o.csv, whole)
         return status
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1); return 0 # `| head` has seen enough
     except (ValueError, OSError) as e: parser.exit(2, f"csrae-sweep: {e}\n")
 
-def _run(configs, jobs, how):
+def _run(configs, jobs, how, fleet_size=0):
     "Run a grid and say how it went; the exit status."
     before = sum(map(is_finished, configs))
     try:
-        with _interruptible(): outcome = run_sweep(configs, jobs, **how)
+        with _interruptible():
+            if fleet_size: import_module("csrae_nb.fleet").train_fleets(configs, fleet_size)
+            outcome = run_sweep(configs, jobs, **how)
     except KeyboardInterrupt:
         print(f"stopped with {sum(map(is_finished, configs))} of {len(configs)} runs finished; the same command goes on", file=sys.stderr)
         return 130

@@ -6,12 +6,13 @@
 __all__ = ['PRESETS', 'MODELS', 'SUPERVISED', 'EVALUATION', 'FORMAT', 'preset', 'ModelConfig', 'Config', 'has_cs', 'make_config',
            'resolve', 'prior_kind', 'divergence_weight', 'identity', 'run_name', 'command', 'project_root',
            'runs_folder', 'generator', 'make_prior', 'assemble', 'make_model', 'write_atomic', 'save_tensors',
-           'load_tensors', 'open_run', 'warmup_weight', 'mean_terms', 'Task', 'task_of', 'progress_bar',
+           'load_tensors', 'open_run', 'warmup_weight', 'mean_terms', 'Task', 'validated', 'task_of', 'progress_bar',
            'NonFiniteLoss', 'train_epoch', 'draw_codes', 'Run', 'load_run', 'prepare_data', 'cpu_threads', 'RunLocked',
            'run_lock', 'fit']
 
 # %% ../nbs/09_training.ipynb #090002
 import csv
+import ctypes
 import dataclasses
 import errno
 import hashlib
@@ -27,8 +28,9 @@ import warnings
 import zlib
 from configparser import ConfigParser
 from configparser import Error as ConfigError
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -408,8 +410,11 @@ class Task:
 # %% ../nbs/09_training.ipynb #090045
 def _validate(self: Task, model: nn.Module, data: Dataset, x: Tensor | LazyImages) -> dict: # column of the history: value
     "Validation of an epoch, on the validation images x."
-    rec, div = mean_terms(model, x, generator(self.cfg.seed, "validation", device=x.device))
-    return dict(val_reconstruction=rec, val_divergence=div, criterion=rec + div)
+    return validated(*mean_terms(model, x, generator(self.cfg.seed, "validation", device=x.device)))
+
+def validated(reconstruction: float, divergence: float) -> dict: # column of the history: value
+    "Both terms on validation images, and the sum that runs with different weights are compared by."
+    return dict(val_reconstruction=reconstruction, val_divergence=divergence, criterion=reconstruction + divergence)
 
 def _loss(self: Task, row: dict) -> float:
     "Of a row of the history: what is smallest in the epoch to keep, whatever the warm-up's weight is in it."
@@ -451,7 +456,7 @@ def _check_finite(log, first, epoch, path):
 def train_epoch(
     acc, # accelerate.Accelerator
     model: nn.Module, # as prepared by acc
-    opt, # as prepared by acc
+    opt: torch.optim.Optimizer,
     data: Dataset, # on acc.device
     cfg: Config, # resolved
     epoch: int, # counted from 1
@@ -465,7 +470,7 @@ def train_epoch(
     for i, batch in enumerate(rows):
         x = data.draw(data.x_train[batch], noise)[rank::n]
         terms = model(x, weight, noise if n == 1 else Share(noise, rank, n), *(t[rank::n] for t in task.known(data, batch)))
-        opt.zero_grad(); acc.backward(terms.loss); opt.step()
+        opt.zero_grad(); terms.loss.backward(); opt.step()
         log[i] = torch.stack([terms.loss, terms.reconstruction.mean(), terms.divergence.mean()]).detach()
         if (i + 1) % every == 0 or i + 1 == len(log):
             first = i//every*every; _check_finite(log[first:i+1], first, epoch, path)
@@ -558,10 +563,17 @@ def _untrained(cfg, data, device):
     return model, torch.optim.Adam(model.parameters(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 # %% ../nbs/09_training.ipynb #090059
+@cache
+def _keep_memory():
+    "Have glibc keep what tensors free for the next ones: by default it gives all but small ones back to the system, and a step with labels spent a tenth of its time on getting it again."
+    if sys.platform != "linux" or any(k.startswith("MALLOC_") for k in os.environ): return
+    with suppress(OSError, AttributeError):                            # another libc
+        for option, value in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**25)): ctypes.CDLL(None).mallopt(option, value) # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
+
 @contextmanager
 def cpu_threads(n: int): # a context
-    "CPU operations on n threads, inside a with."
-    before = torch.get_num_threads(); torch.set_num_threads(n)
+    "CPU operations on n threads, and memory kept from one operation to the next, inside a with."
+    _keep_memory(); before = torch.get_num_threads(); torch.set_num_threads(n)
     try: yield
     finally: torch.set_num_threads(before)
 
@@ -595,7 +607,7 @@ class _Training:
         if found: self.resume()
         else: task_of(cfg).start(self.model, data, progress)
         self.save(); _check_space(self.file, 2 if found else 10)       # a disk that cannot take it is found out now
-        self.net, self.stepper = acc.prepare(self.model, self.opt)
+        self.net = acc.prepare(self.model)
 
     def resume(self):
         "Go on from the checkpoint; ValueError if it is of another configuration or other data."
@@ -613,6 +625,16 @@ class _Training:
                 if self.meta["history"]: _write_history(self.path, self.meta["history"])
         self.acc.wait_for_everyone()
 
+    def record(self, seconds, **row):
+        "Add an epoch to the history, and keep the weights if they are the best so far; NonFiniteLoss if validation is."
+        m, epoch = self.meta, self.meta["epoch"] + 1
+        row = dict(epoch=epoch, weight=warmup_weight(self.cfg, epoch), **row); loss = task_of(self.cfg).loss(row)
+        if not math.isfinite(row["criterion"]): raise NonFiniteLoss(f"epoch {epoch}: validation gives reconstruction {row['val_reconstruction']:g}, divergence {row['val_divergence']:g}; "
+            f"the last good state, of epoch {epoch - 1}, is {self.file}")
+        if m["val_loss"] is None or loss < m["val_loss"]:
+            m["val_loss"], m["best_epoch"], self.best = loss, epoch, {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        m["history"].append(row); m["epoch"] = epoch; m["seconds"] += seconds
+
     @property
     def done(self): # patience counts from the end of the warm-up
         c, m = self.cfg, self.meta; warmup = c.warmup if "warmup" not in _unused(c) else 0
@@ -620,20 +642,13 @@ class _Training:
 
 # %% ../nbs/09_training.ipynb #090063
 def _epoch(t, bar):
-    "Train one epoch, validate, and keep the weights if they are the best so far."
-    start, m, epoch = time.perf_counter(), t.meta, t.meta["epoch"] + 1
-    task = task_of(t.cfg); task.begin(t.model.train(), epoch)
-    rec, div = train_epoch(t.acc, t.net, t.stepper, t.data, t.cfg, epoch, t.path, bar).tolist()
+    "Train one epoch, and validate."
+    start, epoch, task = time.perf_counter(), t.meta["epoch"] + 1, task_of(t.cfg)
+    task.begin(t.model.train(), epoch)
+    rec, div = train_epoch(t.acc, t.net, t.opt, t.data, t.cfg, epoch, t.path, bar).tolist()
     if epoch == t.cfg.kmeans_epoch and _has_free_components(t.model): _place_components(t.model, t.opt, t.data, t.cfg)
-    t.model.eval()
-    row = dict(epoch=epoch, weight=warmup_weight(t.cfg, epoch), train_reconstruction=rec, train_divergence=div, **task.validate(t.model, t.data, t.val))
-    if not math.isfinite(row["criterion"]): raise NonFiniteLoss(f"epoch {epoch}: validation gives reconstruction {row['val_reconstruction']:g}, divergence {row['val_divergence']:g}; "
-        f"the last good state, of epoch {epoch - 1}, is {t.file}")
-    m["history"].append(row); m["epoch"] = epoch
-    loss = task.loss(row)
-    if m["val_loss"] is None or loss < m["val_loss"]:
-        m["val_loss"], m["best_epoch"], t.best = loss, epoch, {k: v.detach().clone() for k, v in t.model.state_dict().items()}
-    m["seconds"] += time.perf_counter() - start
+    row = task.validate(t.model.eval(), t.data, t.val)
+    t.record(time.perf_counter() - start, train_reconstruction=rec, train_divergence=div, **row)
 
 # %% ../nbs/09_training.ipynb #090064
 def _finish(t):
