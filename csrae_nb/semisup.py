@@ -309,7 +309,7 @@ class SemiSupervised(Autoencoder):
             return self.kind.relax(logits, self.temperature, _normal_like(logits, generator)), every, every, torch.ones_like(every), every >= 0
         q = self.kind.log_prob(logits).exp()                             # (U, R)
         often = (q >= RARE) | (q == q.amax(1, keepdim=True)) | (not self.training)
-        chance = torch.where(often, 1., q.detach()/RARE)
+        chance = torch.where(often, 1., (q.detach()/RARE).clamp_min(1e-4))                         # in single precision ndtr rounds one draw in 3e7 to 0
         image, code = (torch.special.ndtr(_normal_like(q, generator)) <= chance).nonzero(as_tuple=True)
         return self.kind.every().to(q), image, code, q[image, code]/chance[image, code], often[image, code]
 

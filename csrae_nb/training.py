@@ -625,22 +625,24 @@ class _Training:
                 if self.meta["history"]: _write_history(self.path, self.meta["history"])
         self.acc.wait_for_everyone()
 
-    def record(self, seconds, **row):
-        "Add an epoch to the history, and keep the weights if they are the best so far; NonFiniteLoss if validation is."
-        m, epoch = self.meta, self.meta["epoch"] + 1
-        row = dict(epoch=epoch, weight=warmup_weight(self.cfg, epoch), **row); loss = task_of(self.cfg).loss(row)
-        if not math.isfinite(row["criterion"]): raise NonFiniteLoss(f"epoch {epoch}: validation gives reconstruction {row['val_reconstruction']:g}, divergence {row['val_divergence']:g}; "
-            f"the last good state, of epoch {epoch - 1}, is {self.file}")
-        if m["val_loss"] is None or loss < m["val_loss"]:
-            m["val_loss"], m["best_epoch"], self.best = loss, epoch, {k: v.detach().clone() for k, v in self.model.state_dict().items()}
-        m["history"].append(row); m["epoch"] = epoch; m["seconds"] += seconds
-
     @property
     def done(self): # patience counts from the end of the warm-up
         c, m = self.cfg, self.meta; warmup = c.warmup if "warmup" not in _unused(c) else 0
         return m["epoch"] >= c.epochs or m["epoch"] - max(m["best_epoch"], warmup) >= c.patience
 
 # %% ../nbs/09_training.ipynb #090063
+def _record(self: _Training, seconds, **row):
+    "Add an epoch to the history, and keep the weights if they are the best so far; NonFiniteLoss if validation is."
+    m, epoch = self.meta, self.meta["epoch"] + 1
+    row = dict(epoch=epoch, weight=warmup_weight(self.cfg, epoch), **row); loss = task_of(self.cfg).loss(row)
+    if not math.isfinite(row["criterion"]): raise NonFiniteLoss(f"epoch {epoch}: validation gives reconstruction {row['val_reconstruction']:g}, divergence {row['val_divergence']:g}; "
+        f"the last good state, of epoch {epoch - 1}, is {self.file}")
+    if m["val_loss"] is None or loss < m["val_loss"]:
+        m["val_loss"], m["best_epoch"], self.best = loss, epoch, {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+    m["history"].append(row); m["epoch"] = epoch; m["seconds"] += seconds
+
+_Training.record = _record
+
 def _epoch(t, bar):
     "Train one epoch, and validate."
     start, epoch, task = time.perf_counter(), t.meta["epoch"] + 1, task_of(t.cfg)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from csrae_nb.data import load_data
-from csrae_nb.divergence import Share
+from csrae_nb.divergence import Draws, Share
 from csrae_nb.evaluation import complete_run, results_table
 from csrae_nb.semisup import LabelTask, ManyLabels, OneLabel
 from csrae_nb.training import Config, fit, load_run, resolve, runs_folder, task_of
@@ -73,3 +73,12 @@ def test_labels_that_are_not_there(digits):
 def test_gradients_through_softened_draws_are_those_of_the_formula(kind):
     logits = torch.randn(4, kind.outputs, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(0)); normal = torch.randn(4, kind.outputs, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     assert torch.autograd.gradcheck(lambda a: kind.relax(a, .7, normal), logits) and torch.autograd.gradcheck(lambda a: kind.kl(a, torch.zeros(kind.outputs, dtype=torch.float64)), logits)
+
+def test_a_label_that_cannot_be_is_tried_without_harm(digits):
+    "In single precision the smallest draws have probability 0, so that labels of probability 1e-43 are tried, too."
+    class Small(Draws):
+        def standard_normal(self, like): return torch.full_like(like, -8.)
+    task = task_of(resolve(dataclasses.replace(CFG, components=5))); net = task.make_model(task.about(digits)); rows = task.rows(digits, 1)[0]
+    classify = net.encoder.classify; net.encoder.classify = lambda h: 1e4*classify(h)
+    net.loss(digits.x_train[rows], 1., Small(), *task.known(digits, rows)).loss.backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
