@@ -1,0 +1,1 @@
+"Benchmarks: run by `make bench`, read by the chapter on speed."

@@ -1,0 +1,49 @@
+"`make bench`: everything that is claimed to be fast, against what people use instead, in one run; writes results/benchmark.csv."
+import argparse
+import importlib
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from csrae_nb.evaluation import write_table
+from csrae_nb.tables import read_rows
+from csrae_nb.training import cpu_threads
+
+from .interleaved import Work, compare
+
+PARTS = ("limits", "divergence", "memory", "training", "evaluation", "fleet")
+FILE = Path(__file__).parents[1]/"results"/"benchmark.csv"
+
+
+def machine():
+    "The processor, and the versions that matter."
+    cpu = next((l.split(":", 1)[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
+    return dict(machine=f"{cpu}, {torch.backends.cpu.get_cpu_capability()}, 1 thread",
+                versions=f"Python {platform.python_version()}, " + ", ".join(f"{p} {version(p)}" for p in ("torch", "numba", "numpy", "scipy", "pythae")))
+
+
+def line(row):
+    "A row as it is printed."
+    unit = "mib" if row["ours_mib"] else "ms"
+    def number(v, digits=1): return "" if v is None else f"{v:,.{digits}f}"
+    return f"{row['work']:62} {number(row[f'ours_{unit}']):>9} {unit:3}  {row['other'] or '':22} {number(row[f'other_{unit}']):>9}  ratio {number(row['ratio'], 2):>7}  aim {number(row['aim'], 2)}"
+
+
+def main():
+    p = argparse.ArgumentParser("python -m bench", description=__doc__)
+    p.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all); rows of the others stay as they are")
+    asked = p.parse_args().parts or PARTS
+    if unknown := set(asked) - set(PARTS): p.error(f"unknown part {', '.join(unknown)}; expected {', '.join(PARTS)}")
+    here = machine(); print(*here.values(), sep="\n")
+    rows = [r for r in (read_rows(FILE, ("work", "ratio")) if FILE.exists() else []) if r["part"] not in asked]
+    with cpu_threads(1):
+        for part in asked:
+            for work in importlib.import_module(f"bench.{part}").works():
+                for row in compare(work) if isinstance(work, Work) else [work]:
+                    rows.append(dict(part=part, **row, **here)); print(line(row), flush=True)
+            write_table(FILE, sorted(rows, key=lambda r: PARTS.index(r["part"])))  # after each part: an error in the next loses nothing
+
+
+if __name__ == "__main__": main()

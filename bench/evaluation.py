@@ -1,0 +1,44 @@
+"Log-likelihood and Fréchet distance."
+import contextlib
+import io
+from copy import deepcopy
+
+import torch
+from scipy.linalg import sqrtm
+
+from csrae_nb.data import load_data
+from csrae_nb.evaluation import Statistics, frechet_distance
+
+from .interleaved import Work
+from .pythae_models import like
+from .training import SHAPE, config, epoch, images
+
+
+def quiet(f):
+    "f without what it prints."
+    def run():
+        with contextlib.redirect_stdout(io.StringIO()), torch.no_grad(): return f()
+    return run
+
+
+def statistics(F, n=10_000):
+    x = torch.randn(n, F, generator=torch.Generator().manual_seed(0)) @ torch.randn(F, F, generator=torch.Generator().manual_seed(1))/F**.5
+    x = x.double()
+    return Statistics(x.mean(0), x.T.cov(), n)
+
+
+def matrix_root(a, b):
+    "As pytorch-fid does it."
+    return ((a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2*torch.from_numpy(sqrtm((a.cov @ b.cov).numpy()).real).trace()).item()
+
+
+def works():
+    x = load_data(images(), "bernoulli"); model = epoch(config("MixtureCSRAE", prior="vamp"), x)[1].eval()
+    theirs, few = like(deepcopy(model), SHAPE).eval(), x.x_test[:2]
+    ours, other = quiet(lambda: model.log_likelihood(few, 5000).mean().item()), quiet(lambda: theirs.get_nll(few, 5000, 100))
+    a, b = ours(), other()
+    assert abs(a - b) < 1, f"log-likelihoods differ: {a} and {b}"
+    yield Work("log p(x) of 2 images, S=5000, vamp K=400", ours, {"pythae's get_nll": (other, 10.)}, rounds=5)
+    s, t = statistics(2048), statistics(2048, 9000)
+    assert abs(frechet_distance(s, t) - matrix_root(s, t)) < 1e-3*frechet_distance(s, t)
+    yield Work("Fréchet distance, 2,048 features", lambda: frechet_distance(s, t), {"scipy's sqrtm": (lambda: matrix_root(s, t), 5.)}, rounds=3)

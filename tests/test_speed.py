@@ -1,0 +1,43 @@
+"What makes it fast and does not drift: operators, host synchronisations, bytes. Times are for `make bench`."
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from csrae_nb.data import load_data
+from csrae_nb.divergence import GMM, cs_divergence
+from csrae_nb.training import Config, _accelerator, _untrained, progress_bar, resolve, train_epoch
+
+class Operators(TorchDispatchMode):
+    "Counts the operators that are launched."
+    def __init__(self): super().__init__(); self.n = Counter()
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None): self.n[f.overloadpacket._qualified_op_name] += 1; return f(*args, **(kwargs or {}))
+
+def epoch(model, steps, **fields):
+    "Operators of an epoch of so many steps."
+    g = torch.Generator().manual_seed(0); x = [(torch.rand(n, 8, 8, generator=g) < .5).float() for n in (10*steps, 10, 10)]
+    data = load_data(dict(zip(("x_train", "x_val", "x_test"), x)), "bernoulli")
+    cfg = resolve(Config(dataset="arrays", model=model, network="mlp", latent_dim=3, components=5, batch_size=10, **fields)); acc = _accelerator(cfg); net, opt = _untrained(cfg, data, acc.device)
+    with progress_bar(False) as bar, Operators() as count: train_epoch(acc, acc.prepare(net), opt, data, cfg, 1, Path(), bar)
+    return count.n
+
+@pytest.mark.parametrize("model, fields, most", [("VAE", {}, 185), ("CSRAE", {}, 385), ("MixtureCSRAE", {}, 455), ("MixtureCSRAE", dict(prior="vamp"), 515)])
+def test_a_step_launches_few_operators_and_waits_for_none(model, fields, most):
+    one, five = epoch(model, 50, **fields), epoch(model, 250, **fields)
+    assert (five.total() - one.total())/200 < most
+    syncs = lambda n: n["aten::_local_scalar_dense"] + n["aten::nonzero"]
+    assert syncs(five) - syncs(one) <= 4*5                              # a look at the losses every fifty steps, and nothing else
+
+def test_the_divergence_holds_no_pairs_of_all_dimensions():
+    K, D, largest = 300, 64, [0]
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            out = f(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(t, torch.Tensor): largest[0] = max(largest[0], t.untyped_storage().nbytes())
+            return out
+    g = torch.Generator().manual_seed(0); mu, logvar = (torch.randn(K, D, generator=g).requires_grad_() for _ in range(2)); q = GMM.gaussian(torch.randn(50, D, generator=g), torch.ones(50, D))
+    with Largest(): cs_divergence(q, GMM(torch.full((K,), -5.7), mu, logvar.exp())).sum().backward()
+    assert largest[0] <= 4*max(K*K, 2**18) < 4*K*K*D/20
