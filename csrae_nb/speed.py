@@ -33,8 +33,9 @@ def plot_scaling(
     "Time against K, D and B, and memory against K: ours, and by broadcasting."
     fig, axs = plt.subplots(1, 4, figsize=(13, 3), layout="constrained")
     for ax, name, unit, fixed in zip(axs, "KDBK", ("ms", "ms", "ms", "mib"), (dict(B=100, D=40), dict(B=100, K=200), dict(K=200, D=40), dict(B=100, D=40))):
-        some = sorted((r for r in rows if r[f"ours_{unit}"] and r["other"] == "broadcasting" and "without" not in r["work"] and all(r[k] == v for k, v in fixed.items())), key=lambda r: r[name])
+        some = sorted((r for r in rows if r[f"ours_{unit}"] and r["other"] == "broadcasting" and "without" not in r["work"] and (unit == "ms" or r["ours_mib"] > .1) and all(r[k] == v for k, v in fixed.items())), key=lambda r: r[name])
         for who, label in (("other", "broadcasting"), ("ours", "ours")): ax.loglog([r[name] for r in some], [r[f"{who}_{unit}"] for r in some], "o-", label=label)
+        ax.set_xticks([r[name] for r in some], [f"{r[name]:g}" for r in some]); ax.minorticks_off()
         ax.set(xlabel=f"${name}$", ylabel={"ms": "ms", "mib": "MiB more than before"}[unit], title=", ".join(f"${k}={v}$" for k, v in fixed.items()))
     axs[0].legend(frameon=False)
     return fig

@@ -147,6 +147,17 @@ def test_extremes_are_finite_in_single_precision(K, D):
     value = cs_divergence(GMM.gaussian(qm, qv.exp()), GMM(w, m, v.exp())); value.sum().backward()
     assert value.isfinite().all() and all(t.grad.isfinite().all() for t in leaves)
 
+@pytest.mark.parametrize("K, D", [(400, 40), (300, 128)])
+def test_single_precision_against_double(K, D):
+    g = torch.Generator().manual_seed(0); r = lambda *s: torch.randn(*s, generator=g); sides = r(100, D), r(100, D)/4 - 2, r(K, D), r(K, D)/4
+    def value_and_gradients(dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in sides]; mu, logvar, nu, logtau2 = leaves
+        q, p = GMM.gaussian(mu, logvar.exp()), GMM(nu.new_full((K,), -math.log(K)), nu, logtau2.exp()); D = cs_divergence(q, p)
+        return max(log_overlap(q, p).abs().max(), log_overlap(q, q).abs().max()), D, torch.autograd.grad(D.sum(), leaves)
+    (largest, D64, g64), (_, D32, g32) = map(value_and_gradients, (torch.float64, torch.float32))
+    assert (D32 - D64).abs().max() < 1e-6*largest
+    for a, b in zip(g32, g64): assert (a - b).abs().max() < 2e-5*b.abs().max()
+
 class Largest(TorchDispatchMode):
     "Sees every tensor that is made, forwards and backwards, and remembers the largest."
     numel = 0
