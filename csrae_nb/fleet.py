@@ -147,7 +147,7 @@ def fleets(
 # %% ../nbs/17_fleet.ipynb #170018
 SAVE_EVERY = 60. # seconds between checkpoints of a fleet
 
-def _sail(ts, bar):
+def _train_together(ts, bar):
     "Train runs of one architecture until each is done; what became of each, None or the error that ended it."
     failed, saved = {}, time.monotonic()
     while going := [t for t in ts if not t.done and t not in failed]:
@@ -192,7 +192,7 @@ def fit_fleet(
             ts[path] = _Training(c, data, acc, path, progress)
             if ts[path].val.shape == next(iter(ts.values())).val.shape: ts[path].val = next(iter(ts.values())).val   # one copy of the same images
         total, done = (sum(f(t)*len(task_of(t.cfg).rows(data, 1)) for t in ts.values()) for f in (lambda t: t.cfg.epochs, lambda t: t.meta["epoch"]))
-        with progress_bar(progress, total=total, initial=done, unit="step", desc=f"training {len(ts)} runs") as bar: out |= zip(ts, _sail(list(ts.values()), bar))
+        with progress_bar(progress, total=total, initial=done, unit="step", desc=f"training {len(ts)} runs") as bar: out |= zip(ts, _train_together(list(ts.values()), bar))
     return [out.get(path) or load_run(path, acc.device) for path in map(open_run, configs)]
 
 # %% ../nbs/17_fleet.ipynb #170119
