@@ -37,7 +37,7 @@ def main():
     asked = p.parse_args().parts or PARTS
     if unknown := set(asked) - set(PARTS): p.error(f"unknown part {', '.join(unknown)}; expected {', '.join(PARTS)}")
     here = machine(); print(*here.values(), sep="\n")
-    rows = [r for r in (read_rows(FILE, ("work", "ratio")) if FILE.exists() else []) if r["part"] not in asked]
+    rows = [r for r in read_rows(FILE, ("work", "ratio")) if r["part"] not in asked]
     with cpu_threads(1):
         for part in asked:
             for work in importlib.import_module(f"bench.{part}").works():

@@ -1,5 +1,4 @@
 "Training steps: ours as `fit` makes them, pythae's as its trainer makes them, and the bare matrix products."
-import os
 import tempfile
 from copy import deepcopy
 from pathlib import Path
@@ -48,7 +47,6 @@ def matrix_products(model):
 
 def works():
     data, folder = load_data(images(), "bernoulli"), tempfile.mkdtemp()
-    os.environ.setdefault("CSRAE_RUNS", folder)
     vae, of_vae = epoch(config("VAE"), data)
     theirs = trainer(like(deepcopy(of_vae), SHAPE), data.x_train, folder)
     yield Work(f"{STEPS} training steps, VAE", vae, {"pythae": (lambda: theirs.train_step(1), 1.5), "matrix products alone": (matrix_products(of_vae), 1/1.8)})

@@ -77,7 +77,7 @@ def as_gmm(
 
 # %% ../nbs/01_divergence.ipynb #010014
 BLOCK = 2**18  # numbers (pairs × dimensions) held at once: what a CPU's cache takes
-GPU_BLOCK = 2**25
+GPU_BLOCK = 2**25 # not measured: fewer, larger launches
 
 def _blocks(mu, nu, same):
     "Slices (of P, of N, of M) of a (P, N, M) grid that hold about a block of numbers with their D dimensions; if same, only what is not below the diagonal."
@@ -136,7 +136,6 @@ def _log_z_loops(mu, var, nu, tau2, out, same): # nu and tau2 (P, D, M): the inn
             for m in range(len(row)): row[m] = -(square[m] + math.log(product[m]) + power[m]*math.log(2) + D*math.log(2*math.pi))/2
             if same:
                 for m in range(len(row)): out[p, first+m, n] = row[m]
-
 
 # %% ../nbs/01_divergence.ipynb #010117
 def _gradient_loops(mu, var, nu, tau2, g, least, gmu, gvar, gnu, gtau2, same): # nu, tau2 and their gradients (P, D, M), as above

@@ -179,7 +179,7 @@ def fit_fleet(
 ) -> list[Run | Exception]: # for each, its run, or why there is none
     "Train runs together, each into its own folder, as `fit` would one by one; ValueError for runs that do not go together."
     configs = [resolve(c) for c in configs]
-    if configs != [c for group in fleets(configs, len(configs)) for c in group]: raise ValueError("these runs do not go together: a fleet's differ in seed, lam and beta only, with fully connected networks and without labels")
+    if fleets(configs, len(configs)) != [configs]: raise ValueError("these runs do not go together: a fleet's differ in seed, lam and beta only, with fully connected networks and without labels")
     data, acc = prepare_data(configs[0], data), _accelerator(configs[0])
     if acc.num_processes > 1: raise ValueError(f"a fleet is for one process, this is one of {acc.num_processes}")
     data, ts, out = data.to(acc.device), {}, {}
@@ -190,7 +190,7 @@ def fit_fleet(
             try: locks.enter_context(run_lock(path))
             except RunLocked as e: out[path] = e; continue
             ts[path] = _Training(c, data, acc, path, progress)
-            if ts[path].val.shape == next(iter(ts.values())).val.shape: ts[path].val = next(iter(ts.values())).val   # one copy of the same images
+            ts[path].val = next(iter(ts.values())).val                 # one copy of the same images
         total, done = (sum(f(t)*len(task_of(t.cfg).rows(data, 1)) for t in ts.values()) for f in (lambda t: t.cfg.epochs, lambda t: t.meta["epoch"]))
         with progress_bar(progress, total=total, initial=done, unit="step", desc=f"training {len(ts)} runs") as bar: out |= zip(ts, _train_together(list(ts.values()), bar))
     return [out.get(path) or load_run(path, acc.device) for path in map(open_run, configs)]

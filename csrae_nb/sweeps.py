@@ -376,7 +376,7 @@ def _parser():
     p.add_argument("--shard", default="1/1", metavar="i/n", help="only the i-th of n parts of the grid, i from 1")
     p.add_argument("--list", action="store_true", help="run nothing: show the state and the command of each run")
     p.add_argument("--csv", type=Path, metavar="PATH", help="afterwards, write a table of all that is finished of the whole grid: mean and standard error over seeds; rows measured elsewhere stay")
-    p.add_argument("--fleet", action="store_true", help="first train runs that differ in seed, lam and beta only side by side in this process: for a GPU; a CPU gains nothing")
+    p.add_argument("--fleet", action="store_true", help="first train runs that differ in seed, lam and beta only side by side in this process: for a GPU; a CPU gains little")
     p.add_argument("--fleet-size", type=int, default=64, metavar="N", help="runs in a fleet, at most (default: 64)")
     p.add_argument("--engine", choices=("local", "ray"), default="local", help="processes of this machine, or Ray")
     p.add_argument("--address", help="with Ray: the cluster to join, e.g. auto (default: start Ray here)")
