@@ -330,9 +330,12 @@ def _same_config(path, cfg):
     if differ := [f"{k}: {there.get(k)!r} there, {here.get(k)!r} here" for k in {**here, **there} if there.get(k) != here.get(k)]:
         raise ValueError(f"{path} holds a run of another configuration ({'; '.join(differ)}); give this one another name")
 
-def open_run(cfg: Config) -> Path: # its folder
+def open_run(
+    cfg: Config,
+    folder: Path | str | None = None, # None: by the run's name, in runs_folder()
+) -> Path: # the run's folder
     "Make or find the run's folder, with its config.json; ValueError if it holds another run, OSError if it cannot be written."
-    path = runs_folder()/run_name(cfg)
+    path = runs_folder()/run_name(cfg) if folder is None else Path(folder)
     with _writing(path):
         path.mkdir(parents=True, exist_ok=True)
         if not (path/"config.json").exists(): write_atomic(path/"config.json", json.dumps(dataclasses.asdict(resolve(cfg)), indent=1))
@@ -687,12 +690,13 @@ def fit(
     cfg: Config, # what to run
     data: Dataset | dict | None = None, # a Dataset, or a dict of arrays; None: load cfg.dataset
     progress: bool = True, # show a progress bar on stderr
+    folder: Path | str | None = None, # the run's; None: by its name, in runs_folder()
 ) -> Run: # with the best model
     "Train, or go on, or find finished, the run of a configuration; ValueError, OSError, RunLocked or NonFiniteLoss before anything is lost."
     cfg = resolve(cfg)
     if cfg.warmup > cfg.epochs and cfg.model != SUPERVISED: warnings.warn(f"warmup={cfg.warmup} is longer than epochs={cfg.epochs}: the divergence gets at most {cfg.epochs/cfg.warmup:.0%} of its weight", stacklevel=2)
     data, acc = prepare_data(cfg, data), _accelerator(cfg)
-    path = open_run(cfg); file = path/"model.safetensors"
+    path = open_run(cfg, folder); file = path/"model.safetensors"
     if not (found := file.exists()):
         with run_lock(path) if acc.is_main_process else nullcontext(), cpu_threads(cfg.threads):
             if not (found := file.exists()): _train(cfg, data, acc, path, progress)
