@@ -10,7 +10,7 @@ if os.environ.get("CSRAE_TYPECHECK") == "1": # the tests enforce the shapes in t
     install_import_hook("csrae_nb", "beartype.beartype")
 
 _names = { # the main names, each in its module; loaded on first use, so that `import csrae_nb` stays light
-    "divergence": "GMM cs_divergence log_overlap kl_divergence",
+    "divergence": "GMM FullGMM cs_divergence log_overlap kl_divergence",
     "priors": "StandardNormal MoGPrior VampPrior",
     "models": "VAE IWAE MixtureVAE VampPriorVAE CSRAE MixtureCSRAE",
     "data": "load_data",

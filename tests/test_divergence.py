@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from scipy.integrate import quad
-from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+from torch.distributions import Categorical, Independent, LowRankMultivariateNormal, MixtureSameFamily, MultivariateNormal, Normal
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from csrae_nb import divergence
-from csrae_nb.divergence import BLOCK, GMM, cs_divergence, kl_divergence, log_overlap
+from csrae_nb.divergence import BLOCK, GMM, FullGMM, as_mixture, cs_divergence, kl_divergence, log_overlap
 
 torch.set_num_threads(1)
 compiled = divergence._compiled.__wrapped__
@@ -81,6 +81,13 @@ def test_known_values_of_eq30(mean, std, value):
     "Best single Gaussian, the local optimum beside it, and the moment-matched one."
     assert abs(cs_divergence(gaussian(mean, std), EQ30).item() - value) < 1e-6
 
+@pytest.mark.parametrize("mean, std, value", [(0., 4.24916, .293382), (2.99924, 1.00227, .346510), (0., 10**.5, .339307)])
+def test_known_values_of_eq30_with_matrices(mean, std, value):
+    q = MultivariateNormal(torch.tensor([mean], dtype=torch.float64), torch.tensor([[std**2]], dtype=torch.float64))
+    p = MixtureSameFamily(Categorical(logits=EQ30.logw), MultivariateNormal(EQ30.mu, EQ30.var.diag_embed()))
+    for a in (q, gaussian(mean, std)):
+        for b in (p, EQ30): assert abs(cs_divergence(a, b).item() - value) < 1e-6
+
 def test_one_dimension_by_adaptive_quadrature():
     q = gaussian(1., .7); f = lambda g, x: g.log_prob(torch.tensor([x], dtype=torch.float64)).exp().item()
     i = lambda a, b: math.log(quad(lambda x: f(a, x)*f(b, x), -15, 15, limit=200)[0])
@@ -135,6 +142,38 @@ def test_distributions_in_and_out():
     torch.testing.assert_close(GMM.from_distribution(p).to_distribution().log_prob(q.mean), p.log_prob(q.mean))
     std = Independent(Normal(torch.zeros(3), torch.ones(3)), 1)
     torch.testing.assert_close(kl_divergence(q, std), torch.distributions.kl_divergence(q, std))
+
+def matrices(g, *shape): A = torch.randn(*shape, shape[-1], generator=g, dtype=torch.float64); return A @ A.mT + .3*torch.eye(shape[-1])
+
+@pytest.mark.parametrize("Bq, Bp", [((), ()), ((5,), ()), ((), (5,)), ((4, 1), (5,))])
+def test_full_covariances_by_monte_carlo_and_element_by_element(Bq, Bp):
+    g = torch.Generator().manual_seed(0); r = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64); D = 3
+    q, p = (MixtureSameFamily(Categorical(logits=r(*B, N)), MultivariateNormal(r(*B, N, D), matrices(g, *B, N, D))) for B, N in ((Bq, 2), (Bp, 3)))
+    value = cs_divergence(q, p); assert value.shape == torch.broadcast_shapes(Bq, Bp)
+    at = lambda m, i: FullGMM(*(t.expand(*value.shape, *t.shape[-n:])[i] for t, n in zip(vars(as_mixture(m)).values(), (1, 2, 3))))
+    for i in ((0,)*value.ndim, (-1,)*value.ndim): close(value[i], cs_divergence(at(q, i), at(p, i)))
+    first = lambda m: MixtureSameFamily(Categorical(logits=at(m, i).logw), MultivariateNormal(at(m, i).mu, at(m, i).cov))
+    torch.manual_seed(0); w = first(p).log_prob(first(q).sample((200_000,))).exp()
+    assert abs(w.mean() - log_overlap(at(q, i), at(p, i)).exp()) < 4*w.std()/len(w)**.5
+    z = r(7, D); torch.testing.assert_close(at(p, i).log_prob(z), first(p).log_prob(z))
+
+def test_full_and_diagonal_covariances_meet():
+    g = torch.Generator().manual_seed(0); r = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)
+    q, p = (GMM(r(N).log_softmax(-1), r(N, 4), r(N, 4).exp()) for N in (2, 3)); full = FullGMM.of(p)
+    close(cs_divergence(q, full), cs_divergence(q, p)); close(cs_divergence(full, p), torch.zeros((), dtype=torch.float64))
+    low = LowRankMultivariateNormal(r(4), r(4, 1), r(4).exp())
+    close(cs_divergence(low, p), cs_divergence(MultivariateNormal(low.loc, low.covariance_matrix), full))
+    close(cs_divergence(Independent(low, 0), p), cs_divergence(low, p))
+    one = MultivariateNormal(torch.zeros(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64))
+    close(kl_divergence(low, one), torch.distributions.kl_divergence(low, one)); close(kl_divergence(low, p, z := r(4)), low.log_prob(z) - p.log_prob(z))
+    with pytest.raises(ValueError, match="q has D=4, p has D=2"): cs_divergence(full, MultivariateNormal(torch.zeros(2), torch.eye(2)))
+    with pytest.raises(ValueError, match="no mixture of Gaussians"): cs_divergence(Independent(MultivariateNormal(torch.zeros(5, 4), torch.eye(4)), 1), p)
+
+def test_gradients_of_full_covariances():
+    g = torch.Generator().manual_seed(0); r = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64, requires_grad=True)
+    leaves = r(2), r(2, 3), r(2, 3, 3), r(4), r(4, 3), r(4, 3)
+    def D(lq, mq, A, lp, mp, sp): return cs_divergence(FullGMM(lq.log_softmax(-1), mq, A @ A.mT + .3*torch.eye(3)), GMM(lp.log_softmax(-1), mp, sp.exp()))
+    assert torch.autograd.gradcheck(D, leaves)
 
 @pytest.mark.parametrize("K, D", [(1000, 1000), (1, 1000), (1000, 1)])
 def test_extremes_are_finite_in_single_precision(K, D):
