@@ -22,7 +22,7 @@ from .divergence import GMM, Draws
 from .models import Autoencoder, rows_at_once
 from .networks import side_by_side
 from .priors import MoGPrior, Prior, StandardNormal, VampPrior
-from .training import (MODELS, SUPERVISED, Config, NonFiniteLoss, Run, RunLocked, _accelerator, _finish, _has_free_components, _place_components, _Training, cpu_threads,
+from .training import (MODELS, SUPERVISED, Config, NonFiniteLoss, Run, RunLocked, _accelerator, _check_collapse, _finish, _has_free_components, _place_components, _Training, cpu_threads,
                                generator, identity, load_run, open_run, prepare_data, prior_kind, progress_bar, resolve, run_lock, run_name, runs_folder, task_of, validated, warmup_weight)
 
 # %% ../nbs/17_fleet.ipynb #170005
@@ -164,6 +164,7 @@ def _train_together(ts, bar):
         for t, (rec, div), (vrec, vdiv) in zip(now, trained.tolist(), valid.tolist()):
             try: t.record(seconds, train_reconstruction=rec, train_divergence=div, **validated(vrec, vdiv))
             except NonFiniteLoss as e: failed[t] = e
+            else: _check_collapse(t)
         if late := time.monotonic() - saved > SAVE_EVERY: saved = time.monotonic()
         for t in now:
             if t in failed: continue

@@ -332,7 +332,7 @@ def sweep_table(
     configs = distinct(configs)
     here = {_which(r["command"]): r for r in results_table([run_folder(c) for c in configs if is_finished(c)])}
     there = {_which(r["command"]): r for r in earlier}
-    grid = dict.fromkeys(_which(command(dataclasses.replace(c, device="auto", threads=1))) for c in configs)
+    grid = dict.fromkeys(_which(command(dataclasses.replace(c, device="auto", threads=1, tracker=None))) for c in configs)
     rows = [max((t[k] for t in (here, there) if k in t), key=lambda r: len(r["seeds"].split())) for k in grid if k in here or k in there]
     columns = dict.fromkeys(k for r in sorted(rows, key=len, reverse=True) for k in r)
     return [{k: r.get(k) for k in columns} for r in rows]

@@ -7,8 +7,8 @@ __all__ = ['PRESETS', 'MODELS', 'SUPERVISED', 'EVALUATION', 'FORMAT', 'preset', 
            'resolve', 'prior_kind', 'divergence_weight', 'identity', 'run_name', 'command', 'project_root',
            'runs_folder', 'generator', 'make_prior', 'assemble', 'make_model', 'write_atomic', 'save_tensors',
            'load_tensors', 'open_run', 'warmup_weight', 'mean_terms', 'Task', 'validated', 'task_of', 'progress_bar',
-           'NonFiniteLoss', 'train_epoch', 'draw_codes', 'Run', 'load_run', 'prepare_data', 'cpu_threads', 'RunLocked',
-           'run_lock', 'fit']
+           'NonFiniteLoss', 'train_epoch', 'draw_codes', 'active_units', 'Run', 'load_run', 'prepare_data',
+           'cpu_threads', 'RunLocked', 'run_lock', 'fit']
 
 # %% ../nbs/09_training.ipynb #090002
 import csv
@@ -47,7 +47,7 @@ from .divergence import Share
 from .likelihoods import LIKELIHOODS, Likelihood, make_likelihood
 from .models import CSRAE, IWAE, VAE, Autoencoder, MixtureCSRAE, MixtureVAE, VampPriorVAE, rows_at_once
 from .networks import NETWORKS, make_networks, prior_network
-from .priors import MoGPrior, Prior, StandardNormal, VampPrior
+from .priors import MoGPrior, Prior, StandardNormal, VampPrior, distinct_components, occupancy
 
 # %% ../nbs/09_training.ipynb #090005
 _paper = dict(network="mlp", latent_dim=40, components=100, epochs=400, warmup=100, patience=100, labels=0., pretrain=0, labelled_batch=20, alpha=5., ll_samples=5000, fid_layer=2048)
@@ -116,6 +116,7 @@ class Config(ModelConfig):
     device: str = "auto" # auto: a GPU if there is one; cpu
     precision: str = "no" # mixed precision of the networks: no, bf16
     threads: int = 1 # CPU threads within an operation
+    tracker: str | None = None # where the history goes, too: tensorboard, wandb, mlflow or another of Accelerate's trackers
     name: str | None = None # the run's folder; None: made from the rest
 
     def __post_init__(self): _check_config(self)
@@ -126,7 +127,8 @@ def has_cs(cfg) -> bool: # a Config
     return cfg.model in MODELS and issubclass(MODELS[cfg.model], CSRAE)
 
 _choices = dict(model=(*MODELS, SUPERVISED), prior=("mog", "vamp"), objective=("cs", "paper_eq21"), likelihood=LIKELIHOODS, network=NETWORKS,
-                device=("auto", "cpu"), precision=("no", "bf16"), fid_layer=(0, 64, 192, 768, 2048))
+                device=("auto", "cpu"), precision=("no", "bf16"), fid_layer=(0, 64, 192, 768, 2048),
+                tracker=("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"))
 _least = dict(latent_dim=1, components=1, importance_samples=1, kl_samples=1, kmeans_epoch=0, epochs=1, warmup=0, patience=1, batch_size=1, seed=0,
               split_seed=0, fold=0, image_size=32, ll_samples=0, fid_images=2, expost_components=1, threads=1, lam=0, beta=0, labels=0, pretrain=0, labelled_batch=1, alpha=0)
 
@@ -179,7 +181,7 @@ def divergence_weight(cfg: Config) -> float: # λ or β
 
 # %% ../nbs/09_training.ipynb #090016
 EVALUATION = ("ll_samples", "fid_layer", "fid_images", "expost_components") # fields that say how a run is evaluated
-_not_identity = ("name", "device", "threads", *EVALUATION)
+_not_identity = ("name", "device", "threads", "tracker", *EVALUATION)
 
 _of_autoencoders = ("latent_dim", "prior", "lam", "beta", "objective", "warmup", "pretrain", "labelled_batch", "alpha")
 
@@ -187,9 +189,11 @@ def _unused(cfg):
     "Fields of parts that the model of a configuration does not have."
     kind, cs = prior_kind(cfg), has_cs(cfg)
     free = kind == "mog" and not cfg.prior_network
-    return [*(_of_autoencoders if cfg.model == SUPERVISED else ()), *(() if cfg.labels else ("labelled_batch", "alpha")), *(() if cs else ("lam", "objective")), *(("beta",) if cs and not cfg.labels else ()), *(() if cfg.model == "MixtureCSRAE" else ("prior",)), *(() if cfg.model == "IWAE" else ("importance_samples",)),
-            *(("kl_samples",) if cs or kind == "normal" else ()), *(("components",) if kind == "normal" else ()),
-            *(() if kind == "mog" else ("prior_network", "learned_weights")), *(() if free else ("kmeans_epoch",))]
+    parts = {
+        _of_autoencoders: cfg.model != SUPERVISED, ("labelled_batch", "alpha"): cfg.labels, ("lam", "objective"): cs, ("beta",): not cs or cfg.labels,
+        ("prior",): cfg.model == "MixtureCSRAE", ("importance_samples",): cfg.model == "IWAE", ("kl_samples",): not cs and kind != "normal",
+        ("components",): kind != "normal", ("prior_network", "learned_weights"): kind == "mog", ("kmeans_epoch",): free}
+    return [f for fields, used in parts.items() if not used for f in fields]
 
 def identity(cfg: Config) -> dict: # field: value
     "What makes a run this run: its resolved fields, without those that its weights do not depend on."
@@ -491,6 +495,14 @@ def draw_codes(
     "One code z ~ q(z|x) for each example."
     return torch.cat([model.encode(xb).rsample(generator) for xb in x.split(rows_at_once(x))])
 
+@torch.no_grad()
+def active_units(
+    model: Autoencoder,
+    x: Tensor | LazyImages, # (n, *X), as the model sees it
+) -> int: # between 0 and D
+    "Latent dimensions in which the mean of q(z|x) varies over x, with a variance above 0.01 (Burda et al., 2016)."
+    return (torch.cat([model.encode(xb).mu[:, 0] for xb in x.split(rows_at_once(x))]).var(0) > .01).sum().item()
+
 def _place_components(model, opt, data, cfg):
     "Set a free mixture prior to the k-means clusters of the training codes, and drop its optimiser state."
     codes = draw_codes(model, data.fixed("train"), generator(cfg.seed, "kmeans", device=data.x_train.device))
@@ -565,6 +577,18 @@ def _untrained(cfg, data, device):
     task = task_of(cfg); model = task.make_model(task.about(data), pseudo_inputs).to(device)
     return model, torch.optim.Adam(model.parameters(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
+# %% ../nbs/09_training.ipynb #090159
+def _tracker(cfg, path):
+    "Accelerate's tracker for a run in path, started; None if none is asked for; ValueError if it is not installed."
+    if cfg.tracker is None: return None
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    if cfg.tracker not in map(str, get_available_trackers()): raise ValueError(f"tracker={cfg.tracker!r} is not installed: pip install {cfg.tracker.replace('_', '-')}")
+    make, names = LOGGER_TYPE_TO_CLASS[cfg.tracker], dict(wandb=dict(name=path.name), mlflow=dict(run_name=path.name))
+    tracker = make("tracker", logging_dir=path) if make.requires_logging_directory else make("csrae_nb", **names.get(cfg.tracker, {}))
+    tracker.start()
+    tracker.store_init_configuration(identity(cfg))
+    return tracker
+
 # %% ../nbs/09_training.ipynb #090059
 @cache
 def _keep_memory():
@@ -610,7 +634,7 @@ class _Training:
         if found: self.resume()
         else: task_of(cfg).start(self.model, data, progress)
         self.save(); _check_space(self.file, 2 if found else 10)       # a disk that cannot take it is found out now
-        self.net = acc.prepare(self.model)
+        self.net, self.tracker, self.warned = acc.prepare(self.model), _tracker(cfg, path), False
 
     def resume(self):
         "Go on from the checkpoint; ValueError if it is of another configuration or other data."
@@ -633,6 +657,19 @@ class _Training:
         c, m = self.cfg, self.meta; warmup = c.warmup if "warmup" not in _unused(c) else 0
         return m["epoch"] >= c.epochs or m["epoch"] - max(m["best_epoch"], warmup) >= c.patience
 
+# %% ../nbs/09_training.ipynb #090164
+def _check_collapse(t):
+    "Warn, once a run, if the codes say nothing of x, or if a mixture prior acts as one Gaussian."
+    epoch, x = t.meta["epoch"], t.val[:1000]
+    if t.warned or epoch % 10 or epoch < t.cfg.warmup or t.cfg.model == SUPERVISED: return
+    with torch.no_grad(): z, p = draw_codes(t.model, x, generator(t.cfg.seed, "collapse", device=t.acc.device)), t.model.prior()
+    K, weight = len(p.logw), "lam" if has_cs(t.cfg) else "beta"
+    if not active_units(t.model, x): what = f"no latent dimension is active: the encoder ignores x, and a smaller {weight} or a longer warmup is the usual remedy"
+    elif K > 1 and (count := distinct_components(p, occupancy(p, z))) < 1.5: what = (f"the prior's {K} components act as {count:.1f}: the mixture has collapsed, "
+        f"and free components that k-means places (kmeans_epoch), or a smaller {weight}, is the usual remedy")
+    else: return
+    t.warned = True; warnings.warn(f"epoch {epoch}: {what}")
+
 # %% ../nbs/09_training.ipynb #090063
 def _record(self: _Training, seconds, **row):
     "Add an epoch to the history, and keep the weights if they are the best so far; NonFiniteLoss if validation is."
@@ -643,6 +680,7 @@ def _record(self: _Training, seconds, **row):
     if m["val_loss"] is None or loss < m["val_loss"]:
         m["val_loss"], m["best_epoch"], self.best = loss, epoch, {k: v.detach().clone() for k, v in self.model.state_dict().items()}
     m["history"].append(row); m["epoch"] = epoch; m["seconds"] += seconds
+    if self.tracker: self.tracker.log({k: v for k, v in row.items() if k != "epoch"}, step=epoch)
 
 _Training.record = _record
 
@@ -654,6 +692,7 @@ def _epoch(t, bar):
     if epoch == t.cfg.kmeans_epoch and _has_free_components(t.model): _place_components(t.model, t.opt, t.data, t.cfg)
     row = task.validate(t.model.eval(), t.data, t.val)
     t.record(time.perf_counter() - start, train_reconstruction=rec, train_divergence=div, **row)
+    _check_collapse(t)
 
 # %% ../nbs/09_training.ipynb #090064
 def _finish(t):
@@ -662,6 +701,7 @@ def _finish(t):
     if t.acc.is_main_process:
         with _writing(t.path): save_tensors(t.path/"model.safetensors", t.best, meta)
         for f in (t.file, *t.path.glob(".*.tmp")): f.unlink(missing_ok=True)   # a kill may leave a temporary file behind
+    if t.tracker: t.tracker.finish()
     t.acc.wait_for_everyone()
 
 # %% ../nbs/09_training.ipynb #090066

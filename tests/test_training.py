@@ -115,3 +115,19 @@ def test_the_finished_run_is_read_without_pickle_and_reported(capsys):
 def test_every_model_learns(model):
     h = fit(Config(model=model, epochs=12, warmup=4), progress=False).history
     assert h[-1]["val_reconstruction"] < h[0]["val_reconstruction"] - 2
+
+def test_a_tracker_gets_the_history(monkeypatch):
+    "A run that was stopped goes on in the same curves, and the tracker is no part of what makes it this run."
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    cfg = Config(epochs=4, warmup=1, tracker="tensorboard"); save = training._Training.save
+    def dies(self):
+        save(self)
+        if self.meta["epoch"] == 2: raise KeyboardInterrupt
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt): m.setattr(training._Training, "save", dies); fit(cfg, progress=False)
+    run = fit(cfg, progress=False)
+    assert training.identity(cfg) == training.identity(Config(epochs=4, warmup=1)) and training.run_name(cfg) == training.run_name(Config(epochs=4, warmup=1))
+    events = accumulator.EventAccumulator(str(run.path/"tracker")).Reload()
+    for k in ("criterion", "train_divergence", "val_reconstruction", "weight"):
+        assert [e.step for e in events.Scalars(k)] == [1, 2, 3, 4]
+        assert [e.value for e in events.Scalars(k)] == pytest.approx([r[k] for r in run.history], rel=1e-5)
+    assert len(list((run.path/"tracker").glob("*/hparams.yml"))) == 2  # one a sitting
