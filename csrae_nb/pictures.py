@@ -108,7 +108,7 @@ def plot_overlap(
     p = run.model.prior(); used = occupancy(p, run_codes(run, data, "test")); order = used.argsort(descending=True)
     fig, ax = plt.subplots(figsize=(4.4, 3.6), layout="constrained")
     image = ax.imshow(overlap_matrix(p)[order][:, order].cpu(), cmap="Greys", vmin=0, vmax=1); fig.colorbar(image, label="overlap, $e^{-D_{CS}}$")
-    ax.set(xlabel="component, by occupancy", ylabel="component, by occupancy", title=f"{distinct_components(p, used):.1f} of {len(used)} are in use and distinct")
+    ax.set(xlabel="component, by occupancy", ylabel="component, by occupancy", title=f"{distinct_components(p, used):.1f} of {len(used)} are in use and distinct"); ax.locator_params(integer=True)
     return fig
 
 # %% ../nbs/11_samples.ipynb #110012

@@ -301,7 +301,7 @@ def _checksum(tensors):
 def save_tensors(path: Path | str, tensors: dict[str, Tensor], meta: dict) -> None:
     "Tensors and JSON-able metadata in one safetensors file, written atomically."
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    header = {"csrae_nb": json.dumps(dict(format=FORMAT, version=__version__, checksum=_checksum(tensors), **meta))}
+    header = {"csrae_nb": json.dumps({**meta, "format": FORMAT, "version": __version__, "checksum": _checksum(tensors)})}
     write_atomic(path, save(tensors, header))
 
 def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict]: # tensors on the CPU, metadata
