@@ -157,7 +157,7 @@ STARTS = { # name: q
 def draw_line(q: GMM, p: GMM) -> Figure:
     "Both densities on the line."
     z = LINE[(LINE.abs() <= 10).squeeze(1)]
-    fig, (ax,) = framed(9, 3.4, top=.15)
+    fig, (ax,) = framed(9., 3.4, top=.15)
     ax.fill_between(z[:, 0], p.log_prob(z).exp(), color=blue, alpha=.35, lw=0, label="$p$")
     ax.plot(z[:, 0], q.log_prob(z).exp(), color=orange, lw=2.4, label="$q$")
     ax.set(xlabel="$z$", ylabel="density", xlim=(-10, 10), ylim=(0, None)); ax.spines[["top", "right"]].set_visible(False); ax.legend(frameon=False, fontsize=12)
@@ -193,12 +193,12 @@ def two_gaussians_explorer(): # an ipywidgets VBox
     return _panel("Two Gaussians", [start, HBox([left, right], layout=Layout(flex_flow="row wrap")), numbers, message, picture], lambda: picture.value, parts)
 
 # %% ../nbs/22_explorers.ipynb #220024
-LAMS = (.1, .25, .5, 1., 1.5, 2., 10.)
+LAMS = (.1, .25, .5, 1., 2., 4., 10.)
 SWEEP = "csrae-sweep sweeps/pinwheel_lambda.toml"
 
 def pinwheel_configs() -> list[Config]: # resolved, in the order of λ
     "The runs that SWEEP makes."
-    return [resolve(Config(dataset="pinwheel", epochs=60, ll_samples=0, lam=lam)) for lam in LAMS]
+    return [resolve(Config(dataset="pinwheel", epochs=100, warmup=75, lr=.01, ll_samples=0, lam=lam)) for lam in LAMS]
 
 def pinwheel_runs(configs: list[Config]) -> tuple[dict[float, Run], list[str]]: # λ: run; and what is wrong with others
     "Those of some runs that are finished."
@@ -237,11 +237,13 @@ def draw_pinwheel(
     data: Dataset, # the pinwheel
 ) -> Figure:
     "The latent space by class, the reconstructions, and the trade between both terms."
-    fig, axs = framed(12, 4.2, 3)
+    fig, axs = framed(12., 4.2, 3)
     _draw_plane(axs, runs[lam], data)
     terms = {l: (kept(r)["val_divergence"], kept(r)["val_reconstruction"]) for l, r in runs.items()}
     axs[2].plot(*zip(*terms.values()), "o-", color=grey, lw=1); axs[2].plot(*terms[lam], "o", ms=12, color=orange)
-    for l, at in terms.items(): axs[2].annotate(f"{l:g}", at, (6, 5), textcoords="offset points", fontsize=9)
+    axs[2].margins(.12); names = {}
+    for l, at in terms.items(): names.setdefault(tuple(round(v, 1) for v in at), []).append(f"{l:g}")
+    for at, ls in names.items(): axs[2].annotate(", ".join(ls), at, (7, 6), textcoords="offset points", fontsize=9)
     axs[2].set(title=f"λ = {lam:g} among the others", xlabel="$D_{CS}$ on validation data, nats", ylabel="reconstruction, nats")
     return fig
 
@@ -381,7 +383,7 @@ def draw_examples(
 ) -> Figure:
     "Examples as a figure of their own."
     images, rows = is_picture(seen.data.x_shape), -(-len(xs)//columns)
-    fig, (ax,) = framed(size*columns + .3, size*rows + .4, left=.15, bottom=.05) if images else framed(5, 4.2)
+    fig, (ax,) = framed(size*columns + .3, size*rows + .4, left=.15, bottom=.05) if images else framed(5., 4.2)
     if seen.data.x_shape == (2,):
         show_examples(ax, seen.x, color="#cccccc"); ax.plot(*xs.T, "o-" if len(xs) > 3 else "o", ms=6, color=orange, lw=1); ax.set(xlabel="$x_1$", ylabel="$x_2$"); ax.axis("equal")
     else: show_examples(ax, xs, columns)
@@ -428,9 +430,9 @@ def draw_component(
 ) -> Figure:
     "Samples of one component, and its bar among all."
     used, order = seen.used, seen.used.argsort(descending=True); k, images = order[rank].item(), is_picture(seen.data.x_shape)
-    fig, (left, right) = framed(10, 3.4, 2, left=.15, width_ratios=(1.7, 1))
+    fig, (left, right) = framed(10., 3.4, 2, left=.15, width_ratios=(1.7, 1))
     show_examples(left, seen.run.model.sample(n if images else 200, generator(seed, "component", k), component=k)); left.set_title(f"samples of component {k}, no. {rank + 1} by occupancy", fontsize=11)
-    bars = right.bar(range(len(used)), used[order], color=grey); bars[rank].set_color(orange)
+    bars = right.bar(range(len(used)), used[order].tolist(), color=grey); bars[rank].set_color(orange)
     right.set(xlabel="component, by occupancy", ylabel="share of test codes")
     return fig
 
