@@ -70,7 +70,7 @@ def quiet(
 def reason(error: Exception) -> str: # HTML
     "What a panel says of an error: its text, with the kind of error where that is not one of the package's own."
     kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-    return f'<div style="color:#a40000; max-width:900px; overflow-wrap:anywhere">{escape(f"{kind}{error}")}</div>'
+    return f'<div class="csrae-message" style="color:#a40000; max-width:900px; overflow-wrap:anywhere">{escape(f"{kind}{error}")}</div>'
 
 def guarded(
     message, # an HTML widget
@@ -173,7 +173,7 @@ def _five(name, values, colour):
 
 def _numbers(values):
     "Numbers with their names, in large letters."
-    cells = "".join(f'<td style="padding-right:48px">{k} <b style="font-size:22px">{v:.4f}</b></td>' for k, v in values.items())
+    cells = "".join(f'<td style="padding-right:48px">{k.replace("_CS", "<sub>CS</sub>")} <b style="font-size:22px">{v:.4f}</b></td>' for k, v in values.items())
     return f'<table class="csrae-numbers" style="font-size:16px"><tr>{cells}<td>nats</td></tr></table>'
 
 # %% ../nbs/22_explorers.ipynb #220021
@@ -453,7 +453,7 @@ def _clickable(fig, clicked):
     except ModuleNotFoundError: return None
     canvas = Canvas(fig); FigureManager(canvas, 0)
     canvas.toolbar_visible = canvas.header_visible = canvas.footer_visible = canvas.resizable = False
-    canvas.mpl_connect("button_press_event", clicked)
+    canvas.layout.flex = "0 0 auto"; canvas.mpl_connect("button_press_event", clicked)
     return canvas
 
 # %% ../nbs/22_explorers.ipynb #220048
@@ -464,7 +464,7 @@ def _codes_tab(seen, guard):
     points, index, pair, still = torch.tensor(ax.collections[0].get_offsets()), _index("test example", len(seen.x)), _picture(), _picture()
     ring, = ax.plot([], [], "o", ms=13, mfc="none", mec="k", mew=2)
     def clicked(event):
-        if event.inaxes is ax: index.value = nearest(ax, points, event.x, event.y)
+        if event.inaxes is ax: index.value = nearest(ax, points, float(event.x), float(event.y))
     still.value = png(fig); fig.set_layout_engine("none")               # limits and layout are known once it is drawn; then they stay
     canvas = _clickable(fig, guard(clicked))
     def show(*_):
