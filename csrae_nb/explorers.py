@@ -11,6 +11,7 @@ __all__ = ['blue', 'orange', 'grey', 'FOUR', 'STEP', 'LINE', 'TARGET', 'STARTS',
 
 # %% ../nbs/22_explorers.ipynb #220002
 import io
+import os
 import threading
 from base64 import b64encode
 from collections.abc import Callable
@@ -91,8 +92,9 @@ def _panel_class():
     class Panel(VBox):
         def __repr__(self): return f"{self.title}: run this cell to use it"
         def _repr_mimebundle_(self, **kw):
-            still = self.still()
-            return {**super()._repr_mimebundle_(**kw), **({"image/png": b64encode(still).decode()} if still else {})}
+            still, live = self.still(), super()._repr_mimebundle_(**kw)
+            if os.environ.get("CSRAE_STILL"): live = {"text/plain": live["text/plain"]}
+            return {**live, **({"image/png": b64encode(still).decode()} if still else {})}
     return Panel
 
 def _panel(title, children, still, parts):
@@ -497,7 +499,7 @@ def _interpolation_tab(seen, guard):
 def _dimensions_tab(seen, guard):
     "A slider an axis; beside them what is decoded, below all axes."
     from ipywidgets import Button, HBox, VBox
-    index, back, moved, every = _index("start at test example", len(seen.x)), Button(description="back to the start"), _picture(), _picture()
+    index, back, moved, every = _index("from test example", len(seen.x)), Button(description="back to the start"), _picture(), _picture()
     axes = [_slider(f"axis {k + 1}", -3, 3, 0, .1, description_tooltip=f"standard deviation {s:.2f}") for k, s in enumerate(seen.sd[:8].tolist())]
     def show(*_): moved.value = png(draw_moved(seen, index.value, torch.tensor([s.value for s in axes])))
     def start(*_): every.value = png(draw_traversal(seen, index.value)); show()

@@ -35,7 +35,7 @@ def test_stored_outputs_need_no_kernel():
     "The notebooks hold pictures in place of widgets, which no page could show."
     for path in root/"nbs"/"explore.ipynb", root/"nbs"/"22_explorers.ipynb":
         nb = json.loads(path.read_text())
-        assert "widgets" not in nb["metadata"] and "widget-view" not in json.dumps(nb), f"save {path.name} without widgets: tests/still.py {path}"
+        assert "widgets" not in nb["metadata"] and "widget-view" not in json.dumps(nb), f"run {path.name} by the command that 22_explorers.ipynb gives"
 
 # --- bad input
 
