@@ -41,7 +41,7 @@ FOUR = (blue, orange, "#009E73", "#CC79A7")
 
 def png(fig: Figure) -> bytes:
     "A figure as the bytes of a PNG file."
-    fig.savefig(out := io.BytesIO(), format="png", dpi=100)
+    fig.savefig(out := io.BytesIO(), format="png", dpi=100, pil_kwargs=dict(compress_level=1)) # fast rather than small
     return out.getvalue()
 
 def framed(
@@ -162,7 +162,7 @@ def draw_line(q: GMM, p: GMM) -> Figure:
     fig, (ax,) = framed(9., 3.4, top=.15)
     ax.fill_between(z[:, 0], p.log_prob(z).exp(), color=blue, alpha=.35, lw=0, label="$p$")
     ax.plot(z[:, 0], q.log_prob(z).exp(), color=orange, lw=2.4, label="$q$")
-    ax.set(xlabel="$z$", ylabel="density", xlim=(-10, 10), ylim=(0, None)); ax.spines[["top", "right"]].set_visible(False); ax.legend(frameon=False, fontsize=12)
+    ax.set(xlabel="$z$", ylabel="density", xlim=(-10, 10), ylim=(0, None), xticks=range(-9, 10, 3)); ax.locator_params(axis="y", nbins=4); ax.spines[["top", "right"]].set_visible(False); ax.legend(frameon=False, fontsize=12)
     return fig
 
 # %% ../nbs/22_explorers.ipynb #220020
@@ -245,7 +245,7 @@ def draw_pinwheel(
     axs[2].plot(*zip(*terms.values()), "o-", color=grey, lw=1); axs[2].plot(*terms[lam], "o", ms=12, color=orange)
     axs[2].margins(.12); names = {}
     for l, at in terms.items(): names.setdefault(tuple(round(v, 1) for v in at), []).append(f"{l:g}")
-    for at, ls in names.items(): axs[2].annotate(", ".join(ls), at, (7, 6), textcoords="offset points", fontsize=9)
+    for i, (at, ls) in enumerate(names.items()): axs[2].annotate(", ".join(ls), at, (7, -13 if i % 2 else 6), textcoords="offset points", fontsize=9)
     axs[2].set(title=f"λ = {lam:g} among the others", xlabel="$D_{CS}$ on validation data, nats", ylabel="reconstruction, nats")
     return fig
 
@@ -500,7 +500,7 @@ def _dimensions_tab(seen, guard):
     "A slider an axis; beside them what is decoded, below all axes."
     from ipywidgets import Button, HBox, VBox
     index, back, moved, every = _index("from test example", len(seen.x)), Button(description="back to the start"), _picture(), _picture()
-    axes = [_slider(f"axis {k + 1}", -3, 3, 0, .1, description_tooltip=f"standard deviation {s:.2f}") for k, s in enumerate(seen.sd[:8].tolist())]
+    axes = [_slider(f"axis {k + 1}", -3, 3, 0, .1, tooltip=f"standard deviation {s:.2f}") for k, s in enumerate(seen.sd[:8].tolist())]
     def show(*_): moved.value = png(draw_moved(seen, index.value, torch.tensor([s.value for s in axes])))
     def start(*_): every.value = png(draw_traversal(seen, index.value)); show()
     safely = guard(show)
