@@ -268,15 +268,16 @@ def pinwheel_explorer(
 ): # an ipywidgets VBox
     "A panel: a slider of λ over trained checkpoints, and a button that trains those that are missing."
     from ipywidgets import Button, HBox, HTML, IntProgress, Layout, SelectionSlider
-    configs = configs or pinwheel_configs(); runs, data = {}, prepare_data(configs[0])
+    configs = configs or pinwheel_configs(); runs, pictures, data = {}, {}, prepare_data(configs[0])
     lam = SelectionSlider(options=[("", 0.)], description="λ", layout=Layout(width="500px"), style=dict(description_width="30px"))
     train, again, bar = Button(description="train them"), Button(description="look again"), IntProgress(max=len(configs), layout=Layout(display="none"))
     note, message, picture = HTML(), HTML(), _picture()
     parts = dict(lam=lam, train=train, again=again, bar=bar, note=note, message=message, picture=picture)
     def draw(*_):
-        if lam.value in runs: picture.value = png(draw_pinwheel(runs, lam.value, data))
+        if lam.value in pictures: picture.value = pictures[lam.value]
     def look(*_):
         found, wrong = pinwheel_runs(configs); runs.clear(); runs.update(found)
+        pictures.clear(); pictures.update({l: png(draw_pinwheel(runs, l, data)) for l in runs})
         note.value, bar.value = _missing_note(configs, runs, wrong), len(runs)
         train.layout.display = "none" if len(runs) == len(configs) else ""; lam.layout.display = "" if runs else "none"
         if runs and [v for _, v in lam.options] != list(runs): _offer(lam, runs)
