@@ -244,8 +244,8 @@ def draw_pinwheel(
     terms = {l: (kept(r)["val_divergence"], kept(r)["val_reconstruction"]) for l, r in runs.items()}
     axs[2].plot(*zip(*terms.values()), "o-", color=grey, lw=1); axs[2].plot(*terms[lam], "o", ms=12, color=orange)
     axs[2].margins(.12); names = {}
-    for l, at in terms.items(): names.setdefault(tuple(round(v, 1) for v in at), []).append(f"{l:g}")
-    for i, (at, ls) in enumerate(names.items()): axs[2].annotate(", ".join(ls), at, (7, -13 if i % 2 else 6), textcoords="offset points", fontsize=9)
+    for l, at in terms.items(): names.setdefault(tuple(round(v, 1) for v in at), []).append(l) # those in one place share a label
+    for i, ls in enumerate(names.values()): axs[2].annotate(", ".join(f"{l:g}" for l in ls), terms[ls[0]], (7, -13 if i % 2 else 6), textcoords="offset points", fontsize=9)
     axs[2].set(title=f"λ = {lam:g} among the others", xlabel="$D_{CS}$ on validation data, nats", ylabel="reconstruction, nats")
     return fig
 
