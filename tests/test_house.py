@@ -166,12 +166,20 @@ def test_sidebar_lists_the_pages():
     assert list(pages(site["website"]["sidebar"]["contents"])) == ["index.qmd", *(f"nbs/{p.name}" for p in notebooks)]
     for pattern in site["project"]["render"]: assert list(root.glob(pattern)), pattern
 
-@pytest.mark.parametrize("page", ["index.qmd", "README.md", "CONTRIBUTING.md"])
+def headings(path):
+    "The anchors of a page's headings, as pandoc makes them."
+    text = path.read_text()
+    if path.suffix == ".ipynb": text = "\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown")
+    plain = (re.sub(r"[^\w\s.-]", "", h).lower() for h in re.findall(r"^#+ (.*)", text, re.M))
+    return {re.sub(r"^[^a-z]*", "", re.sub(r"\s+", "-", h.strip())) for h in plain}
+
+@pytest.mark.parametrize("page", ["index.qmd", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_links(page):
     "Every file that a page links, shows or includes exists."
     text = (root/page).read_text()
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text) + re.findall(r"{{< include (\S+) >}}", text)
     assert not [l for l in links if not (root/l).exists()]
+    for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", text): assert anchor in headings(root/(target or page)), f"{target}#{anchor}"
 
 def test_site_up_to_quarto(copy):
     "All that nbdev does before it calls Quarto runs, and each page that comes out renders as HTML."
