@@ -154,6 +154,20 @@ def test_readme_examples(tmp_path, monkeypatch):
     names = {}
     for block in re.findall(r"```python\n(.*?)```", (root/"README.md").read_text(), re.S): exec(block, names)
 
+def test_the_wheel_works_away_from_the_repository(copy, tmp_path_factory):
+    "It holds the package and nothing else, and trains where there is no notebook."
+    away = tmp_path_factory.mktemp("away")
+    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", away, copy], check=True)
+    wheel, = away.glob("csrae_nb-*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", away/"site", wheel], check=True)
+    assert {p.name for p in (away/"site").iterdir()} - {"bin"} == {"csrae_nb", f"csrae_nb-{csrae_nb.__version__}.dist-info"}
+    assert {p.name for p in (away/"site"/"csrae_nb").glob("*.py")} == {p.name for p in (root/"csrae_nb").glob("*.py")}
+    code = "import csrae_nb; run = csrae_nb.fit(csrae_nb.Config(epochs=1, warmup=0), progress=False); print(csrae_nb.__file__, run.path)"
+    env = {k: v for k, v in os.environ.items() if k not in ("CSRAE_RUNS", "CSRAE_TYPECHECK")} | {"PYTHONPATH": str(away/"site")}
+    where, run = subprocess.check_output([sys.executable, "-W", "ignore", "-c", code], cwd=away, env=env, text=True).split()
+    assert Path(where).is_relative_to(away) and Path(run).parent == away/"_runs"
+
 # --- the site
 
 def test_sidebar_lists_the_pages():
