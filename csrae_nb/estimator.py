@@ -9,7 +9,8 @@ __all__ = ['CSRAEEmbedding']
 import dataclasses
 import threading
 from contextlib import contextmanager
-from numbers import Integral
+from numbers import Integral, Real
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -43,8 +44,8 @@ class CSRAEEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         warmup=None, # epochs over which the divergence's weight grows; None: a fifth of them
         patience=None, # stop after so many epochs without a better validation loss; None: 50
         batch_size=100, # rows a step; at most the number of training rows is used
-        lr=5e-4, # Adam's learning rate
-        validation_fraction=0.1, # of the rows, to stop early and to choose the epoch by; less than one row: the training rows
+        lr=1e-3, # Adam's learning rate; twice that of a Config, as small tables give few steps
+        validation_fraction=0.1, # of the rows, to stop early and to choose the epoch by; less than two rows: the training rows
         config=None, # a dict of further fields of a Config
         device="auto", # where to train: auto, a GPU if there is one, or cpu
         random_state=None, # None, a RandomState, or an int, which is the seed of the Config
@@ -73,7 +74,7 @@ def _method(f):
     f.__name__ = f.__name__[1:]; f.__qualname__ = f"CSRAEEmbedding.{f.__name__}"
     setattr(CSRAEEmbedding, f.__name__, f); return f
 
-# %% ../nbs/20_estimator.ipynb #200008
+# %% ../nbs/20_estimator.ipynb #200009
 def _start_columns(est, X): # float64
     "Decide the likelihood and the columns' means and scales by the rows; ValueError for an unknown likelihood, or columns too wide."
     est.likelihood_, est.scaler_ = est.likelihood or default_likelihood([X]), None
@@ -93,7 +94,7 @@ def _rows(est, X, start, **kw): # start: a training begins
 
 def _known_rows(est, X): check_is_fitted(est, "model_"); return _rows(est, X, False)
 
-# %% ../nbs/20_estimator.ipynb #200010
+# %% ../nbs/20_estimator.ipynb #200012
 _fields = ("model", "prior", "latent_dim", "components", "lam", "beta", "network", "epochs", "warmup", "patience", "batch_size", "lr", "device") # named alike here and in a Config
 
 def _plain(v): return v.item() if isinstance(v, np.generic) else v     # a grid of numpy's numbers
@@ -107,19 +108,20 @@ def _config(est, n, seed): # of n training rows
     return resolve(make_config(own | more))
 
 def _seed(random_state): # of a Config
+    if isinstance(random_state, Integral) and random_state < 0: raise ValueError(f"random_state={random_state}; expected at least 0, None or a RandomState")
     return int(random_state if isinstance(random_state, Integral) else check_random_state(random_state).randint(2**31 - 1))
 
-# %% ../nbs/20_estimator.ipynb #200012
+# %% ../nbs/20_estimator.ipynb #200015
 def _split(x, fraction, seed): # training rows, validation rows
-    "A share of the rows for validation; where it is less than one, the training rows."
-    if not 0 <= fraction < 1: raise ValueError(f"validation_fraction={fraction!r}; expected at least 0, and less than 1")
-    if not (v := int(fraction*len(x))): return x, x
+    "A share of the rows for validation; where it is less than two, the training rows."
+    if not (isinstance(fraction, Real) and 0 <= fraction < 1): raise ValueError(f"validation_fraction={fraction!r}; expected a number of at least 0, below 1")
+    if (v := int(fraction*len(x))) < 2: return x, x
     order = np.random.default_rng(seed).permutation(len(x))
     return x[order[v:]], x[order[:v]]
 
 def _dataset(est, train, val): return from_arrays(dict(x_train=train.float(), x_val=val.float(), x_test=val[:1].float()), est.likelihood_)
 
-# %% ../nbs/20_estimator.ipynb #200014
+# %% ../nbs/20_estimator.ipynb #200018
 _turn = threading.Lock()
 
 @contextmanager
@@ -131,22 +133,23 @@ def _training(): # a context
             what = str(e).replace("; the last good state", ". The last good state").split(". The last good state")[0]
             raise NonFiniteLoss(f"{what}. A lower lr, or a longer warmup, is the usual remedy") from None
 
-# %% ../nbs/20_estimator.ipynb #200016
+# %% ../nbs/20_estimator.ipynb #200020
 @_method
 def _fit(self: CSRAEEmbedding,
     X, # rows of numbers (n, features), at least two
     y=None, # ignored
 ) -> CSRAEEmbedding: # itself
     "Train from the start; the weights of the epoch that is best on the validation rows are kept. ValueError for rows or parameters that cannot be."
+    vars(self).pop("model_", None)                                     # should this fit fail, there is none
     x, _ = _rows(self, X, True, ensure_min_samples=2); seed = _seed(self.random_state)
     train, val = _split(x, self.validation_fraction, seed)
     cfg, data = _config(self, len(train), seed), _dataset(self, train, val)
-    with _training(), TemporaryDirectory() as folder: run = fit(cfg, data, bool(self.verbose), folder)
+    with _training(), TemporaryDirectory() as folder: run = fit(cfg, data, bool(self.verbose), folder, checkpoints=False)
     self.model_, self.config_, self._optimizer = run.model.cpu().double(), cfg, None
     self.history_, self.n_iter_, self.best_epoch_ = run.history, len(run.history), run.best_epoch
     return self
 
-# %% ../nbs/20_estimator.ipynb #200018
+# %% ../nbs/20_estimator.ipynb #200024
 def _resume(est, x): # rows as the model sees them
     "Data, configuration, model and optimiser of the next pass; of the first, untrained."
     first = not hasattr(est, "model_"); n = len(x)
@@ -161,11 +164,11 @@ def _resume(est, x): # rows as the model sees them
 def _pass(acc, data, cfg, model, opt, epoch, verbose):
     "An epoch; the mean of both terms."
     with cpu_threads(cfg.threads), progress_bar(verbose, total=len(data.x_train)//cfg.batch_size, unit="step", desc="training") as bar:
-        terms = train_epoch(acc, acc.prepare(model.train()), opt, data, cfg, epoch, "", bar).tolist()
+        terms = train_epoch(acc, acc.prepare(model.train()), opt, data, cfg, epoch, Path(), bar).tolist()
         if epoch == cfg.kmeans_epoch and _has_free_components(model) and len(data.x_train) >= cfg.components: _place_components(model, opt, data, cfg)
     return terms
 
-# %% ../nbs/20_estimator.ipynb #200019
+# %% ../nbs/20_estimator.ipynb #200025
 @_method
 def _partial_fit(self: CSRAEEmbedding,
     X, # rows of numbers (n, features)
@@ -180,7 +183,7 @@ def _partial_fit(self: CSRAEEmbedding,
     self.model_, self._optimizer, self.n_iter_ = model.eval().cpu().double(), opt.state_dict(), epoch
     return self
 
-# %% ../nbs/20_estimator.ipynb #200021
+# %% ../nbs/20_estimator.ipynb #200029
 @torch.no_grad()
 def _codes(est, x): # (n, D)
     "Means of q(z|x)."
@@ -203,7 +206,7 @@ def _inverse_transform(self: CSRAEEmbedding,
     if z.shape[1] != D: raise ValueError(f"X has {z.shape[1]} columns; expected codes of {D}, as transform returns them")
     return _decoded(self, torch.from_numpy(z.astype(np.float64))).astype(z.dtype)
 
-# %% ../nbs/20_estimator.ipynb #200023
+# %% ../nbs/20_estimator.ipynb #200032
 @_method
 @torch.no_grad()
 def _predict_proba(self: CSRAEEmbedding,
@@ -220,7 +223,7 @@ def _predict(self: CSRAEEmbedding,
     "The component that is most responsible for each row's code."
     return self.predict_proba(X).argmax(1)
 
-# %% ../nbs/20_estimator.ipynb #200025
+# %% ../nbs/20_estimator.ipynb #200035
 @_method
 def _score(self: CSRAEEmbedding,
     X, # rows (n, features)
@@ -231,7 +234,7 @@ def _score(self: CSRAEEmbedding,
     log_scale = np.log(self.scaler_.scale_).sum() if self.scaler_ else 0.
     return float(-sum(mean_terms(self.model_, x, generator(self.config_.seed, "score"))) - log_scale)
 
-# %% ../nbs/20_estimator.ipynb #200026
+# %% ../nbs/20_estimator.ipynb #200038
 @_method
 @torch.no_grad()
 def _sample(self: CSRAEEmbedding,
