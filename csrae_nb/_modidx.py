@@ -168,6 +168,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'csrae_nb/estimator.py'),
                                     'csrae_nb.estimator._known_rows': ('nbs/estimator.html#_known_rows', 'csrae_nb/estimator.py'),
                                     'csrae_nb.estimator._method': ('nbs/estimator.html#_method', 'csrae_nb/estimator.py'),
+                                    'csrae_nb.estimator._on_cpu': ('nbs/estimator.html#_on_cpu', 'csrae_nb/estimator.py'),
                                     'csrae_nb.estimator._partial_fit': ('nbs/estimator.html#_partial_fit', 'csrae_nb/estimator.py'),
                                     'csrae_nb.estimator._pass': ('nbs/estimator.html#_pass', 'csrae_nb/estimator.py'),
                                     'csrae_nb.estimator._plain': ('nbs/estimator.html#_plain', 'csrae_nb/estimator.py'),

@@ -161,6 +161,8 @@ def _resume(est, x): # rows as the model sees them
     if est._optimizer: opt.load_state_dict(est._optimizer)
     return acc, data, cfg, model, opt
 
+def _on_cpu(state): return {**state, "state": {i: {k: v.cpu() for k, v in s.items()} for i, s in state["state"].items()}} # of an optimiser
+
 def _pass(acc, data, cfg, model, opt, epoch, verbose):
     "An epoch; the mean of both terms."
     with cpu_threads(cfg.threads), progress_bar(verbose, total=len(data.x_train)//cfg.batch_size, unit="step", desc="training") as bar:
@@ -180,7 +182,7 @@ def _partial_fit(self: CSRAEEmbedding,
         acc, data, cfg, model, opt = _resume(self, x); epoch = len(self.history_) + 1
         rec, div = _pass(acc, data, cfg, model, opt, epoch, bool(self.verbose))
     self.history_ = [*self.history_, dict(epoch=epoch, weight=warmup_weight(cfg, epoch), train_reconstruction=rec, train_divergence=div)]
-    self.model_, self._optimizer, self.n_iter_ = model.eval().cpu().double(), opt.state_dict(), epoch
+    self.model_, self._optimizer, self.n_iter_ = model.eval().cpu().double(), _on_cpu(opt.state_dict()), epoch
     return self
 
 # %% ../nbs/20_estimator.ipynb #200029
