@@ -718,11 +718,13 @@ def run_lock(path: Path): # of a run's folder
     try: yield
     finally: (path/".lock").unlink(missing_ok=True); lock.release()
 
-def _train(cfg, data, acc, path, progress):
+def _train(cfg, data, acc, path, progress, checkpoints):
     "From the first epoch, or the last checkpoint, to model.safetensors."
     t, steps = _Training(cfg, data.to(acc.device), acc, path, progress), len(task_of(cfg).rows(data, 1))
     with progress_bar(progress and acc.is_main_process, total=cfg.epochs*steps, initial=t.meta["epoch"]*steps, unit="step", desc="training") as bar:
-        while not t.done: _epoch(t, bar); t.save()
+        while not t.done:
+            _epoch(t, bar)
+            if checkpoints or t.done: t.save()
     _finish(t)
 
 # %% ../nbs/09_training.ipynb #090067
@@ -731,6 +733,7 @@ def fit(
     data: Dataset | dict | None = None, # a Dataset, or a dict of arrays; None: load cfg.dataset
     progress: bool = True, # show a progress bar on stderr
     folder: Path | str | None = None, # the run's; None: by its name, in runs_folder()
+    checkpoints: bool = True, # one after each epoch; False: a run that is killed starts anew
 ) -> Run: # with the best model
     "Train, or go on, or find finished, the run of a configuration; ValueError, OSError, RunLocked or NonFiniteLoss before anything is lost."
     cfg = resolve(cfg)
@@ -739,7 +742,7 @@ def fit(
     path = open_run(cfg, folder); file = path/"model.safetensors"
     if not (found := file.exists()):
         with run_lock(path) if acc.is_main_process else nullcontext(), cpu_threads(cfg.threads):
-            if not (found := file.exists()): _train(cfg, data, acc, path, progress)
+            if not (found := file.exists()): _train(cfg, data, acc, path, progress, checkpoints)
     run = load_run(path, acc.device)
     _same_run(file, dict(config=dataclasses.asdict(run.cfg), sha256=run.sha256), cfg, data)
     if found and progress and acc.is_main_process: print(f"{path.name} is finished (best epoch {run.best_epoch} of {len(run.history)}): nothing to train")
