@@ -15,6 +15,7 @@ _names = { # the main names, each in its module; loaded on first use, so that `i
     "models": "VAE IWAE MixtureVAE VampPriorVAE CSRAE MixtureCSRAE",
     "data": "load_data",
     "training": "Config fit load_run",
+    "estimator": "CSRAEEmbedding",
     "sharing": "Pretrained",
 }
 _home = {name: module for module, names in _names.items() for name in names.split()}
