@@ -63,7 +63,7 @@ def quiet(
     *args, **kw, # of it
 ) -> Figure:
     "The figure that a function draws, closed: pyplot forgets it."
-    with plt.ioff(): fig = plot(*args, **kw)
+    with plt.rc_context({"interactive": False}): fig = plot(*args, **kw)
     plt.close(fig)
     return fig
 
