@@ -267,6 +267,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'csrae_nb.explorers._panel': ('nbs/explorers.html#_panel', 'csrae_nb/explorers.py'),
                                     'csrae_nb.explorers._panel_class': ('nbs/explorers.html#_panel_class', 'csrae_nb/explorers.py'),
                                     'csrae_nb.explorers._picture': ('nbs/explorers.html#_picture', 'csrae_nb/explorers.py'),
+                                    'csrae_nb.explorers._row': ('nbs/explorers.html#_row', 'csrae_nb/explorers.py'),
                                     'csrae_nb.explorers._set': ('nbs/explorers.html#_set', 'csrae_nb/explorers.py'),
                                     'csrae_nb.explorers._slider': ('nbs/explorers.html#_slider', 'csrae_nb/explorers.py'),
                                     'csrae_nb.explorers._still': ('nbs/explorers.html#_still', 'csrae_nb/explorers.py'),

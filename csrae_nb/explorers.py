@@ -127,6 +127,11 @@ def _picture(value=b""):
     from ipywidgets import Image, Layout
     return Image(value=value, format="png", layout=Layout(max_width="100%", object_fit="contain", align_self="flex-start"))
 
+def _row(*widgets):
+    "Widgets beside each other, or below where the page is too narrow."
+    from ipywidgets import HBox, Layout
+    return HBox(widgets, layout=Layout(flex_flow="row wrap"))
+
 # %% ../nbs/22_explorers.ipynb #220013
 def line_mixture(
     mean1: float,
@@ -181,7 +186,7 @@ def _numbers(values):
 # %% ../nbs/22_explorers.ipynb #220021
 def two_gaussians_explorer(): # an ipywidgets VBox
     "A panel: drag means, widths and weights of q and p, and see D_CS, both KL and the densities."
-    from ipywidgets import Dropdown, HBox, HTML, Layout
+    from ipywidgets import Dropdown, HTML, Layout
     (left, qs), (right, ps) = _five("q", STARTS["a lopsided mixture"], orange), _five("p", TARGET, blue)
     start = Dropdown(options=list(STARTS), value="a lopsided mixture", description="start q from", style=dict(description_width="80px"), layout=Layout(width="360px"))
     numbers, message, picture = HTML(), HTML(), _picture()
@@ -192,7 +197,7 @@ def two_gaussians_explorer(): # an ipywidgets VBox
     for s in qs + ps: s.observe(safely, "value")
     start.observe(lambda change: _set(qs, STARTS[start.value], safely), "value"); safely()
     parts = dict(q=qs, p=ps, start=start, numbers=numbers, message=message, picture=picture)
-    return _panel("Two Gaussians", [start, HBox([left, right], layout=Layout(flex_flow="row wrap")), numbers, message, picture], lambda: picture.value, parts)
+    return _panel("Two Gaussians", [start, _row(left, right), numbers, message, picture], lambda: picture.value, parts)
 
 # %% ../nbs/22_explorers.ipynb #220024
 LAMS = (.1, .25, .5, 1., 2., 4., 10.)
@@ -267,7 +272,7 @@ def pinwheel_explorer(
     configs: list[Config] | None = None, # resolved, of different λ; None: those of SWEEP
 ): # an ipywidgets VBox
     "A panel: a slider of λ over trained checkpoints, and a button that trains those that are missing."
-    from ipywidgets import Button, HBox, HTML, IntProgress, Layout, SelectionSlider
+    from ipywidgets import Button, HTML, IntProgress, Layout, SelectionSlider
     configs = configs or pinwheel_configs(); runs, pictures, data = {}, {}, prepare_data(configs[0])
     lam = SelectionSlider(options=[("", 0.)], description="λ", layout=Layout(width="500px"), style=dict(description_width="30px"))
     train, again, bar = Button(description="train them"), Button(description="look again"), IntProgress(max=len(configs), layout=Layout(display="none"))
@@ -289,7 +294,7 @@ def pinwheel_explorer(
         train.disabled, bar.layout.display = True, ""
         parts["training"] = threading.Thread(target=guarded(message, work), daemon=True); parts["training"].start()
     lam.observe(guarded(message, draw), "value"); again.on_click(guarded(message, look)); train.on_click(guarded(message, start)); guarded(message, look)()
-    return _panel("Pinwheel", [HBox([lam, again]), note, HBox([train, bar]), message, picture], lambda: picture.value, parts)
+    return _panel("Pinwheel", [_row(lam, again), note, _row(train, bar), message, picture], lambda: picture.value, parts)
 
 def _offer(slider, runs):
     "Let a slider choose among runs; it stays at its λ if it can."
@@ -462,7 +467,7 @@ def _clickable(fig, clicked):
 # %% ../nbs/22_explorers.ipynb #220048
 def _codes_tab(seen, guard):
     "The codes in two dimensions; a click, or the slider, shows an example and its reconstruction."
-    from ipywidgets import HBox, VBox
+    from ipywidgets import VBox
     fig = quiet(plot_codes, seen.run, seen.data, len(seen.x)); ax = fig.axes[0]
     points, index, pair, still = torch.tensor(ax.collections[0].get_offsets()), _index("test example", len(seen.x)), _picture(), _picture()
     ring, = ax.plot([], [], "o", ms=13, mfc="none", mec="k", mew=2)
@@ -475,31 +480,31 @@ def _codes_tab(seen, guard):
         if canvas: canvas.draw_idle()
         else: still.value = png(fig)
     index.observe(guard(show), "value"); show()
-    return HBox([canvas or still, VBox([index, pair])]), dict(example=index, pair=pair, canvas=canvas, points=points, ax=ax)
+    return _row(canvas or still, VBox([index, pair])), dict(example=index, pair=pair, canvas=canvas, points=points, ax=ax)
 
 # %% ../nbs/22_explorers.ipynb #220051
 def _components_tab(seen, guard):
     "Samples by component and occupancy: all, and one of them."
-    from ipywidgets import Button, HBox, VBox
+    from ipywidgets import Button, VBox
     rank, anew, every, one, seed = _index("component no.", len(seen.used)), Button(description="draw anew"), _picture(png(quiet(plot_components, seen.run, seen.data))), _picture(), [0]
     def show(*_): one.value = png(draw_component(seen, rank.value, seed[0]))
     def draw_anew(*_): seed[0] += 1; show()
     rank.observe(guard(show), "value"); anew.on_click(guard(draw_anew)); show()
-    return VBox([every, HBox([rank, anew]), one]), dict(rank=rank, anew=anew, every=every, one=one)
+    return VBox([every, _row(rank, anew), one]), dict(rank=rank, anew=anew, every=every, one=one)
 
 def _interpolation_tab(seen, guard):
     "Two test examples and what lies between."
-    from ipywidgets import HBox, VBox
+    from ipywidgets import VBox
     a, b, t, strip = _index("from test example", len(seen.x)), _index("to test example", len(seen.x), 1), _slider("place", 0, 1, .5, .01), _picture()
     def show(*_): strip.value = png(draw_interpolation(seen, a.value, b.value, t.value))
     for s in (a, b, t): s.observe(guard(show), "value")
     show()
-    return VBox([HBox([a, b]), t, strip]), dict(a=a, b=b, place=t, strip=strip)
+    return VBox([_row(a, b), t, strip]), dict(a=a, b=b, place=t, strip=strip)
 
 # %% ../nbs/22_explorers.ipynb #220052
 def _dimensions_tab(seen, guard):
     "A slider an axis; beside them what is decoded, below all axes."
-    from ipywidgets import Button, HBox, VBox
+    from ipywidgets import Button, VBox
     index, back, moved, every = _index("from test example", len(seen.x)), Button(description="back to the start"), _picture(), _picture()
     axes = [_slider(f"axis {k + 1}", -3, 3, 0, .1, tooltip=f"standard deviation {s:.2f}") for k, s in enumerate(seen.sd[:8].tolist())]
     def show(*_): moved.value = png(draw_moved(seen, index.value, torch.tensor([s.value for s in axes])))
@@ -507,7 +512,7 @@ def _dimensions_tab(seen, guard):
     safely = guard(show)
     for s in axes: s.observe(safely, "value")
     index.observe(guard(start), "value"); back.on_click(lambda b: _set(axes, [0]*len(axes), safely)); start()
-    return HBox([VBox([index, *axes, back]), VBox([moved, every])]), dict(start=index, axes=axes, back=back, moved=moved, every=every)
+    return _row(VBox([index, *axes, back]), VBox([moved, every])), dict(start=index, axes=axes, back=back, moved=moved, every=every)
 
 def _history_tab(seen, guard):
     "Both terms, epoch by epoch."
@@ -558,7 +563,7 @@ def run_explorer(
     folder: Path | str | None = None, # of a run, or its name in the runs folder; None: the newest that is finished
 ): # an ipywidgets VBox
     "A panel: choose a run; see its components, codes, interpolations, latent dimensions and history."
-    from ipywidgets import Button, Dropdown, HBox, HTML, Layout
+    from ipywidgets import Button, Dropdown, HTML, Layout
     folder = None if folder is None else runs_folder()/folder
     loaded, parts = {}, {}
     def data_of(cfg):
@@ -575,7 +580,7 @@ def run_explorer(
         choice.options = options; choice.value = at if at in [v for _, v in options] else None
     choice.observe(guarded(message, choose), "value"); again.on_click(guarded(message, look)); guarded(message, choose)()
     parts.update(choice=choice, again=again, about=about, message=message, tabs=tabs)
-    return _panel("Any run", [HBox([choice, again]), about, message, tabs], lambda: _still(parts), parts)
+    return _panel("Any run", [_row(choice, again), about, message, tabs], lambda: _still(parts), parts)
 
 def _still(parts):
     "The first picture of a tab that was looked at."
