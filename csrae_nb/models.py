@@ -67,7 +67,9 @@ class Autoencoder(nn.Module):
         return self.decoder(z)
 
 # %% ../nbs/06_models.ipynb #060009
-def rows_at_once(x) -> int: # of x, a tensor (n, *X) or what stands for one
+def rows_at_once(
+    x, # a tensor (n, *X), or what stands for one
+) -> int:
     "How many examples to take at a time without training: a thousand, of large images fewer."
     return max(1, min(1000, 2**22//math.prod(x.shape[1:])))
 

@@ -70,7 +70,7 @@ def plot_samples(
     data: Dataset,
     n: int = 50, # samples of each kind
 ) -> Figure:
-    "Samples from each source of codes, named; all four decode the same decoder."
+    "Samples from each source of codes, named; all four go through the same decoder."
     n, sources = n if is_picture(data.x_shape) else 1000, sample_sources(run, run_codes(run, data, "train"))
     fig, axs = plt.subplots(2, 2, figsize=(9, 5.5), layout="constrained", sharex=True, sharey=True)
     for ax, (name, source) in zip(axs.flat, sources.items()):

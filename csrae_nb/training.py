@@ -122,7 +122,9 @@ class Config(ModelConfig):
     def __post_init__(self): _check_config(self)
 
 # %% ../nbs/09_training.ipynb #090010
-def has_cs(cfg) -> bool: # a Config
+def has_cs(
+    cfg, # a Config
+) -> bool:
     "Whether the divergence of a model is D_CS."
     return cfg.model in MODELS and issubclass(MODELS[cfg.model], CSRAE)
 
@@ -433,7 +435,9 @@ def _metrics(self: Task, model: nn.Module, data: Dataset) -> dict: # metric: val
 
 Task.validate, Task.loss, Task.metrics = _validate, _loss, _metrics
 
-def task_of(cfg: Config) -> Task: # cfg resolved
+def task_of(
+    cfg: Config, # resolved
+) -> Task:
     "The task of a configuration."
     if not cfg.labels and cfg.model != SUPERVISED: return Task(cfg)
     semisup = import_module("csrae_nb.semisup")
@@ -598,7 +602,9 @@ def _keep_memory():
         for option, value in ((-1, 2**31 - 1), (-2, 2**26), (-4, 0)): ctypes.CDLL(None).mallopt(option, value) # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
 
 @contextmanager
-def cpu_threads(n: int): # a context
+def cpu_threads(
+    n: int, # CPU threads
+): # a context
     "CPU operations on n threads, and memory kept from one operation to the next, inside a with."
     _keep_memory(); before = torch.get_num_threads(); torch.set_num_threads(n)
     try: yield
