@@ -69,9 +69,10 @@ class FullGMM:
 
     def __post_init__(self):
         GMM(self.logw, self.mu, self.mu)                               # these two fit each other
-        if self.cov.shape[-3:] != (*self.mu.shape[-2:], self.mu.shape[-1]): raise ValueError(
-            f"a FullGMM needs mu (*B, N, D), cov (*B, N, D, D); got mu {tuple(self.mu.shape)}, cov {tuple(self.cov.shape)}")
-        self.batch_shape
+        fits = self.cov.shape[-3:] == (*self.mu.shape[-2:], self.mu.shape[-1])
+        try: fits and self.batch_shape
+        except RuntimeError: fits = False
+        if not fits: raise ValueError(f"a FullGMM needs mu (*B, N, D), cov (*B, N, D, D); got mu {tuple(self.mu.shape)}, cov {tuple(self.cov.shape)}")
 
     @property
     def batch_shape(self) -> torch.Size: # () for a single mixture

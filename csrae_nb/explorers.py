@@ -150,7 +150,7 @@ STEP = 0.05 # of the quadrature
 LINE = torch.arange(-1000, 1001, dtype=torch.float64)[:, None]*STEP # from −50 to 50
 
 def line_divergences(q: GMM, p: GMM) -> dict[str, float]: # name: nats
-    "D_CS in closed form, Eq. (7), and both KL by quadrature, of mixtures on the line."
+    "D_CS in closed form, Eq. (4), and both KL by quadrature, of mixtures on the line."
     log_q, log_p = q.log_prob(LINE), p.log_prob(LINE)
     def kl(a, b): return STEP*(a.exp()*(a - b)).sum().item()
     values = {"D_CS(q‖p)": cs_divergence(q, p).item(), "KL(q‖p)": kl(log_q, log_p), "KL(p‖q)": kl(log_p, log_q)}

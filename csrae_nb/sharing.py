@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_do
 
 from .data import dataset_name, known_names
 from .models import Autoencoder
+from .tables import markdown_table
 from .training import Config, Run, command, identity, load_run, load_tensors, save_tensors, write_atomic
 
 # %% ../nbs/21_sharing.ipynb #210005
@@ -30,7 +31,7 @@ def _metrics(folder):
     return content
 
 # %% ../nbs/21_sharing.ipynb #210007
-def _table(rows): return "\n".join(["| | |", "|:--|:--|", *(f"| {k} | {v} |" for k, v in rows.items())])
+def _table(rows): return markdown_table(["", ""], [*map(list, rows.items())], left=2)
 
 def _shown(v): return f"`{v}`" if isinstance(v, str | bool) else f"{v:.5g}"
 

@@ -666,8 +666,9 @@ class _Training:
 # %% ../nbs/09_training.ipynb #090164
 def _check_collapse(t):
     "Warn, once a run, if the codes say nothing of x, or if a mixture prior acts as one Gaussian."
-    epoch, x = t.meta["epoch"], t.val[:1000]
-    if t.warned or epoch % 10 or epoch < t.cfg.warmup or t.cfg.model == SUPERVISED: return
+    epoch = t.meta["epoch"]
+    if t.warned or epoch % 10 or epoch < t.cfg.warmup or t.cfg.model == SUPERVISED or not t.acc.is_main_process: return
+    x = t.val[::math.ceil(len(t.val)/max(200, rows_at_once(t.val)))]   # of all, as neighbours may be frames of one video
     with torch.no_grad(): z, p = draw_codes(t.model, x, generator(t.cfg.seed, "collapse", device=t.acc.device)), t.model.prior()
     K, weight = len(p.logw), "lam" if has_cs(t.cfg) else "beta"
     if not active_units(t.model, x): what = f"no latent dimension is active: the encoder ignores x, and a smaller {weight} or a longer warmup is the usual remedy"
