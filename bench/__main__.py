@@ -9,7 +9,6 @@ import torch
 
 from csrae_nb.evaluation import write_table
 from csrae_nb.tables import read_rows
-from csrae_nb.training import cpu_threads
 
 from .interleaved import Work, compare
 
@@ -28,7 +27,7 @@ def line(row):
     "A row as it is printed."
     unit = "mib" if row["ours_mib"] else "ms"
     def number(v, digits=1): return "" if v is None else f"{v:,.{digits}f}"
-    return f"{row['work']:62} {number(row[f'ours_{unit}']):>9} {unit:3}  {row['other'] or '':22} {number(row[f'other_{unit}']):>9}  ratio {number(row['ratio'], 2):>7}  aim {number(row['aim'], 2)}"
+    return f"{row['work']:66} {number(row[f'ours_{unit}']):>9} {unit:3}  {row['other'] or '':30} {number(row[f'other_{unit}']):>9}  ratio {number(row['ratio'], 2):>7}  aim {number(row['aim'], 2)}"
 
 
 def main():
@@ -38,12 +37,12 @@ def main():
     if unknown := set(asked) - set(PARTS): p.error(f"unknown part {', '.join(unknown)}; expected {', '.join(PARTS)}")
     here = machine(); print(*here.values(), sep="\n")
     rows = [r for r in read_rows(FILE, ("work", "ratio")) if r["part"] not in asked]
-    with cpu_threads(1):
-        for part in asked:
-            for work in importlib.import_module(f"bench.{part}").works():
-                for row in compare(work) if isinstance(work, Work) else [work]:
-                    rows.append(dict(part=part, **row, **here)); print(line(row), flush=True)
-            write_table(FILE, sorted(rows, key=lambda r: PARTS.index(r["part"])))  # after each part: an error in the next loses nothing
+    torch.set_num_threads(1)                                           # and nothing else of what `fit` sets, where ours does not call for it
+    for part in asked:
+        for work in importlib.import_module(f"bench.{part}").works():
+            for row in compare(work) if isinstance(work, Work) else [work]:
+                rows.append(dict(part=part, **row, **here)); print(line(row), flush=True)
+        write_table(FILE, sorted(rows, key=lambda r: PARTS.index(r["part"])))  # after each part: an error in the next loses nothing
 
 
 if __name__ == "__main__": main()

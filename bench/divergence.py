@@ -5,7 +5,7 @@ from unittest.mock import patch
 import torch
 
 from csrae_nb import divergence
-from csrae_nb.divergence import GMM, cs_divergence
+from csrae_nb.divergence import GMM, cs_divergence, log_sum_exp
 
 from .interleaved import Work
 
@@ -45,6 +45,12 @@ def distributions(mu, logvar, nu, logtau2):
 def with_gradients(loss, leaves): return lambda: torch.autograd.grad(loss(*leaves), leaves)
 
 
+def sums(f):
+    "A sum of f over rows of terms of which the smallest are e⁻²⁰⁰ of the largest, with its gradient."
+    x = (-200*torch.rand(400, 400, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    return lambda: torch.autograd.grad(f(x).sum(), x)
+
+
 def without_numba(f):
     def run():
         with patch.object(divergence, "_compiled", lambda: None): return f()
@@ -60,6 +66,7 @@ def works():
     yield Work("D_CS and gradients, B=100 K=400 D=40, by torch.distributions", with_gradients(ours, leaves), {"torch.distributions": (with_gradients(distributions, leaves), None)})
     yield Work("D_CS and gradients, B=100 K=400 D=40, ours without numba", without_numba(with_gradients(ours, leaves)), {"broadcasting": (with_gradients(broadcast, leaves), 1.6)})
     yield both(100, 1000, 128, aim=25., rounds=3)
+    yield Work("log-sum-exp and gradients, 400 × 400, terms far apart", sums(log_sum_exp), {"torch.logsumexp": (sums(lambda x: x.logsumexp(-1)), None)})
     for K in (50, 100, 200, 800): yield both(100, K, 40, rounds=5)
     for D in (5, 10, 20, 80, 160): yield both(100, 200, D, rounds=5)
     for B in (25, 50, 400, 800): yield both(B, 200, 40, rounds=5)

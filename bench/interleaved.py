@@ -4,7 +4,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from statistics import median
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -15,6 +18,23 @@ class Work:
     others: dict[str, tuple[Callable[[], object], float | None]]       # name: function, and the ratio that we aim at
     rounds: int = 15                                                   # of all of them in turn, after one that does not count
     size: dict[str, int] = field(default_factory=dict)                 # B, K, D
+
+
+class Elsewhere:
+    "A function in a process of its own, which our settings do not reach; a call runs it there, and returns what it returns."
+    def __init__(self, make: Callable, *args): # make(*args) is the function; both are sent to the process
+        ctx = get_context("spawn"); self.pipe, end = ctx.Pipe()
+        self.process = ctx.Process(target=_serve, args=(end, make, args), daemon=True); self.process.start()
+
+    def __call__(self): self.pipe.send("run"); return self.pipe.recv()
+
+
+def _serve(pipe, make, args):
+    torch.set_num_threads(1); f = make(*args)
+    while True:
+        try: pipe.recv()
+        except EOFError: return
+        pipe.send(f())
 
 
 def timed(f) -> float:

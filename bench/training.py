@@ -1,36 +1,49 @@
-"Training steps: ours as `fit` makes them, pythae's as its trainer makes them, and the bare matrix products."
+"Training steps: ours as `fit` makes them, pythae's as its trainer makes them in a process of its own, and the bare matrix products."
 import tempfile
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 
 import torch
+from sklearn.datasets import load_digits
 from torch.nn import Linear
+from torch.nn.functional import interpolate
 
 from csrae_nb.data import load_data
-from csrae_nb.training import Config, _accelerator, _untrained, progress_bar, resolve, train_epoch
+from csrae_nb.training import Config, _accelerator, _untrained, cpu_threads, progress_bar, resolve, train_epoch
 
-from .interleaved import Work
+from .interleaved import Elsewhere, Work
 from .pythae_models import like, trainer
 
-STEPS, B, SHAPE = 20, 100, (28, 28)
+STEPS, B, SHAPE, BEFORE = 16, 100, (28, 28), 64                        # BEFORE: epochs before the clock starts
 
 
 def images():
-    "Sparse binary images, as many as an epoch of STEPS steps takes."
-    g = torch.Generator().manual_seed(0)
-    return dict(zip(("x_train", "x_val", "x_test"), ((torch.rand(n, *SHAPE, generator=g) < .13).float() for n in (STEPS*B, B, B))))
+    "scikit-learn's digits as black and white images of MNIST's size; an epoch of them has STEPS steps."
+    grey = torch.tensor(load_digits().images[:, None], dtype=torch.float32)/16
+    x = (interpolate(grey, SHAPE, mode="bilinear")[:, 0] > .5).float()
+    return dict(x_train=x[:STEPS*B], x_val=x[STEPS*B:][:B], x_test=x[STEPS*B:])
 
 
 def config(model, **fields):
     return resolve(Config(**dict(dataset="arrays", network="mlp", model=model, latent_dim=40, components=400, batch_size=B, warmup=0, likelihood="bernoulli") | fields))
 
 
-def epoch(cfg, data):
-    "One epoch of ours as a function, and the model it trains."
+def epoch(cfg, data, flush=True):
+    "One epoch of ours as a function, and the model it trains; flush: subnormal numbers are 0, as `fit` has it."
     acc = _accelerator(cfg); model, opt = _untrained(cfg, data, acc.device); net = acc.prepare(model)
     def run():
-        with progress_bar(False) as bar: train_epoch(acc, net, opt, data, cfg, 1, Path(), bar)
+        with cpu_threads(1), progress_bar(False) as bar: torch.set_flush_denormal(flush); train_epoch(acc, net, opt, data, cfg, 1, Path(), bar)
     return run, model
+
+
+def epoch_of_pythae(model, x, epochs, tuned):
+    "One epoch of pythae's trainer as a function, after some that are not timed; tuned: with what `fit` sets for its process."
+    theirs = trainer(like(model, SHAPE), x, tempfile.mkdtemp())
+    def run():
+        with cpu_threads(1) if tuned else nullcontext(): theirs.train_step(1)
+    for _ in range(epochs): run()
+    return run
 
 
 def matrix_products(model):
@@ -46,12 +59,18 @@ def matrix_products(model):
 
 
 def works():
-    data, folder = load_data(images(), "bernoulli"), tempfile.mkdtemp()
-    vae, of_vae = epoch(config("VAE"), data)
-    theirs = trainer(like(deepcopy(of_vae), SHAPE), data.x_train, folder)
-    yield Work(f"{STEPS} training steps, VAE", vae, {"pythae": (lambda: theirs.train_step(1), 1.5), "matrix products alone": (matrix_products(of_vae), 1/1.8)})
-    vamp, of_vamp = epoch(config("MixtureCSRAE", prior="vamp"), data)
-    theirs_vamp = trainer(like(deepcopy(of_vamp), SHAPE), data.x_train, folder)
-    yield Work(f"{STEPS} training steps, MixtureCSRAE vamp K=400", vamp, {"pythae's VAMP": (lambda: theirs_vamp.train_step(1), 2.2)}, rounds=7)
-    mog, _ = epoch(config("MixtureCSRAE"), data)
-    yield Work(f"{STEPS} training steps, MixtureCSRAE mog K=400", mog, {"our VAE": (vae, 1/3.2)})
+    data, kept = load_data(images(), "bernoulli"), "ours, subnormal numbers kept"
+    for epochs, when in ((0, "first"), (BEFORE, f"after {BEFORE*STEPS:,}")):
+        def prepared(model, flush=True, **fields):
+            run, m = epoch(config(model, **fields), data, flush); untrained = deepcopy(m)
+            for _ in range(epochs): run()
+            return run, untrained
+        def others(of, untrained, aim, *args, **fields):
+            theirs = {of + with_settings: (Elsewhere(epoch_of_pythae, untrained, data.x_train, epochs, bool(with_settings)), None if with_settings else aim) for with_settings in ("", ", with our settings")}
+            return theirs | ({kept: (prepared(*args, flush=False, **fields)[0], None)} if epochs else {})
+        vae, untrained = prepared("VAE")
+        yield Work(f"{STEPS} training steps, {when}: VAE", vae, others("pythae", untrained, 1.5, "VAE") | {"matrix products alone": (matrix_products(untrained), 1/1.8)})
+        vamp, untrained = prepared("MixtureCSRAE", prior="vamp")
+        yield Work(f"{STEPS} training steps, {when}: MixtureCSRAE vamp K=400", vamp, others("pythae's VAMP", untrained, 2.2, "MixtureCSRAE", prior="vamp"), rounds=7)
+        mog, _ = prepared("MixtureCSRAE")
+        yield Work(f"{STEPS} training steps, {when}: MixtureCSRAE mog K=400", mog, {"our VAE": (vae, 1/3.2)})

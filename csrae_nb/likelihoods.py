@@ -37,7 +37,7 @@ class Bernoulli(Likelihood):
 
     def log_prob(self, x: Float[Tensor, "B *X"], out: Float[Tensor, "B 1 *X"]) -> Float[Tensor, "B"]:
         "log p(x|z), summed over the values of x."
-        return -F.binary_cross_entropy_with_logits(out[:, 0], x, reduction="none").flatten(1).sum(1)
+        return -F.binary_cross_entropy_with_logits(out.flatten(0, 1), x, reduction="none").flatten(1).sum(1)
 
     def mean(self, out: Float[Tensor, "B 1 *X"]) -> Float[Tensor, "B *X"]:
         "E[x|z]."

@@ -601,14 +601,19 @@ def _keep_memory():
     with suppress(OSError, AttributeError):                            # another libc
         for option, value in ((-1, 2**31 - 1), (-2, 2**26), (-4, 0)): ctypes.CDLL(None).mallopt(option, value) # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
 
+def _flushes_subnormals(): return not torch.tensor(1e-39).mul(0.5).item()
+
 @contextmanager
 def cpu_threads(
     n: int, # CPU threads
 ): # a context
-    "CPU operations on n threads, and memory kept from one operation to the next, inside a with."
-    _keep_memory(); before = torch.get_num_threads(); torch.set_num_threads(n)
+    """CPU operations on n threads inside a with, set for training: memory is kept from one operation to the next, and numbers too
+    small for their precision's normal form are 0. Adam's means of gradients that have ceased decay to such numbers, and a
+    processor takes a hundred times as long for them. Of several threads, those that ran before go on as they were."""
+    _keep_memory(); before, flushed = torch.get_num_threads(), _flushes_subnormals()
+    torch.set_num_threads(n); torch.set_flush_denormal(True)
     try: yield
-    finally: torch.set_num_threads(before)
+    finally: torch.set_num_threads(before); torch.set_flush_denormal(flushed)
 
 def _write_history(path, history):
     "history.csv, a row an epoch."
