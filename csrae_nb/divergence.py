@@ -143,19 +143,20 @@ def _log_z_gradients(mu, var, nu, tau2, g, same):
 
 def _plain_gradients(mu, var, nu, tau2, g):
     "The same, all at once and by operations that have derivatives."
+    _check_memory(g.numel(), mu, mu.shape[2])
     u = 1/(var[:, :, None] + tau2[:, None]); r = (mu[:, :, None] - nu[:, None])*u
     h, r = 0.5*(r*r - u)*g[..., None], r*g[..., None]
     return -r.sum(2), h.sum(2), r.sum(1), h.sum(1)
 
 # %% ../nbs/01_divergence.ipynb #010017
-SKIP = 1e-12 # share of the largest gradient below which a pair is skipped
+SKIP = 1e-12 # share of a row's largest gradient below which a pair is skipped
 SMALL = 2**16 # numbers (pairs × dimensions) that are done before numba has started
 
 def _log_z_loops(mu, var, nu, tau2, constant, bits, out, same): # D a multiple of 4; nu and tau2 (P, D, M): the inner loop runs along a row
     (P, N, D), M = mu.shape, nu.shape[2]
     squares, products, powers, real, whole = np.empty(M, mu.dtype), bits.view(mu.dtype), np.empty_like(bits), mu.dtype.type, bits.dtype.type
-    fraction, least = (whole(23), real(1e-18)) if mu.itemsize == 4 else (whole(52), real(1e-150)) # bits after the leading one; what a product of two may be
-    products[:] = 1; one, rest, most = bits[0], whole((1 << fraction) - 1), real(1/least)
+    fraction, least = (whole(23), real(1e-15)) if mu.itemsize == 4 else (whole(52), real(1e-140)) # bits after the leading one; the least that a product of two may be
+    products[:] = 1; one, rest, most, inf = bits[0], whole((1 << fraction) - 1), real(1/least), real(np.inf)
     for p in range(P):
         for n in range(N):
             first = n if same else 0
@@ -169,9 +170,9 @@ def _log_z_loops(mu, var, nu, tau2, constant, bits, out, same): # D a multiple o
                 for m in range(len(square)):
                     r0, r1, r2, r3, s0, s1, s2, s3 = a0 - x0[m], a1 - x1[m], a2 - x2[m], a3 - x3[m], b0 + y0[m], b1 + y1[m], b2 + y2[m], b3 + y3[m]
                     s01, s23 = s0*s1, s2*s3
-                    square[m] += ((r0*r0*s1 + r1*r1*s0)*s23 + (r2*r2*s3 + r3*r3*s2)*s01)/(s01*s23)
+                    bad = (s0 < 0) | (s2 < 0) | (s01 < least) | (s23 < least) | (s01 > most) | (s23 > most)
+                    square[m] += inf if bad else ((r0*r0*s1 + r1*r1*s0)*s23 + (r2*r2*s3 + r3*r3*s2)*s01)/(s01*s23)
                     product[m] *= s01*s23
-                    odd |= (s01 < least) | (s23 < least) | (s01 > most) | (s23 > most)
                 for m in range(len(bit)):                              # the product is in [1, 2) again
                     power[m] += (bit[m] - one) >> fraction
                     bit[m] = bit[m] & rest | one
@@ -182,6 +183,7 @@ def _log_z_loops(mu, var, nu, tau2, constant, bits, out, same): # D a multiple o
                 odd |= not abs(square[m]) < most
             if odd:
                 for m in range(len(row)):
+                    if abs(square[m]) < most: continue
                     total = 0.
                     for d in range(D): s, r = np.float64(var[p, n, d] + tau2[p, d, first+m]), np.float64(mu[p, n, d] - nu[p, d, first+m]); total += r*r/s + math.log(s)
                     row[m] = constant - total/2
@@ -189,17 +191,20 @@ def _log_z_loops(mu, var, nu, tau2, constant, bits, out, same): # D a multiple o
                 for m in range(len(row)): out[p, first+m, n] = row[m]
 
 # %% ../nbs/01_divergence.ipynb #010117
-def _gradient_loops(mu, var, nu, tau2, g, least, gmu, gvar, gnu, gtau2, same): # nu, tau2 and their gradients (P, D, M), as above
+def _gradient_loops(mu, var, nu, tau2, g, gmu, gvar, gnu, gtau2, same): # nu, tau2 and their gradients (P, D, M), as above
     (P, N, D), M, one, half = mu.shape, nu.shape[2], mu.dtype.type(1), mu.dtype.type(.5)   # of the arrays' precision: a plain 1 would make all doubles
     weights, used = np.empty(M, mu.dtype), np.empty(M, np.int64)
     for p in range(P):
         for n in range(N):
             first, count = n if same else 0, 0
-            w = weights[first:]
+            w, top = weights[first:], mu.dtype.type(0)
             for m in range(len(w)):
                 w[m] = g[p, n, first+m] + g[p, first+m, n] if same and m else g[p, n, first+m]
+                if not abs(w[m]) <= top: top = abs(w[m])               # NaN, too
+            least = SKIP*top if top < np.inf else mu.dtype.type(0)
+            for m in range(len(w)):
                 if abs(w[m]) <= least: w[m] = 0                        # rather than some tiny number, which would be slow
-                else: used[count] = m; count += 1                      # NaN is used, too
+                else: used[count] = m; count += 1
             if 16*count < len(w):                                      # few: pair by pair
                 for m in used[:count]:
                     for d in range(D):
@@ -253,7 +258,7 @@ class _LogZ(torch.autograd.Function):
         if torch.is_grad_enabled(): grads = _plain_gradients(*sides, g)   # a second derivative may be asked for
         elif loops := _loops_for(sides[0], sides[2]):
             rows = [*sides[:2], sides[2].mT, sides[3].mT]; gmu, gvar, gnu, gtau2 = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in rows)
-            loops[1](*_arrays(*rows, g), SKIP*max(map(abs, torch.stack(g.aminmax()).tolist())), *_arrays(gmu, gvar, gnu, gtau2), same)
+            loops[1](*_arrays(*rows, g), *_arrays(gmu, gvar, gnu, gtau2), same)
             grads = gmu, gvar, gnu.mT, gtau2.mT
         else: grads = _log_z_gradients(*sides, g, same)
         return (*grads, None) if not same else (grads[0] + grads[2], grads[1] + grads[3], None, None, None)
@@ -277,12 +282,15 @@ def _common_batch(q, p):
     try: return np.broadcast_shapes(q.batch_shape, p.batch_shape)
     except ValueError as e: raise ValueError(f"q has batch {tuple(q.batch_shape)}, p has {tuple(p.batch_shape)}: they do not broadcast") from e
 
+def _free_memory(device):
+    "Bytes that are free on a torch device."
+    from psutil import virtual_memory
+    return virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+
 def _check_memory(pairs, like, numbers=1):
     "ValueError if so many numbers a pair, and what a log-sum-exp and its gradient add to it, will not fit."
     if (need := 3*pairs*numbers*like.element_size()) < 2**30: return
-    from psutil import virtual_memory
-    free = virtual_memory().available if like.is_cpu else torch.cuda.mem_get_info(like.device)[0]
-    if need > free: raise ValueError(f"{pairs:,} pairs of components need about {need/2**30:,.0f} GiB, {free/2**30:.1f} GiB are free; use fewer components or a smaller batch")
+    if need > (free := _free_memory(like.device)): raise ValueError(f"{pairs:,} pairs of components need about {need/2**30:,.0f} GiB, {free/2**30:.1f} GiB are free; use fewer components or a smaller batch")
 
 # %% ../nbs/01_divergence.ipynb #010123
 def _full_log_z(q, p):
@@ -304,7 +312,7 @@ def pairwise_log_overlap(
     same, q, p = q is p, as_mixture(q), as_mixture(p)
     B = _common_batch(q, p)
     if FullGMM in (type(q), type(p)): return _full_log_z(FullGMM.of(q), FullGMM.of(p))
-    if same and q.mu.shape[-2] == 1: return (-0.5*(4*math.pi*q.var).log().sum(-1, keepdim=True)).expand(*B, 1, 1)   # a Gaussian with itself
+    if same and q.mu.shape[-2] == 1: return (0*q.mu - 0.5*(4*math.pi*q.var).log()).sum(-1, keepdim=True).expand(*B, 1, 1)   # a Gaussian with itself
     k = _outer_axes(p.batch_shape, len(B))
     if _outer_axes(q.batch_shape, len(B)) < k: return pairwise_log_overlap(p, q).mT
     sides = _matrices(q, B[:k], B[k:]) + _matrices(p, B[:k], (1,)*len(B[k:]))
@@ -319,7 +327,7 @@ class _LogSumExp(torch.autograd.Function):
     def forward(ctx, x):
         top = x.amax(-1, keepdim=True)                                 # infinite only if the sum is
         share = (x - top.masked_fill(top.isinf(), 0)).clamp_min_(-70).exp_(); total = share.sum(-1, keepdim=True)
-        ctx.save_for_backward(share.mul_(total.reciprocal())); ctx.set_materialize_grads(False)
+        ctx.save_for_backward(share.mul_(total.reciprocal())); ctx.set_materialize_grads(False) # an output that nobody uses has gradient None
         return (top + total.log_()).squeeze(-1), share
 
     @staticmethod

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .data import Dataset
-from .divergence import GMM, Draws
+from .divergence import GMM, Draws, _free_memory
 from .models import Autoencoder, rows_at_once
 from .networks import side_by_side
 from .priors import MoGPrior, Prior, StandardNormal, VampPrior
-from .training import (MODELS, SUPERVISED, Config, NonFiniteLoss, Run, RunLocked, _accelerator, _check_collapse, _finish, _has_free_components, _place_components, _Training, cpu_threads,
+from .training import (MODELS, SUPERVISED, Config, NonFiniteLoss, Run, RunLocked, _accelerator, _check_collapse, _finish, _has_free_components, _place_components, _Training, _untrained, cpu_threads,
                                generator, identity, load_run, open_run, prepare_data, prior_kind, progress_bar, resolve, run_lock, run_name, runs_folder, task_of, validated, warmup_weight)
 
 # %% ../nbs/17_fleet.ipynb #170005
@@ -173,17 +173,25 @@ def _train_together(ts, bar):
     return [failed.get(t) for t in ts]
 
 # %% ../nbs/17_fleet.ipynb #170019
+def _check_room(configs, data, device):
+    "ValueError if these runs together, and on a GPU the data, do not fit into memory."
+    sizes = [t.numel()*t.element_size() for t in _untrained(configs[0], data, "cpu")[0].parameters()]
+    need = 11*len(configs)*sum(sizes)                                  # of each its weights, gradients, Adam's two means and the best so far, and most once more in the stack: measured
+    if device.type != "cpu": need += sum(t.numel()*t.element_size() for t in vars(data).values() if isinstance(t, Tensor))
+    if need > (free := _free_memory(device)): raise ValueError(
+        f"{len(configs)} runs side by side need about {need/2**30:.1f} GiB, {free/2**30:.1f} GiB are free; take fewer at a time (csrae-sweep --fleet-size)")
+
 def fit_fleet(
     configs: list[Config], # that differ in seed, lam and beta only
     data: Dataset | dict | None = None, # as in fit
     progress: bool = True, # show a progress bar on stderr
 ) -> list[Run | Exception]: # for each, its run, or why there is none
-    "Train runs together, each into its own folder, as `fit` would one by one; ValueError for runs that do not go together."
+    "Train runs together, each into its own folder, as `fit` would one by one; ValueError for runs that do not go together, or not into memory."
     configs = [resolve(c) for c in configs]
     if fleets(configs, len(configs)) != [configs]: raise ValueError("these runs do not go together: a fleet's differ in seed, lam and beta only, with fully connected networks and without labels")
     data, acc = prepare_data(configs[0], data), _accelerator(configs[0])
     if acc.num_processes > 1: raise ValueError(f"a fleet is for one process, this is one of {acc.num_processes}")
-    data, ts, out = data.to(acc.device), {}, {}
+    _check_room(configs, data, acc.device); data, ts, out = data.to(acc.device), {}, {}
     with ExitStack() as locks, cpu_threads(configs[0].threads):
         for c in configs:
             path = open_run(c)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from csrae_nb import divergence
-from csrae_nb.divergence import BLOCK, GMM, FullGMM, as_mixture, cs_divergence, kl_divergence, log_overlap
+from csrae_nb.divergence import BLOCK, GMM, FullGMM, as_mixture, cs_divergence, kl_divergence, log_overlap, pairwise_log_overlap
 
 torch.set_num_threads(1)
 compiled = divergence._compiled.__wrapped__
@@ -113,6 +113,17 @@ def test_second_derivatives():
     mu, one = r(2), torch.ones(2, dtype=torch.float64)                 # −log ∫ q p of two unit Gaussians is |μ|²/4, and a constant
     hessian = torch.autograd.functional.hessian(lambda mu: -log_overlap(GMM.gaussian(mu, one), GMM.gaussian(0*one, one)), mu)
     torch.testing.assert_close(hessian, torch.eye(2, dtype=torch.float64)/2)
+
+def test_what_loops_do_again_in_the_plain_way(form):
+    "Variances that are too large for a product of four, 0 or negative, and gradients that are infinite."
+    g = torch.Generator().manual_seed(0); r = lambda *s: torch.randn(*s, generator=g)
+    q, p = GMM(torch.zeros(3), r(3, 6), r(3, 6).exp()), GMM(torch.zeros(5), r(5, 6), r(5, 6).exp())
+    p.var[1], q.var[2, :2], p.var[2, :2] = 1e20, -9., 0.
+    z = pairwise_log_overlap(q, p); plain = torch.distributions.Normal(p.mu, (q.var[:, None] + p.var).double().sqrt(), validate_args=False).log_prob(q.mu[:, None]).sum(-1)
+    torch.testing.assert_close(z, plain.float(), equal_nan=True); assert z[2].isnan().tolist() == [True, False, True, True, True] and z[:2].isfinite().all()
+    mu = q.mu[:2].clone().requires_grad_(); out = pairwise_log_overlap(GMM(torch.zeros(2), mu, q.var[:2]), p)
+    grad, = torch.autograd.grad(out, mu, torch.tensor([[math.inf, 1., 1., 1., 1.], [1.]*5]))
+    assert not grad[0].isfinite().any() and grad[1].isfinite().all()
 
 def test_variances_whose_product_leaves_double_precision(form):
     q, p = (GMM(torch.zeros(1, dtype=torch.float64), torch.zeros(1, 8, dtype=torch.float64), torch.full((1, 8), v, dtype=torch.float64)) for v in (1e-60, 1e60))
