@@ -150,7 +150,6 @@ def _plain_gradients(mu, var, nu, tau2, g):
 
 # %% ../nbs/01_divergence.ipynb #010017
 SKIP = 1e-12 # share of a row's largest gradient below which a pair is skipped
-SMALL = 2**16 # numbers (pairs × dimensions) that are done before numba has started
 
 def _log_z_loops(mu, var, nu, tau2, constant, bits, out, same): # D a multiple of 4; nu and tau2 (P, D, M): the inner loop runs along a row
     (P, N, D), M = mu.shape, nu.shape[2]
@@ -222,6 +221,8 @@ def _gradient_loops(mu, var, nu, tau2, g, gmu, gvar, gnu, gtau2, same): # nu, ta
                     gmu[p, n, d] -= sum_r; gvar[p, n, d] += sum_h
 
 # %% ../nbs/01_divergence.ipynb #010018
+SMALL = 2**16 # numbers (pairs × dimensions) that are done before numba has started
+
 @cache
 def _compiled():
     "Both loops, compiled by numba; None without it."
