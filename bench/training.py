@@ -66,7 +66,8 @@ def works():
             for _ in range(epochs): run()
             return run, untrained
         def others(of, untrained, aim, *args, **fields):
-            theirs = {of + with_settings: (Elsewhere(epoch_of_pythae, untrained, data.x_train, epochs, bool(with_settings)), None if with_settings else aim) for with_settings in ("", ", with our settings")}
+            def elsewhere(tuned): return Elsewhere(epoch_of_pythae, untrained, data.x_train, epochs, tuned)
+            theirs = {of: (elsewhere(False), aim), f"{of}, with our settings": (elsewhere(True), None)}
             return theirs | ({kept: (prepared(*args, flush=False, **fields)[0], None)} if epochs else {})
         vae, untrained = prepared("VAE")
         yield Work(f"{STEPS} training steps, {when}: VAE", vae, others("pythae", untrained, 1.5, "VAE") | {"matrix products alone": (matrix_products(untrained), 1/1.8)})

@@ -388,6 +388,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'csrae_nb.fleet._pairs': ('nbs/fleet.html#_pairs', 'csrae_nb/fleet.py'),
                                 'csrae_nb.fleet._part': ('nbs/fleet.html#_part', 'csrae_nb/fleet.py'),
                                 'csrae_nb.fleet._scatter': ('nbs/fleet.html#_scatter', 'csrae_nb/fleet.py'),
+                                'csrae_nb.fleet._to_train': ('nbs/fleet.html#_to_train', 'csrae_nb/fleet.py'),
                                 'csrae_nb.fleet._train_together': ('nbs/fleet.html#_train_together', 'csrae_nb/fleet.py'),
                                 'csrae_nb.fleet._validate': ('nbs/fleet.html#_validate', 'csrae_nb/fleet.py'),
                                 'csrae_nb.fleet.fit_fleet': ('nbs/fleet.html#fit_fleet', 'csrae_nb/fleet.py'),

@@ -173,6 +173,8 @@ def _train_together(ts, bar):
     return [failed.get(t) for t in ts]
 
 # %% ../nbs/17_fleet.ipynb #170019
+def _to_train(configs): return [c for c in configs if not (runs_folder()/run_name(c)/"model.safetensors").exists()]
+
 def _check_room(configs, data, device):
     "ValueError if these runs together, and on a GPU the data, do not fit into memory."
     sizes = [t.numel()*t.element_size() for t in _untrained(configs[0], data, "cpu")[0].parameters()]
@@ -191,7 +193,8 @@ def fit_fleet(
     if fleets(configs, len(configs)) != [configs]: raise ValueError("these runs do not go together: a fleet's differ in seed, lam and beta only, with fully connected networks and without labels")
     data, acc = prepare_data(configs[0], data), _accelerator(configs[0])
     if acc.num_processes > 1: raise ValueError(f"a fleet is for one process, this is one of {acc.num_processes}")
-    _check_room(configs, data, acc.device); data, ts, out = data.to(acc.device), {}, {}
+    if todo := _to_train(configs): _check_room(todo, data, acc.device)
+    data, ts, out = data.to(acc.device), {}, {}
     with ExitStack() as locks, cpu_threads(configs[0].threads):
         for c in configs:
             path = open_run(c)
@@ -211,6 +214,6 @@ def train_fleets(
     progress: bool = True, # show progress bars on stderr
 ) -> None:
     "Train what can be trained together of what is not trained yet; a run that fails is named on stderr, and left to be tried alone."
-    for group in fleets((c for c in configs if not (runs_folder()/run_name(c)/"model.safetensors").exists()), size):
+    for group in fleets(_to_train(configs), size):
         for c, out in zip(group, fit_fleet(group, None, progress)):
             if isinstance(out, Exception): tqdm.write(f"{run_name(c)}: {out}", file=sys.stderr)
