@@ -2,7 +2,6 @@
 import tempfile
 from contextlib import nullcontext
 from copy import deepcopy
-from pathlib import Path
 
 import torch
 from sklearn.datasets import load_digits
@@ -10,7 +9,7 @@ from torch.nn import Linear
 from torch.nn.functional import interpolate
 
 from csrae_nb.data import load_data
-from csrae_nb.training import Config, _accelerator, _untrained, cpu_threads, progress_bar, resolve, train_epoch
+from csrae_nb.training import Config, _untrained, accelerator, cpu_threads, progress_bar, resolve, train_epoch
 
 from .interleaved import Elsewhere, Work
 from .pythae_models import like, trainer
@@ -31,9 +30,13 @@ def config(model, **fields):
 
 def epoch(cfg, data, flush=True):
     "One epoch of ours as a function, and the model it trains; flush: subnormal numbers are 0, as `fit` has it."
-    acc = _accelerator(cfg); model, opt = _untrained(cfg, data, acc.device); net = acc.prepare(model)
+    with accelerator(cfg) as acc:
+        model, opt = _untrained(cfg, data, acc.device)
+        net = acc.prepare(model)
     def run():
-        with cpu_threads(1), progress_bar(False) as bar: torch.set_flush_denormal(flush); train_epoch(acc, net, opt, data, cfg, 1, Path(), bar)
+        with cpu_threads(1), progress_bar(False) as bar:
+            torch.set_flush_denormal(flush)
+            train_epoch(acc, net, opt, data, cfg, 1, bar)
     return run, model
 
 

@@ -8,9 +8,7 @@ __all__ = ['CSRAEEmbedding']
 # %% ../nbs/20_estimator.ipynb #200002
 import dataclasses
 import threading
-from contextlib import contextmanager
 from numbers import Integral, Real
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -24,8 +22,8 @@ from .data import default_likelihood, from_arrays
 from .divergence import GMM
 from .likelihoods import make_likelihood
 from .models import rows_at_once
-from .training import (NonFiniteLoss, _accelerator, _has_free_components, _place_components, _untrained, cpu_threads, fit, generator,
-                               make_config, mean_terms, progress_bar, resolve, train_epoch, warmup_weight)
+from .training import (_has_free_components, _place_components, _untrained, accelerator, fit, generator, make_config,
+                               mean_terms, progress_bar, resolve, torch_defaults, train_epoch, warmup_weight)
 
 # %% ../nbs/20_estimator.ipynb #200005
 class CSRAEEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -122,16 +120,7 @@ def _split(x, fraction, seed): # training rows, validation rows
 def _dataset(est, train, val): return from_arrays(dict(x_train=train.float(), x_val=val.float(), x_test=val[:1].float()), est.likelihood_)
 
 # %% ../nbs/20_estimator.ipynb #200018
-_turn = threading.Lock()
-
-@contextmanager
-def _training(): # a context
-    "Train inside a with: one at a time, the random state kept; the message of a loss that fails does not name the temporary folder."
-    with _turn, torch.random.fork_rng(devices=[]):
-        try: yield
-        except NonFiniteLoss as e:
-            what = str(e).replace("; the last good state", ". The last good state").split(". The last good state")[0]
-            raise NonFiniteLoss(f"{what}. A lower lr, or a longer warmup, is the usual remedy") from None
+_turn = threading.Lock() # one training at a time in a process
 
 # %% ../nbs/20_estimator.ipynb #200020
 @_method
@@ -144,31 +133,33 @@ def _fit(self: CSRAEEmbedding,
     x, _ = _rows(self, X, True, ensure_min_samples=2); seed = _seed(self.random_state)
     train, val = _split(x, self.validation_fraction, seed)
     cfg, data = _config(self, len(train), seed), _dataset(self, train, val)
-    with _training(), TemporaryDirectory() as folder: run = fit(cfg, data, bool(self.verbose), folder, checkpoints=False)
+    with _turn, TemporaryDirectory() as folder: run = fit(cfg, data, bool(self.verbose), folder, checkpoints=False)
     self.model_, self.config_, self._optimizer = run.model.cpu().double(), cfg, None
     self.history_, self.n_iter_, self.best_epoch_ = run.history, len(run.history), run.best_epoch
     return self
 
 # %% ../nbs/20_estimator.ipynb #200024
 def _resume(est, x): # rows as the model sees them
-    "Data, configuration, model and optimiser of the next pass; of the first, untrained."
-    first = not hasattr(est, "model_"); n = len(x)
+    "Data and configuration of the next pass."
+    first, n = not hasattr(est, "model_"), len(x)
     if first: est.config_, est.history_, est._optimizer = _config(est, n, _seed(est.random_state)), [], None
-    cfg = dataclasses.replace(est.config_, batch_size=min(est.config_.batch_size if first else _plain(est.batch_size), n))
-    acc, data = _accelerator(cfg), _dataset(est, x, x); data = data.to(acc.device)
+    batch_size = est.config_.batch_size if first else _plain(est.batch_size)
+    return _dataset(est, x, x), dataclasses.replace(est.config_, batch_size=min(batch_size, n))
+
+def _on_cpu(state): # of an optimiser
+    return {**state, "state": {i: {k: v.cpu() for k, v in s.items()} for i, s in state["state"].items()}}
+
+def _pass(est, acc, data, cfg, epoch):
+    "An epoch from where the estimator left off, or from the start: model, optimiser, and the mean of both terms."
+    data = data.to(acc.device)
     model, opt = _untrained(cfg, data, acc.device)
-    if not first: model.load_state_dict(est.model_.state_dict())
+    if epoch > 1: model.load_state_dict(est.model_.state_dict())
     if est._optimizer: opt.load_state_dict(est._optimizer)
-    return acc, data, cfg, model, opt
-
-def _on_cpu(state): return {**state, "state": {i: {k: v.cpu() for k, v in s.items()} for i, s in state["state"].items()}} # of an optimiser
-
-def _pass(acc, data, cfg, model, opt, epoch, verbose):
-    "An epoch; the mean of both terms."
-    with cpu_threads(cfg.threads), progress_bar(verbose, total=len(data.x_train)//cfg.batch_size, unit="step", desc="training") as bar:
-        terms = train_epoch(acc, acc.prepare(model.train()), opt, data, cfg, epoch, Path(), bar).tolist()
-        if epoch == cfg.kmeans_epoch and _has_free_components(model) and len(data.x_train) >= cfg.components: _place_components(model, opt, data, cfg)
-    return terms
+    with progress_bar(bool(est.verbose), total=len(data.x_train)//cfg.batch_size, unit="step", desc="training") as bar:
+        terms = train_epoch(acc, acc.prepare(model.train()), opt, data, cfg, epoch, bar).tolist()
+    enough = len(data.x_train) >= cfg.components
+    if epoch == cfg.kmeans_epoch and _has_free_components(model) and enough: _place_components(model, opt, data, cfg)
+    return model, opt, terms
 
 # %% ../nbs/20_estimator.ipynb #200025
 @_method
@@ -178,10 +169,11 @@ def _partial_fit(self: CSRAEEmbedding,
 ) -> CSRAEEmbedding: # itself
     "One pass over the rows in shuffled batches, from where the last call or fit left off; nothing validates. ValueError as in fit."
     x, _ = _rows(self, X, not hasattr(self, "model_"))
-    with _training():
-        acc, data, cfg, model, opt = _resume(self, x); epoch = len(self.history_) + 1
-        rec, div = _pass(acc, data, cfg, model, opt, epoch, bool(self.verbose))
-    self.history_ = [*self.history_, dict(epoch=epoch, weight=warmup_weight(cfg, epoch), train_reconstruction=rec, train_divergence=div)]
+    data, cfg = _resume(self, x)
+    epoch = len(self.history_) + 1
+    with _turn, torch_defaults(cfg.threads), accelerator(cfg) as acc: model, opt, (rec, div) = _pass(self, acc, data, cfg, epoch)
+    row = dict(epoch=epoch, weight=warmup_weight(cfg, epoch), train_reconstruction=rec, train_divergence=div)
+    self.history_ = [*self.history_, row]
     self.model_, self._optimizer, self.n_iter_ = model.eval().cpu().double(), _on_cpu(opt.state_dict()), epoch
     return self
 

@@ -39,8 +39,10 @@ from .likelihoods import make_likelihood
 from .models import Autoencoder
 from .networks import torchvision_module
 from .priors import distinct_components, effective_components, em_step, kmeans, occupancy
-from .training import (EVALUATION, SUPERVISED, Config, Run, active_units, command, cpu_threads, divergence_weight, draw_codes, fit, generator, identity, load_tensors, make_config, mean_terms,
-                               prepare_data, prior_kind, progress_bar, project_root, resolve, run_lock, run_name, runs_folder, save_tensors, task_of, write_atomic)
+from .training import (EVALUATION, SUPERVISED, Config, Run, active_units, command, divergence_weight, draw_codes, fit,
+                               generator, identity, is_main_process, load_tensors, make_config, mean_terms, prepare_data,
+                               prior_kind, progress_bar, project_root, resolve, run_lock, run_name, runs_folder,
+                               save_tensors, task_of, torch_defaults, write_atomic)
 
 # %% ../nbs/10_evaluation.ipynb #100007
 def knn_error(
@@ -355,7 +357,7 @@ def evaluate(
 ) -> dict: # metric: value
     "Metrics of a run; those that the data have no labels for, that are switched off or cannot be had are None."
     data = data.to(run.device)
-    with torch.no_grad(), cpu_threads(run.cfg.threads): return _evaluate(run, data, progress, known or {})
+    with torch_defaults(run.cfg.threads), torch.no_grad(): return _evaluate(run, data, progress, known or {})
 
 def _evaluate(run, data, progress, known):
     of_task = task_of(run.cfg).metrics(run.model, data)
@@ -422,11 +424,10 @@ def complete_run(
     progress: bool = True, # show progress bars on stderr
 ) -> dict: # metrics; of several processes, only the main one's are not empty
     "All of a run: fit it, evaluate it, write metrics.json. What its folder holds already is not done again."
-    from accelerate import PartialState
     if metrics := finished_metrics(cfg): return metrics
     data = prepare_data(cfg := resolve(cfg), data)
     run = fit(cfg, data, progress)
-    return measure(run, data, progress) if PartialState().is_main_process else {}
+    return measure(run, data, progress) if is_main_process() else {}
 
 # %% ../nbs/10_evaluation.ipynb #100050
 WITH_LABELS = ("network", "fold", "labels", "pretrain") # columns of a table that has runs with labels
@@ -469,6 +470,7 @@ def _row(runs, all_metrics):
     row = {**_row_key(cfg), "seeds": seeds, **{k: runs[0]["metrics"].get(k) for k in ("images", "fid_layer")}}
     for m in all_metrics: row[f"{m}_mean"], row[f"{m}_se"] = _mean_se([r["metrics"].get(m) for r in runs])
     if len({r["config"]["ll_samples"] for r in runs}) > 1: row |= dict(ll_samples=None, ll_mean=None, ll_se=None)   # estimates that do not compare
+    if len(runs) == 1: return {**row, "command": command(dataclasses.replace(cfg, seed=int(seeds)))}
     return {**row, "command": f"for seed in {seeds}; do {command(cfg)} -p seed $seed; done"}
 
 # %% ../nbs/10_evaluation.ipynb #100052

@@ -22,8 +22,10 @@ from .divergence import GMM, Draws, _free_memory
 from .models import Autoencoder, rows_at_once
 from .networks import side_by_side
 from .priors import MoGPrior, Prior, StandardNormal, VampPrior
-from .training import (MODELS, SUPERVISED, Config, NonFiniteLoss, Run, RunLocked, _accelerator, _check_collapse, _finish, _has_free_components, _place_components, _Training, _untrained, cpu_threads,
-                               generator, identity, load_run, open_run, prepare_data, prior_kind, progress_bar, resolve, run_lock, run_name, runs_folder, task_of, validated, warmup_weight)
+from .training import (MODELS, SUPERVISED, Config, NonFiniteLoss, Run, RunLocked, _check_collapse, _finish,
+                               _has_free_components, _place_components, _Training, _untrained, accelerator, check_finite,
+                               generator, identity, load_run, open_run, prepare_data, prior_kind, progress_bar, resolve,
+                               run_lock, run_name, runs_folder, task_of, torch_defaults, validated, warmup_weight)
 
 # %% ../nbs/17_fleet.ipynb #170005
 class Priors(Prior):
@@ -95,28 +97,32 @@ def _gather(fleet, opts, lr):
     return opt
 
 @torch.no_grad()
-def _scatter(fleet, opt, opts):
-    "Weights and optimiser states of the fleet back to its members."
+def _scatter(fleet, opt, opts, diverged=()):
+    "Weights and optimiser states of the fleet back to its members, but for those (by their place) that diverged."
     for stacked, parts, transposed in _pairs(fleet):
         state = opt.state[stacked]
         for r, (p, o) in enumerate(zip(parts, opts)):
+            if r in diverged: continue
             p.copy_(_part(stacked, r, p, transposed))
             o.state[p] = {"step": state["step"].clone(), **{k: _part(state[k], r, p, transposed).clone(memory_format=torch.contiguous_format) for k in ("exp_avg", "exp_avg_sq")}}
 
 # %% ../nbs/17_fleet.ipynb #170015
 def _fleet_epoch(fleet, opt, ts, epoch, bar):
-    "One pass of all members over their own shuffled batches: mean reconstruction and divergence of each, (R, 2)."
-    cfg, data, device = ts[0].cfg, ts[0].data, ts[0].data.x_train.device
+    "One pass of all members over their own shuffled batches: loss, reconstruction and divergence, (steps, R, 3)."
+    cfg, data, device, R = ts[0].cfg, ts[0].data, ts[0].data.x_train.device, len(ts)
     rows = torch.stack([task_of(t.cfg).rows(data, epoch) for t in ts], 1).to(device)                # (steps, R, B)
     noise = [generator(t.cfg.seed, "noise", epoch, 0, device=device) for t in ts]
-    log = torch.zeros(len(rows), len(ts), 2, device=device)
+    weight, log = warmup_weight(cfg, epoch), torch.zeros(len(rows), R, 3, device=device)
     for i, batch in enumerate(rows):
         x = torch.cat([data.draw(data.x_train[b], g) for b, g in zip(batch, noise)])
-        terms = fleet.loss(x, warmup_weight(cfg, epoch), Blocks(noise))
-        opt.zero_grad(); terms.loss.backward(); opt.step()
-        log[i] = torch.stack([t.view(len(ts), -1).mean(1) for t in (terms.reconstruction, terms.divergence)], 1).detach()
-        bar.update(len(ts))
-    return log.mean(0)
+        terms = fleet.loss(x, weight, Blocks(noise))
+        opt.zero_grad()
+        terms.loss.backward()
+        opt.step()
+        rec, div = (t.view(R, -1).mean(1).detach() for t in (terms.reconstruction, terms.divergence))
+        log[i] = torch.stack([rec + weight*fleet.lams[:, 0]*div, rec, div], 1)
+        bar.update(R)
+    return log
 
 @torch.no_grad()
 def _validate(fleet, ts):
@@ -124,7 +130,8 @@ def _validate(fleet, ts):
     x, draws, sums = ts[0].val, Blocks([generator(t.cfg.seed, "validation", device=ts[0].val.device) for t in ts]), 0.
     for xb in x.split(rows_at_once(x)):
         terms = fleet.loss(xb.expand(len(ts), *xb.shape).flatten(0, 1), 1., draws)
-        sums = sums + torch.stack([t.view(len(ts), -1).double().sum(1) for t in (terms.reconstruction, terms.divergence)], 1)
+        both = [t.view(len(ts), -1).double().sum(1) for t in (terms.reconstruction, terms.divergence)]
+        sums = sums + torch.stack(both, 1)
     return sums/len(x)
 
 # %% ../nbs/17_fleet.ipynb #170017
@@ -147,29 +154,49 @@ def fleets(
 # %% ../nbs/17_fleet.ipynb #170018
 SAVE_EVERY = 60. # seconds between checkpoints of a fleet
 
+def _diverged(log, ts, epoch):
+    "The members (by their place) whose loss was not finite in an epoch, and the error of each."
+    errors = {}
+    for r in range(len(ts)):
+        try: check_finite(log[:, r], epoch)
+        except NonFiniteLoss as e: errors[r] = e
+    return errors
+
+def _epoch_together(ts, epoch, bar):
+    "An epoch of runs of one architecture, trained and validated; the error of each that it ended, by run."
+    start, opts, fleet = time.perf_counter(), [t.opt for t in ts], Fleet([t.model for t in ts])
+    opt = _gather(fleet, opts, ts[0].cfg.lr)
+    with ts[0].acc.autocast(): log = _fleet_epoch(fleet, opt, ts, epoch, bar)
+    errors = _diverged(log, ts, epoch)
+    _scatter(fleet, opt, opts, errors)
+    failed = {ts[r]: e for r, e in errors.items()}
+    trained = {t: log[:, r, 1:].mean(0).tolist() for r, t in enumerate(ts) if t not in failed}
+    if not trained: return failed
+    if epoch == ts[0].cfg.kmeans_epoch and _has_free_components(ts[0].model):
+        for t in trained: _place_components(t.model, t.opt, t.data, t.cfg)
+    with ts[0].acc.autocast(): valid = _validate(Fleet([t.model for t in trained]), list(trained)).tolist()
+    seconds = (time.perf_counter() - start)/len(ts)
+    for (t, (rec, div)), (vrec, vdiv) in zip(trained.items(), valid):
+        try: t.record(seconds, train_reconstruction=rec, train_divergence=div, **validated(vrec, vdiv))
+        except NonFiniteLoss as e: failed[t] = e
+        else: _check_collapse(t)
+    return failed
+
+# %% ../nbs/17_fleet.ipynb #170118
 def _train_together(ts, bar):
     "Train runs of one architecture until each is done; what became of each, None or the error that ended it."
     failed, saved = {}, time.monotonic()
+    for t in ts:
+        if t.done: _finish(t)                                          # killed when it had only its model left to write
     while going := [t for t in ts if not t.done and t not in failed]:
         epoch = min(t.meta["epoch"] for t in going) + 1
         now = [t for t in going if t.meta["epoch"] + 1 == epoch]       # others were saved later, before a kill: they wait
-        start, opts, fleet = time.perf_counter(), [t.opt for t in now], Fleet([t.model for t in now])
-        opt = _gather(fleet, opts, now[0].cfg.lr)
-        with now[0].acc.autocast(): trained = _fleet_epoch(fleet, opt, now, epoch, bar)
-        _scatter(fleet, opt, opts)
-        if epoch == now[0].cfg.kmeans_epoch and _has_free_components(now[0].model):
-            for t in now: _place_components(t.model, t.opt, t.data, t.cfg)
-        with now[0].acc.autocast(): valid = _validate(Fleet([t.model for t in now]), now)
-        seconds = (time.perf_counter() - start)/len(now)
-        for t, (rec, div), (vrec, vdiv) in zip(now, trained.tolist(), valid.tolist()):
-            try: t.record(seconds, train_reconstruction=rec, train_divergence=div, **validated(vrec, vdiv))
-            except NonFiniteLoss as e: failed[t] = e
-            else: _check_collapse(t)
+        failed |= {t: t.failed(e) for t, e in _epoch_together(now, epoch, bar).items()}
         if late := time.monotonic() - saved > SAVE_EVERY: saved = time.monotonic()
         for t in now:
             if t in failed: continue
-            if t.done: t.save(); _finish(t)
-            elif late: t.save()
+            if t.done or late: t.save()
+            if t.done: _finish(t)
     return [failed.get(t) for t in ts]
 
 # %% ../nbs/17_fleet.ipynb #170019
@@ -178,34 +205,49 @@ def _to_train(configs): return [c for c in configs if not (runs_folder()/run_nam
 def _check_room(configs, data, device):
     "ValueError if these runs together, and on a GPU the data, do not fit into memory."
     sizes = [t.numel()*t.element_size() for t in _untrained(configs[0], data, "cpu")[0].parameters()]
-    need = 11*len(configs)*sum(sizes)                                  # of each its weights, gradients, Adam's two means and the best so far, and most once more in the stack: measured
+    # of each its weights, gradients, Adam's two means and the best so far, and most once more in the stack: measured
+    need = 11*len(configs)*sum(sizes)
     if device.type != "cpu": need += sum(t.numel()*t.element_size() for t in vars(data).values() if isinstance(t, Tensor))
-    if need > (free := _free_memory(device)): raise ValueError(
-        f"{len(configs)} runs side by side need about {need/2**30:.1f} GiB, {free/2**30:.1f} GiB are free; take fewer at a time (csrae-sweep --fleet-size)")
+    if need > (free := _free_memory(device)): raise ValueError(f"{len(configs)} runs side by side need about "
+        f"{need/2**30:.1f} GiB, {free/2**30:.1f} GiB are free; take fewer at a time (csrae-sweep --fleet-size)")
 
 def fit_fleet(
     configs: list[Config], # that differ in seed, lam and beta only
     data: Dataset | dict | None = None, # as in fit
     progress: bool = True, # show a progress bar on stderr
 ) -> list[Run | Exception]: # for each, its run, or why there is none
-    "Train runs together, each into its own folder, as `fit` would one by one; ValueError for runs that do not go together, or not into memory."
+    """Train runs together, each into its own folder, as `fit` would one by one; ValueError for runs that do not go together, or
+    not into memory."""
     configs = [resolve(c) for c in configs]
-    if fleets(configs, len(configs)) != [configs]: raise ValueError("these runs do not go together: a fleet's differ in seed, lam and beta only, with fully connected networks and without labels")
-    data, acc = prepare_data(configs[0], data), _accelerator(configs[0])
+    if fleets(configs, len(configs)) != [configs]: raise ValueError("these runs do not go together: a fleet's differ in seed, "
+        "lam and beta only, with fully connected networks and without labels")
+    with torch_defaults(configs[0].threads):
+        data = prepare_data(configs[0], data)
+        with accelerator(configs[0]) as acc: return _fit_fleet(configs, data, acc, progress)
+
+def _fit_fleet(configs, data, acc, progress):
+    "`fit_fleet` with its surroundings settled."
     if acc.num_processes > 1: raise ValueError(f"a fleet is for one process, this is one of {acc.num_processes}")
     if todo := _to_train(configs): _check_room(todo, data, acc.device)
     data, ts, out = data.to(acc.device), {}, {}
-    with ExitStack() as locks, cpu_threads(configs[0].threads):
+    with ExitStack() as locks:
         for c in configs:
             path = open_run(c)
             if (path/"model.safetensors").exists(): continue
             try: locks.enter_context(run_lock(path))
-            except RunLocked as e: out[path] = e; continue
-            ts[path] = _Training(c, data, acc, path, progress)
-            ts[path].val = next(iter(ts.values())).val                 # one copy of the same images
-        total, done = (sum(f(t)*len(task_of(t.cfg).rows(data, 1)) for t in ts.values()) for f in (lambda t: t.cfg.epochs, lambda t: t.meta["epoch"]))
-        with progress_bar(progress, total=total, initial=done, unit="step", desc=f"training {len(ts)} runs") as bar: out |= zip(ts, _train_together(list(ts.values()), bar))
+            except RunLocked as e: out[path] = e
+            else: ts[path] = _Training(c, data, acc, path)
+        out |= _train_all(list(ts.values()), data, progress)
     return [out.get(path) or load_run(path, acc.device) for path in map(open_run, configs)]
+
+def _train_all(ts, data, progress):
+    "The runs that are not finished; by folder, None or the error that ended it."
+    for t in ts: t.val = ts[0].val                                     # one copy of the same images
+    steps = [len(task_of(t.cfg).rows(data, 1)) for t in ts]
+    total = sum(s*t.cfg.epochs for s, t in zip(steps, ts))
+    done = sum(s*t.meta["epoch"] for s, t in zip(steps, ts))
+    with progress_bar(progress, total=total, initial=done, unit="step", desc=f"training {len(ts)} runs") as bar:
+        return dict(zip((t.path for t in ts), _train_together(ts, bar)))
 
 # %% ../nbs/17_fleet.ipynb #170119
 def train_fleets(

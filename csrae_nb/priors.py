@@ -8,6 +8,7 @@ __all__ = ['Prior', 'StandardNormal', 'MoGPrior', 'kmeans', 'VampPrior', 'occupa
 
 # %% ../nbs/03_priors.ipynb #030002
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -21,6 +22,14 @@ class Prior(nn.Module):
 
     def forward(self) -> GMM: # unbatched: logw (K), mu and var (K, D)
         raise NotImplementedError(f"{type(self).__name__} must define forward() -> GMM")
+
+    def jointly(self,
+        encode: Callable, # examples to what is to be known of them: their posteriors, or features
+        x: Float[Tensor, "B *X"],
+        posterior: Callable = lambda q: q, # what `encode` gives, to posteriors
+    ) -> tuple: # what encode gives for x, and p(z)
+        "Encode a batch and make the prior for a step of training, for a prior that needs both at once."
+        return encode(x), self()
 
     def sample(self, n: int, generator: torch.Generator | None = None, component: int | None = None) -> Float[Tensor, "n D"]:
         "n codes, from the mixture or from one of its components."
@@ -99,6 +108,14 @@ def kmeans(
     return n, mu, var.maximum(1e-6*codes.var(0)).clamp_min(1e-30)      # where each code is a cluster, none has a spread
 
 # %% ../nbs/03_priors.ipynb #030016
+def _normalises_batches(net):
+    "Whether an output of a network depends, at the moment, on the other rows of the batch."
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in net.modules())
+
+def _rows(q, rows):
+    "Some rows of a tensor or of a GMM."
+    return GMM(q.logw[rows], q.mu[rows], q.var[rows]) if isinstance(q, GMM) else q[rows]
+
 class VampPrior(Prior):
     "Mixture of the posteriors of K learned pseudo-inputs, Eq. (23); uniform weights."
     def __init__(self,
@@ -110,9 +127,15 @@ class VampPrior(Prior):
         self._encoder = (encoder,)                                     # in a tuple, so that it is not registered again
         self.pseudo_inputs = nn.Parameter(pseudo_inputs.clone())
 
-    def forward(self) -> GMM:
-        q = self._encoder[0](self.pseudo_inputs)
-        logw = q.mu.new_full((len(self.pseudo_inputs),), -math.log(len(self.pseudo_inputs)))
+    def forward(self) -> GMM: return self._mixture(self._encoder[0](self.pseudo_inputs))
+
+    def jointly(self, encode, x, posterior=lambda q: q):
+        if not _normalises_batches(self._encoder[0]): return super().jointly(encode, x)
+        both = encode(torch.cat([x, self.pseudo_inputs]))
+        return _rows(both, slice(len(x))), self._mixture(posterior(_rows(both, slice(len(x), None))))
+
+    def _mixture(self, q):
+        logw = q.mu.new_full((len(q.mu),), -math.log(len(q.mu)))
         return GMM(logw, q.mu[:, 0], q.var[:, 0])
 
 # %% ../nbs/03_priors.ipynb #030019

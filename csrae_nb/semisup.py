@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from .divergence import GMM, Draws
 from .data import Dataset, LazyImages
 from .likelihoods import make_likelihood
-from .models import Autoencoder, Terms, rows_at_once
+from .models import Autoencoder, Terms, in_eval_mode, rows_at_once
 from .networks import face_features, face_images, glorot_, mlp, resnet18_features
 from .pictures import show_examples
-from .training import Config, Run, RunLocked, Task, assemble, fit, generator, has_cs, resolve
+from .training import Config, Run, RunLocked, Task, assemble, generator, has_cs, resolve
 
 # %% ../nbs/14_semi_supervised.ipynb #140006
 @dataclass(frozen=True)
@@ -250,10 +250,11 @@ class LabelEncoder(LabelClassifier):
         mu, logvar = self.code(self.both(h, self.label(code), pairs).relu()).float().chunk(2, -1)
         return GMM.gaussian(mu, logvar.exp())
 
-    def forward(self, x: Float[Tensor, "B *X"]) -> GMM: # batch B, one component
-        "q(z|x, y) at the mean code of q(y|x): what a VampPrior asks for."
-        h = self.features(x)
+    def at_mean(self, h: Float[Tensor, "B F"]) -> GMM: # batch B, one component
+        "q(z|x, y) at the mean code of q(y|x), from h_x: what a VampPrior asks for."
         return self.posterior(h, self.kind.mean(self.classify(h)))
+
+    def forward(self, x: Float[Tensor, "B *X"]) -> GMM: return self.at_mean(self.features(x))
 
 # %% ../nbs/14_semi_supervised.ipynb #140015
 class LabelDecoder(nn.Module):
@@ -319,7 +320,7 @@ class SemiSupervised(Autoencoder):
         "p(x|y) and q(z|x, y) for one label, an autoencoder like any other."
         return _Given(self, self.kind.code(y[None])[0])
 
-@torch.no_grad()
+@in_eval_mode
 def _predict(self, x: Float[Tensor, "B *X"] | LazyImages) -> Float[Tensor, "B C"]:
     "Logits of q(y|x)."
     return torch.cat([self.encoder.classify(self.encoder.features(xb)) for xb in x.split(rows_at_once(x))])
@@ -345,14 +346,15 @@ def _loss(self: SemiSupervised,
     generator: torch.Generator | Draws | None = None,
     y: Int[Tensor, "n *L"] | None = None, # labels of the first n images; None: no label is known
 ) -> Terms: # the divergence and reconstruction of an unlabelled image are means over q(y|x)
-    n, h = 0 if y is None else len(y), self.encoder.features(x)
+    n = 0 if y is None else len(y)
+    h, p = self.prior.jointly(self.encoder.features, x, self.encoder.at_mean)
     logits = self.encoder.classify(h); guess = logits[n:]*weight + logits[n:].detach()*(1 - weight)  # a smaller gradient, the same value
     codes, i, j, w, always = self._tried(guess, generator)
     first, ones = torch.arange(n, device=x.device), w.new_ones(n); known = logits[:0] if n == 0 else self.kind.code(y)
     codes, image, code = torch.cat([known, codes]), torch.cat([first, n + i]), torch.cat([first, n + j])  # labelled images have one pair each
     q = self.encoder.posterior(h, codes, (image, code))
     z = q.mu[:, 0] + q.var[:, 0].sqrt()*_normal_like(h.new_empty(len(x), q.mu.shape[-1], dtype=q.mu.dtype), generator)[image]
-    rec, div = -self.likelihood.log_prob(x[image], self.decoder(z, codes, code)), self.divergence(q, self.prior(), z, generator)
+    rec, div = -self.likelihood.log_prob(x[image], self.decoder(z, codes, code)), self.divergence(q, p, z, generator)
     rec, div = (_mean_of_pairs(t, image, torch.cat([ones, w]).to(t), torch.cat([ones.bool(), always]), len(x)) for t in (rec, div))
     total = rec + self.lam*div                                     # −L or its mean over y
     f, u = n/len(x), total[n:] + self.beta*self.kind.kl(guess, self.label_prior)
@@ -374,7 +376,7 @@ class _Given(Autoencoder):
     def decode(self, z): return self.decoder(z, self.code)
 
 # %% ../nbs/14_semi_supervised.ipynb #140021
-@torch.no_grad()
+@in_eval_mode
 def _reconstruct(self: SemiSupervised, x: Float[Tensor, "B *X"]) -> Float[Tensor, "B *X"]:
     "E[x|z, y] at the mean of q(z|x, y), with the mean code of q(y|x)."
     out = []
@@ -383,7 +385,7 @@ def _reconstruct(self: SemiSupervised, x: Float[Tensor, "B *X"]) -> Float[Tensor
         out.append(self.likelihood.mean(self.decoder(self.encoder.posterior(h, code).mu[:, 0], code)))
     return torch.cat(out)
 
-@torch.no_grad()
+@in_eval_mode
 def _sample(self: SemiSupervised,
     n: int, # number of samples
     generator: torch.Generator | None = None,
@@ -395,7 +397,7 @@ def _sample(self: SemiSupervised,
     z, code = (prior or self.prior()).sample(n, generator, component), self.kind.draw(self.label_prior, n, generator)
     return torch.cat([self.likelihood.mean(self.decoder(zb, cb)) for zb, cb in zip(z.split(rows), code.split(rows))])
 
-@torch.no_grad()
+@in_eval_mode
 def _log_likelihood(self: SemiSupervised,
     x: Float[Tensor, "B *X"],
     samples: int = 5000, # S, draws of z for each x and y
@@ -559,11 +561,12 @@ def take_over(model: SemiSupervised, weights: dict[str, Tensor]) -> list[str]: #
     for k, old in pairs: own[k].copy_(weights[old])
     return [k for k, _ in pairs]
 
-def _start(self: LabelTask, model, data, progress):
+def _start(self: LabelTask, model, run_first):
     if not self.cfg.pretrain: return
     while True:
-        try: run = fit(first_phase(self.cfg), data, progress); break
+        try: run = run_first(first_phase(self.cfg))
         except RunLocked: time.sleep(2)                                # another run with labels is at it
+        else: break
     take_over(model, run.model.state_dict())
 
 LabelTask.start = _start

@@ -32,6 +32,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from .data import is_source, known_names
 from .evaluation import complete_run, finished_metrics, results_table, write_table
 from .training import EVALUATION, Config, RunLocked, command, make_config, progress_bar, resolve, run_name, runs_folder, write_atomic
 
@@ -326,26 +327,37 @@ def _follow(events, p, progress):
 # %% ../nbs/12_sweeps.ipynb #120042
 def sweep_table(
     configs: Iterable[Config],
-    earlier: Iterable[dict] = (), # rows of an earlier table of the grid
-) -> list[dict]: # rows of results_table
-    "Mean and standard error over the seeds of what is finished of a grid; earlier rows stay where they are over more seeds."
-    configs = distinct(configs)
-    here = {_which(r["command"]): r for r in results_table([run_folder(c) for c in configs if is_finished(c)])}
-    there = {_which(r["command"]): r for r in earlier}
-    grid = dict.fromkeys(_which(command(dataclasses.replace(c, device="auto", threads=1, tracker=None))) for c in configs)
-    rows = [max((t[k] for t in (here, there) if k in t), key=lambda r: len(r["seeds"].split())) for k in grid if k in here or k in there]
+    earlier: Iterable[dict] = (), # rows of an earlier table, of this grid or of others
+) -> list[dict]: # rows of results_table, each of one run; earlier ones may be means over several
+    "A row for each finished run of a grid, and the earlier rows, renewed where their runs are here."
+    here, rows = {}, []
+    for c in filter(is_finished, distinct(configs)):
+        row, = results_table([run_folder(c)])
+        here.setdefault(_which(row["command"]), {})[row["seeds"]] = row
+    for old in earlier:
+        runs, seeds = here.get(_which(old["command"]), {}), old["seeds"].split()
+        again = [runs.pop(s) for s in seeds if s in runs]
+        rows += again if len(again) == len(seeds) and all(_as_full(r, old) for r in again) else [old]
+    rows += [row for runs in here.values() for row in runs.values()]
     columns = dict.fromkeys(k for r in sorted(rows, key=len, reverse=True) for k in r)
     return [{k: r.get(k) for k in columns} for r in rows]
 
+def _as_full(row, old):
+    "Whether a row of one run holds all that an older row holds, but for errors over seeds."
+    return all(row.get(k) not in (None, "") for k, v in old.items() if v not in (None, "") and not k.endswith("_se"))
+
 def _which(command):
-    "Which row of a table a command makes: the command without the seeds, and without what only the evaluation reads."
+    "Which configuration a row is of: its command without the seeds, and without what only the evaluation reads."
     return re.sub(rf"^for seed in [\d ]*; do |; done$| -p ({'|'.join(['seed', *EVALUATION])}) [^\s;]+", "", command)
 
 def _read_csv(path):
     "The rows of a table, as text, [] without the file; ValueError for a file that is no such table."
     if not path.exists(): return []
-    with open(path, newline="", encoding="utf-8") as f: rows = csv.DictReader(f); there = list(rows)
-    if "command" not in (rows.fieldnames or []): raise ValueError(f"{path} is there and no table of csrae-sweep: it has no column `command`; name another file")
+    with open(path, newline="", encoding="utf-8") as f:
+        rows = csv.DictReader(f)
+        there = list(rows)
+    if not {"command", "seeds"} <= set(rows.fieldnames or []): raise ValueError(
+        f"{path} is there and no table of csrae-sweep: it has no column `command` or `seeds`; name another file")
     return there
 
 # %% ../nbs/12_sweeps.ipynb #120045
@@ -375,7 +387,8 @@ def _parser():
     p.add_argument("--jobs", type=int, metavar="N", help="runs at a time, of one thread each (default: one a core); a cluster that is joined decides itself")
     p.add_argument("--shard", default="1/1", metavar="i/n", help="only the i-th of n parts of the grid, i from 1")
     p.add_argument("--list", action="store_true", help="run nothing: show the state and the command of each run")
-    p.add_argument("--csv", type=Path, metavar="PATH", help="afterwards, write a table of all that is finished of the whole grid: mean and standard error over seeds; rows measured elsewhere stay")
+    p.add_argument("--csv", type=Path, metavar="PATH", help="afterwards, write a table of all that is finished of the whole "
+                   "grid, a row a run; a table that is there gains or renews rows, and loses none")
     p.add_argument("--fleet", action="store_true", help="first train runs that differ in seed, lam and beta only side by side in this process: for a GPU; a CPU gains little")
     p.add_argument("--fleet-size", type=int, default=64, metavar="N", help="runs in a fleet, at most (default: 64)")
     p.add_argument("--engine", choices=("local", "ray"), default="local", help="processes of this machine, or Ray")
@@ -412,8 +425,16 @@ def _report(configs, outcome, before):
 
 def _write_csv(path, configs):
     "The table of what is finished here, or was when the file was written."
-    if rows := sweep_table(configs, _read_csv(path)): write_table(path, rows); print(f"{path}: {len(rows)} rows")
+    if rows := sweep_table(configs, _read_csv(path)):
+        write_table(path, rows)
+        print(f"{path}: {len(rows)} rows")
     else: print(f"{path}: not written, no run is finished")
+
+def _check_sources(configs):
+    "ValueError for a data set that is none, before anything runs."
+    for name in dict.fromkeys(c.dataset for c in configs):
+        if not is_source(name): raise ValueError(f"unknown dataset {name!r}; expected one of {', '.join(known_names())}, "
+            "a path to .npz or .npy, or a folder of images")
 
 # %% ../nbs/12_sweeps.ipynb #120050
 @contextmanager
@@ -432,6 +453,7 @@ def main(
     os.environ.setdefault("OMP_NUM_THREADS", "1") # one thread a run
     try:
         whole, how = distinct(read_words(o.grid)), _engine(o)
+        _check_sources(whole)
         configs = shard(whole, o.shard)
         if o.csv: o.csv.parent.mkdir(parents=True, exist_ok=True); _read_csv(o.csv) # an error now, not after hours
         if o.list: _show_states(configs); status = 0

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['TITLES', 'TABLES', 'SEMISUP', 'JUDGED', 'VERDICTS', 'KS', 'LABELS', 'IMAGES', 'SHOWN', 'OWN', 'RECIPES', 'MIX',
-           'VAMP', 'CLAIMS', 'KEY', 'results_folder', 'read_rows', 'merge', 'n_seeds', 'read_results', 'read_paper',
-           'where', 'markdown_table', 'shown', 'choose', 'equal_training', 'relative_spread', 'with_errors', 'compare',
-           'judge', 'sweep_command', 'cell_key', 'fill_commands', 'command_list', 'table2', 'distance_kind',
-           'distance_title', 'cells', 'table1', 'is_doubtful', 'doubts', 'rank_correlation', 'is_clear_rank',
-           'resemblance', 'is_cs', 'plot_criterion', 'selected_weights', 'plot_weights', 'by_lam', 'plot_figure3',
-           'lowest', 'where_lowest', 'plot_figure4', 'label_names', 'table3', 'contenders', 'plot_sampling', 'Duel',
-           'sampling_duels', 'duel_line', 'duel_reading', 'matching_weight', 'Claim', 'evidence', 'picked', 'fid_claim',
-           'mixture_claim', 'pattern_claim', 'middle', 'knn_duels', 'knn_claim', 'knn_gain_claim', 'pairs',
-           'latent_claim', 'judge_rank', 'tradeoff_claim', 'criterion_claim', 'likelihood_claim', 'components_claim',
-           'prior_claim', 'fewest_errors_claim', 'with_cs_claim', 'images_claim', 'classes_claim', 'own_prior_claim',
-           'claims', 'claims_markdown', 'update_readme']
+           'VAMP', 'CLAIMS', 'KEY', 'results_folder', 'read_rows', 'n_seeds', 'joined', 'merge', 'read_results',
+           'read_paper', 'where', 'markdown_table', 'shown', 'choose', 'equal_training', 'relative_spread',
+           'with_errors', 'compare', 'judge', 'sweep_command', 'cell_key', 'fill_commands', 'command_list', 'table2',
+           'distance_kind', 'distance_title', 'cells', 'table1', 'is_doubtful', 'doubts', 'rank_correlation',
+           'is_clear_rank', 'resemblance', 'is_cs', 'plot_criterion', 'selected_weights', 'plot_weights', 'by_lam',
+           'plot_figure3', 'lowest', 'where_lowest', 'plot_figure4', 'label_names', 'table3', 'contenders',
+           'plot_sampling', 'Duel', 'sampling_duels', 'duel_line', 'duel_reading', 'matching_weight', 'Claim',
+           'evidence', 'picked', 'fid_claim', 'mixture_claim', 'pattern_claim', 'middle', 'knn_duels', 'knn_claim',
+           'knn_gain_claim', 'pairs', 'latent_claim', 'judge_rank', 'tradeoff_claim', 'criterion_claim',
+           'likelihood_claim', 'components_claim', 'prior_claim', 'fewest_errors_claim', 'with_cs_claim',
+           'images_claim', 'classes_claim', 'own_prior_claim', 'claims', 'claims_markdown', 'update_readme']
 
 # %% ../nbs/13_tables.ipynb #130002
 import csv
@@ -68,12 +68,29 @@ def _named(r):
     draws = f", {r['samples']} draws" if r["model"] in ("MixtureVAE", "VampPriorVAE") and (r["samples"] or 1) > 1 else ""
     return {**r, "name": r["model"] + extra + draws, "components": r["components"] or 1, "samples": r["samples"] if r["model"] == "IWAE" else None}
 
-def merge(*tables: list[dict]) -> list[dict]: # rows
-    "Rows of several tables; of rows that differ in their seeds alone, the one with most."
-    rows = sorted((r for t in tables for r in t), key=n_seeds)
-    return list({tuple(r.get(k) for k in (*_same, *WITH_LABELS, "name")): r for r in rows}.values())
-
 def n_seeds(row: dict) -> int: return len(row["seeds"].split())
+
+def joined(rows: list[dict]) -> dict: # of the first, with the seeds, means and errors of all
+    "Rows of one configuration over different seeds as one; None for a mean that some of them lack."
+    if len(rows) == 1: return rows[0]
+    n, out = sum(map(n_seeds, rows)), {**rows[0], "seeds": " ".join(sorted(" ".join(r["seeds"] for r in rows).split(), key=int))}
+    for k in [k for k in out if k.endswith("_mean")]:
+        means, error = [r.get(k) for r in rows], f"{k.removesuffix('_mean')}_se"
+        if None in means: out[k] = out[error] = None; continue
+        mean = sum(n_seeds(r)*m for r, m in zip(rows, means))/n
+        square = sum(n_seeds(r)*((n_seeds(r) - 1)*(r.get(error) or 0)**2 + (m - mean)**2) for r, m in zip(rows, means))
+        out[k], out[error] = mean, math.sqrt(square/(n - 1)/n)
+    return out
+
+def merge(*tables: list[dict]) -> list[dict]: # rows
+    "Rows of several tables, one a configuration: over all its seeds, of rows that share a seed those with most."
+    rows = [r for t in tables for r in t]
+    def which(r): return tuple(r.get(k) for k in (*_same, *WITH_LABELS, "name"))
+    groups = {which(r): [] for r in rows}
+    for r in sorted(rows, key=n_seeds, reverse=True):
+        group = groups[which(r)]
+        if not {s for g in group for s in g["seeds"].split()} & set(r["seeds"].split()): group.append(r)
+    return [joined(g) for g in groups.values()]
 
 def read_results(
     name: str, # table1, table2, figure3 or figure4

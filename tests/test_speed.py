@@ -1,13 +1,12 @@
 "What makes it fast and does not drift: operators and host synchronisations. Times are for `make bench`."
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from csrae_nb.data import load_data
-from csrae_nb.training import Config, _accelerator, _untrained, progress_bar, resolve, train_epoch
+from csrae_nb.training import Config, _untrained, accelerator, progress_bar, resolve, train_epoch
 
 class Operators(TorchDispatchMode):
     "Counts the operators that are launched."
@@ -18,8 +17,11 @@ def epoch(model, steps, **fields):
     "Operators of an epoch of so many steps."
     g = torch.Generator().manual_seed(0); x = [(torch.rand(n, 8, 8, generator=g) < .5).float() for n in (10*steps, 10, 10)]
     data = load_data(dict(zip(("x_train", "x_val", "x_test"), x)), "bernoulli")
-    cfg = resolve(Config(dataset="arrays", model=model, network="mlp", latent_dim=3, components=5, batch_size=10, **fields)); acc = _accelerator(cfg); net, opt = _untrained(cfg, data, acc.device)
-    with progress_bar(False) as bar, Operators() as count: train_epoch(acc, acc.prepare(net), opt, data, cfg, 1, Path(), bar)
+    fields = dict(model=model, network="mlp", latent_dim=3, components=5, batch_size=10) | fields
+    cfg = resolve(Config(dataset="arrays", **fields))
+    net, opt = _untrained(cfg, data, "cpu")
+    with accelerator(cfg) as acc, progress_bar(False) as bar, Operators() as count:
+        train_epoch(acc, acc.prepare(net), opt, data, cfg, 1, bar)
     return count.n
 
 @pytest.mark.parametrize("model, fields, most", [("VAE", {}, 185), ("CSRAE", {}, 385), ("MixtureCSRAE", {}, 455), ("MixtureCSRAE", dict(prior="vamp"), 515)])
