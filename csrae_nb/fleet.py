@@ -6,6 +6,8 @@
 __all__ = ['SAVE_EVERY', 'Priors', 'Fleet', 'Blocks', 'stackable', 'fleets', 'fit_fleet', 'train_fleets']
 
 # %% ../nbs/17_fleet.ipynb #170002
+import os
+import shutil
 import sys
 import time
 from collections.abc import Iterable
@@ -24,8 +26,9 @@ from .networks import side_by_side
 from .priors import MoGPrior, Prior, StandardNormal, VampPrior
 from .training import (MODELS, SUPERVISED, Config, NonFiniteLoss, Run, RunLocked, _check_collapse, _finish,
                                _has_free_components, _place_components, _Training, _untrained, accelerator, check_finite,
-                               generator, identity, load_run, open_run, prepare_data, prior_kind, progress_bar, resolve,
-                               run_lock, run_name, runs_folder, task_of, torch_defaults, validated, warmup_weight)
+                               generator, identity, is_trained, load_run, open_run, prepare_data, prior_kind, progress_bar,
+                               resolve, run_lock, run_name, runs_folder, task_of, tidied, torch_defaults, validated,
+                               warmup_weight)
 
 # %% ../nbs/17_fleet.ipynb #170005
 class Priors(Prior):
@@ -186,21 +189,50 @@ def _epoch_together(ts, epoch, bar):
 def _train_together(ts, bar):
     "Train runs of one architecture until each is done; what became of each, None or the error that ended it."
     failed, saved = {}, time.monotonic()
-    for t in ts:
-        if t.done: _finish(t)                                          # killed when it had only its model left to write
-    while going := [t for t in ts if not t.done and t not in failed]:
+    left = _finish_those_done(ts)
+    while going := [t for t in left if not t.done and t not in failed]:
         epoch = min(t.meta["epoch"] for t in going) + 1
-        now = [t for t in going if t.meta["epoch"] + 1 == epoch]       # others were saved later, before a kill: they wait
+        now = [t for t in going if t.meta["epoch"] + 1 == epoch]       # others are ahead: they wait
         failed |= {t: t.failed(e) for t, e in _epoch_together(now, epoch, bar).items()}
-        if late := time.monotonic() - saved > SAVE_EVERY: saved = time.monotonic()
-        for t in now:
-            if t in failed: continue
-            if t.done or late: t.save()
-            if t.done: _finish(t)
+        left = [t for t in left if t not in failed]
+        if time.monotonic() - saved > SAVE_EVERY or all(t.done for t in left):
+            _save_together(left)
+            left, saved = _finish_those_done(left), time.monotonic()
     return [failed.get(t) for t in ts]
 
+def _finish_those_done(ts):
+    "Finish the runs that are done, and return the others."
+    for t in ts:
+        if t.done: _finish(t)
+    return [t for t in ts if not t.done]
+
+# %% ../nbs/17_fleet.ipynb #170318
+def _before(path): return path/"checkpoint.before.safetensors" # of a run's folder
+
+def _save_together(ts):
+    "Save all runs, so that a kill at any moment leaves all of them at one epoch."
+    for t in ts: _link(t.file, _before(t.path))
+    for t in ts: t.save()
+    _forget(t.path for t in ts)
+
+def _link(file, name):
+    "Give a file a second name, or where the disk knows no such thing, copy it."
+    name.unlink(missing_ok=True)
+    try: os.link(file, name)
+    except OSError: shutil.copy(file, name)
+
+def _forget(paths):
+    "Remove the checkpoints before the last."
+    for path in paths: _before(path).unlink(missing_ok=True)
+
+def _agree(paths):
+    "Bring all runs to one epoch, after a kill while they were saved."
+    if all(_before(p).exists() for p in paths):
+        for p in paths: os.replace(_before(p), p/"checkpoint.safetensors")
+    _forget(paths)
+
 # %% ../nbs/17_fleet.ipynb #170019
-def _to_train(configs): return [c for c in configs if not (runs_folder()/run_name(c)/"model.safetensors").exists()]
+def _to_train(configs): return [c for c in configs if not is_trained(runs_folder()/run_name(c))]
 
 def _check_room(configs, data, device):
     "ValueError if these runs together, and on a GPU the data, do not fit into memory."
@@ -229,17 +261,21 @@ def _fit_fleet(configs, data, acc, progress):
     "`fit_fleet` with its surroundings settled."
     if acc.num_processes > 1: raise ValueError(f"a fleet is for one process, this is one of {acc.num_processes}")
     if todo := _to_train(configs): _check_room(todo, data, acc.device)
-    data, ts, out = data.to(acc.device), {}, {}
+    data, mine, out = data.to(acc.device), {}, {}
     with ExitStack() as locks:
         for c in configs:
             path = open_run(c)
-            if (path/"model.safetensors").exists(): continue
+            if is_trained(path): continue
             try: locks.enter_context(run_lock(path))
             except RunLocked as e: out[path] = e
-            else: ts[path] = _Training(c, data, acc, path)
-        out |= _train_all(list(ts.values()), data, progress)
+            else: mine[path] = c
+        mine = {path: c for path, c in mine.items() if not tidied(path)}
+        _agree(mine)
+        ts = [_Training(c, data, acc, path) for path, c in mine.items()]
+        out |= _train_all(ts, data, progress)
     return [out.get(path) or load_run(path, acc.device) for path in map(open_run, configs)]
 
+# %% ../nbs/17_fleet.ipynb #170219
 def _train_all(ts, data, progress):
     "The runs that are not finished; by folder, None or the error that ended it."
     for t in ts: t.val = ts[0].val                                     # one copy of the same images

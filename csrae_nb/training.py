@@ -9,7 +9,7 @@ __all__ = ['PRESETS', 'MODELS', 'SUPERVISED', 'EVALUATION', 'FORMAT', 'DTYPE', '
            'save_tensors', 'load_tensors', 'open_run', 'warmup_weight', 'mean_terms', 'check_rows', 'Task', 'validated',
            'task_of', 'progress_bar', 'NonFiniteLoss', 'check_finite', 'train_epoch', 'draw_codes', 'active_units',
            'Run', 'load_run', 'prepare_data', 'accelerator', 'is_main_process', 'cpu_threads', 'torch_defaults',
-           'RunLocked', 'run_lock', 'fit']
+           'is_trained', 'tidied', 'RunLocked', 'run_lock', 'fit']
 
 # %% ../nbs/09_training.ipynb #090002
 import csv
@@ -797,13 +797,19 @@ def _finish(t):
     meta = {**t.meta, **task_of(t.cfg).about(t.data)}
     if t.acc.is_main_process:
         with _writing(t.path): save_tensors(t.path/"model.safetensors", t.best, meta)
-        _tidy(t.path)
+        tidied(t.path)
     if t.tracker: t.tracker.finish()
     t.acc.wait_for_everyone()
 
-def _tidy(path):
-    "Remove what a finished run no longer needs: its checkpoint, and temporary files that a kill left behind."
-    for f in (*path.glob(".*.tmp"), path/"checkpoint.safetensors"): f.unlink(missing_ok=True)
+def is_trained(path: Path) -> bool:
+    "Whether a run's folder holds its model, and nothing of training is left there."
+    return (path/"model.safetensors").exists() and not list(path.glob("checkpoint*.safetensors"))
+
+def tidied(path: Path) -> bool:
+    "Whether a run's folder holds its model; if so, its checkpoints are removed, which a kill may have left."
+    if found := (path/"model.safetensors").exists():
+        for f in path.glob("checkpoint*.safetensors"): f.unlink(missing_ok=True)
+    return found
 
 # %% ../nbs/09_training.ipynb #090066
 class RunLocked(RuntimeError):
@@ -816,7 +822,9 @@ def run_lock(path: Path): # of a run's folder
     with _writing(path):
         try: lock.acquire(timeout=0.5)                                 # who only looks whether it is held has it for a moment
         except Timeout: raise RunLocked(f"another process is at work in {path}; wait for it, or stop it first") from None
-    try: yield
+    try:
+        for f in path.glob(".*.tmp"): f.unlink(missing_ok=True)        # a kill left them behind
+        yield
     finally: lock.release()
 
 def _train(t, progress, checkpoints):
@@ -851,14 +859,12 @@ def _fit(cfg, data, acc, progress, folder, checkpoints):
     "`fit` with its surroundings settled."
     def run_first(c): return fit(c, data, progress, Path(folder)/"first" if folder else None, checkpoints)
     path = open_run(cfg, folder)
-    file, checkpoint = path/"model.safetensors", path/"checkpoint.safetensors"
-    found = file.exists()
-    if not found or checkpoint.exists():                               # both: it was killed when it had nothing left to do but tidy
+    if not (found := is_trained(path)):
         with run_lock(path) if acc.is_main_process else nullcontext():
-            if found := file.exists(): _tidy(path)
-            else: _train(_Training(cfg, data.to(acc.device), acc, path, run_first), progress, checkpoints)
+            if not (found := tidied(path)):
+                _train(_Training(cfg, data.to(acc.device), acc, path, run_first), progress, checkpoints)
     run = load_run(path, acc.device)
-    _same_run(file, dict(config=dataclasses.asdict(run.cfg), sha256=run.sha256), cfg, data)
+    _same_run(path/"model.safetensors", dict(config=dataclasses.asdict(run.cfg), sha256=run.sha256), cfg, data)
     if found and progress and acc.is_main_process: print(
         f"{path.name} is finished (best epoch {run.best_epoch} of {len(run.history)}): nothing to train")
     return dataclasses.replace(run, cfg=cfg)

@@ -46,7 +46,7 @@ def test_two_processes_train_the_run_of_one(start, model, launchers):
     for launcher in launchers:
         two, said = start(f"{launcher}-{model}", model, launcher)
         assert "process 0 of 2" in said and "process 1 of 2: 0 metrics" in said
-        assert sorted(os.listdir(one)) == sorted(os.listdir(two)) == ["config.json", "history.csv", "metrics.json", "model.safetensors"]
+        assert sorted(os.listdir(one)) == sorted(os.listdir(two)) == [".lock", "config.json", "history.csv", "metrics.json", "model.safetensors"]
         for a, b in zip(history(one), history(two), strict=True): assert a == pytest.approx(b, rel=2e-4), launcher
         a, b = (json.loads((p/"metrics.json").read_text())["metrics"] for p in (one, two))
         assert (a["reconstruction"], a["ll"]) == pytest.approx((b["reconstruction"], b["ll"]), rel=1e-3)

