@@ -377,6 +377,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'csrae_nb.fleet.Fleet.__init__': ('nbs/fleet.html#fleet.__init__', 'csrae_nb/fleet.py'),
                                 'csrae_nb.fleet.Fleet.divergence': ('nbs/fleet.html#fleet.divergence', 'csrae_nb/fleet.py'),
                                 'csrae_nb.fleet.Fleet.total': ('nbs/fleet.html#fleet.total', 'csrae_nb/fleet.py'),
+                                'csrae_nb.fleet.Fleet.totals': ('nbs/fleet.html#fleet.totals', 'csrae_nb/fleet.py'),
                                 'csrae_nb.fleet.Priors': ('nbs/fleet.html#priors', 'csrae_nb/fleet.py'),
                                 'csrae_nb.fleet.Priors.__init__': ('nbs/fleet.html#priors.__init__', 'csrae_nb/fleet.py'),
                                 'csrae_nb.fleet.Priors.forward': ('nbs/fleet.html#priors.forward', 'csrae_nb/fleet.py'),

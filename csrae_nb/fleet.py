@@ -65,9 +65,12 @@ class Fleet(Autoencoder):
         q, z = GMM(*(t.unflatten(0, (R, -1)) for t in (q.logw, q.mu, q.var))), z.unflatten(0, (R, -1))
         return self.models[0].divergence(q, p, z, generator).flatten()
 
-    def total(self, rec, div, weight=1.):
+    def totals(self, rec, div, weight=1.):
+        "The number that each member minimises, (R,)."
         R = len(self.models)
-        return (rec.view(R, -1) + weight*self.lams*div.view(R, -1)).mean(1).sum()
+        return (rec.view(R, -1) + weight*self.lams*div.view(R, -1)).mean(1)
+
+    def total(self, rec, div, weight=1.): return self.totals(rec, div, weight).sum()
 
 # %% ../nbs/17_fleet.ipynb #170009
 class Blocks(Draws):
@@ -122,8 +125,8 @@ def _fleet_epoch(fleet, opt, ts, epoch, bar):
         opt.zero_grad()
         terms.loss.backward()
         opt.step()
-        rec, div = (t.view(R, -1).mean(1).detach() for t in (terms.reconstruction, terms.divergence))
-        log[i] = torch.stack([rec + weight*fleet.lams[:, 0]*div, rec, div], 1)
+        rec, div = terms.reconstruction.detach(), terms.divergence.detach()
+        log[i] = torch.stack([fleet.totals(rec, div, weight), rec.view(R, -1).mean(1), div.view(R, -1).mean(1)], 1)
         bar.update(R)
     return log
 
