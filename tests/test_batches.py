@@ -1,7 +1,6 @@
 "Networks that normalise over the batch: training and evaluation are one model, and whoever asks it something leaves it alone."
 from importlib.util import find_spec
 
-import numpy as np
 import pytest
 import torch
 from torch import nn

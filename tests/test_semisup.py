@@ -4,6 +4,7 @@ import dataclasses
 import pytest
 import torch
 
+from csrae_nb import training
 from csrae_nb.data import load_data
 from csrae_nb.divergence import Draws, Share
 from csrae_nb.evaluation import complete_run, results_table
@@ -82,3 +83,14 @@ def test_a_label_that_cannot_be_is_tried_without_harm(digits):
     classify = net.encoder.classify; net.encoder.classify = lambda h: 1e4*classify(h)
     net.loss(digits.x_train[rows], 1., Small(), *task.known(digits, rows)).loss.backward()
     assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
+
+def test_the_first_phase_goes_where_the_run_goes(tmp_path, monkeypatch):
+    "A folder of one's own holds both phases, without checkpoints if none were asked for, and nothing lies elsewhere."
+    monkeypatch.setenv("CSRAE_RUNS", str(tmp_path/"runs"))
+    saved, save = [], training._Training.save
+    monkeypatch.setattr(training._Training, "save", lambda t: (saved.append((t.path.name, t.meta["epoch"])), save(t)))
+    cfg = Config(labels=100., pretrain=3, epochs=3, warmup=1, ll_samples=0)
+    run = fit(cfg, progress=False, folder=tmp_path/"mine", checkpoints=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine"]
+    assert (load_run(tmp_path/"mine"/"first").cfg.epochs, run.path) == (3, tmp_path/"mine")
+    assert saved == [("first", 0), ("first", 3), ("mine", 0), ("mine", 3)]

@@ -1,4 +1,5 @@
 "Sweeps that are killed, shared, or lose a run or a worker: what a notebook cannot hold."
+import csv
 import json
 import os
 import re
@@ -175,3 +176,36 @@ def test_a_ray_worker_that_is_killed_is_replaced_and_one_that_always_is_is_a_fai
     assert outcome == {run_name(once): "finished", run_name(always): "failed"}
     assert (len(sittings(once)), trained_epochs(once)) == (2, 60) and (len(sittings(always)), run_state(always)) == (2, "failed")
     assert "its Ray worker was lost 2 times" in failure(always)
+
+# --- scripts
+
+SCRIPT = """
+from csrae_nb.sweeps import expand, run_sweep
+{0}print(run_sweep(expand(dict(dataset={1!r}, model="VAE", epochs=1, ll_samples=0, expost_components=5, seed=[0, 1])), jobs=2, progress=False))
+"""
+
+def script(*args, **kw): return subprocess.run([sys.executable, *args], capture_output=True, text=True, **kw)
+
+def test_a_sweep_runs_from_standard_input(points):
+    done = script("-", input=SCRIPT.format("", points))
+    assert done.returncode == 0 and done.stdout.count("'finished'") == 2, done.stdout + done.stderr
+
+def test_a_script_without_a_guard_is_told_once(points, tmp_path):
+    (file := tmp_path/"mine.py").write_text(SCRIPT.format("", points))
+    done = script(str(file))
+    assert done.returncode == 1 and done.stderr.count("Traceback") == 1 and not list(runs_folder().glob("*/failed.json"))
+    assert done.stderr.strip().endswith('put what the script does under if __name__ == "__main__":')
+    file.write_text(SCRIPT.format('if __name__ == "__main__": ', points))
+    assert script(str(file)).stdout.count("'finished'") == 2
+
+# --- tables
+
+def test_a_table_only_gains_rows(points, tmp_path):
+    "Another grid in the same file, and seeds that were measured elsewhere; a run that is there already is renewed, not doubled."
+    table = tmp_path/"table.csv"
+    def seeds(): return [(r["model"], r["seeds"]) for r in csv.DictReader(table.open())]
+    def sweep(*more): return main([*words(dict(dataset=points, epochs=1, batch_size=50, latent_dim=2, **FAST)), "--csv", str(table), *more])
+    assert sweep("model=VAE", "seed=0,1") == 0 and seeds() == [("VAE", "0"), ("VAE", "1")]
+    assert sweep("model=CSRAE", "seed=0") == 0 and seeds() == [("VAE", "0"), ("VAE", "1"), ("CSRAE", "0")]
+    runs_folder().rename(tmp_path/"elsewhere")
+    assert sweep("model=VAE", "seed=1,2") == 0 and seeds() == [("VAE", "0"), ("VAE", "1"), ("CSRAE", "0"), ("VAE", "2")]
