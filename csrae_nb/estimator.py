@@ -40,7 +40,7 @@ class CSRAEEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         standardize=True, # under a gaussian: columns to mean 0 and variance 1 for the model, and back
         epochs=100, # passes over the training rows, at most
         warmup=None, # epochs over which the divergence's weight grows; None: a fifth of them
-        patience=None, # stop after so many epochs without a better validation loss; None: 50
+        patience=None, # stop after so many epochs without a better validation loss; the warm-up does not count; None: 50
         batch_size=100, # rows a step; at most the number of training rows is used
         lr=1e-3, # Adam's learning rate; twice that of a Config, as small tables give few steps
         validation_fraction=0.1, # of the rows, to stop early and to choose the epoch by; less than two rows: the training rows

@@ -101,7 +101,7 @@ class Config(ModelConfig):
     "Everything that a run depends on; ValueError for a value that cannot be."
     epochs: int | None = None # passes over the training data, at most
     warmup: int | None = None # epochs over which the weight of the divergence grows from 0 to its value; None: the preset's share of epochs
-    patience: int | None = None # stop after so many epochs without a better validation loss
+    patience: int | None = None # stop after so many epochs without a better validation loss; the warm-up does not count
     batch_size: int = 100 # examples a step, over all processes together
     labels: float | None = None # training images whose label is used: a number, or a fraction up to 1; 0: none, train without labels
     pretrain: int | None = None # epochs without labels, in a run of their own, before those with labels
