@@ -130,6 +130,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'csrae_nb.divergence._blocks': ('nbs/divergence.html#_blocks', 'csrae_nb/divergence.py'),
                                      'csrae_nb.divergence._can_look': ('nbs/divergence.html#_can_look', 'csrae_nb/divergence.py'),
                                      'csrae_nb.divergence._check_memory': ('nbs/divergence.html#_check_memory', 'csrae_nb/divergence.py'),
+                                     'csrae_nb.divergence._check_positive': ( 'nbs/divergence.html#_check_positive',
+                                                                              'csrae_nb/divergence.py'),
                                      'csrae_nb.divergence._check_shapes': ('nbs/divergence.html#_check_shapes', 'csrae_nb/divergence.py'),
                                      'csrae_nb.divergence._check_weights': ('nbs/divergence.html#_check_weights', 'csrae_nb/divergence.py'),
                                      'csrae_nb.divergence._common_batch': ('nbs/divergence.html#_common_batch', 'csrae_nb/divergence.py'),

@@ -26,7 +26,7 @@ from torch.distributions import Categorical, Distribution, Independent, LowRankM
 
 # %% ../nbs/01_divergence.ipynb #010204
 _looks = ContextVar("looks", default=True)
-_transforming = torch._C._are_functorch_transforms_active # inside of torch.func's grad, vmap, jvp and the like
+_transforming = torch._C._are_functorch_transforms_active # inside of torch.func's grad, vmap, jvp, …
 
 @contextmanager
 def unchecked():
@@ -45,29 +45,34 @@ def _check_shapes(g):
     fits = len(w) >= 1 and len(m) >= 2 and m[-2:] == v[-2:] and w[-1] == m[-2]
     try: fits and g.batch_shape
     except ValueError: fits = False
-    if not fits: raise ValueError(f"a GMM needs logw (*B, N), mu (*B, N, D), var (*B, N, D); got logw {w}, mu {m}, var {v}")
+    if not fits: raise ValueError(
+        f"a GMM needs logw (*B, N), mu (*B, N, D), var (*B, N, D); got logw {w}, mu {m}, var {v}")
 
 @torch.no_grad()
 def _check_weights(logw):
     "ValueError for log weights whose weights do not sum to one."
     off = (logw.logsumexp(-1).exp() - 1).flatten()
     if (off.abs() <= 1e-3 + 4*torch.finfo(off.dtype).eps).all(): return
-    raise ValueError(f"logw are the logs of weights that sum to one, but exp(logw) sums to {1 + off[off.abs().argmax()]:.4g}; "
+    total = 1 + off[off.abs().argmax()]
+    raise ValueError(f"logw are the logs of weights that sum to one, but exp(logw) sums to {total:.4g}; "
                      "give logits.log_softmax(-1), or the weights themselves to GMM.of_weights")
+
+@torch.no_grad()
+def _check_positive(var):
+    "ValueError for variances that are not above 0."
+    if not (var > 0).all(): raise ValueError(f"var are variances σ², above 0; the least of these is {var.min():.4g}")
 
 # %% ../nbs/01_divergence.ipynb #010005
 @dataclass(frozen=True)
 class GMM:
-    "Mixture of diagonal Gaussians, such as p(z) and q(z|x). ValueError for shapes that do not fit, weights that do not sum to 1, or variances ≤ 0."
+    "Mixture of diagonal Gaussians, such as p(z) and q(z|x). ValueError for shapes, weights or variances that cannot be."
     logw: Float[Tensor, "*#B N"] # log weights, normalised over N
     mu: Float[Tensor, "*#B N D"] # means
     var: Float[Tensor, "*#B N D"] # variances σ², never σ
 
     def __post_init__(self):
         _check_shapes(self)
-        if not _can_look(self.logw): return
-        _check_weights(self.logw)
-        if not (self.var > 0).all(): raise ValueError(f"var are variances σ², above 0; the least of these is {self.var.min():.4g}")
+        if _can_look(self.logw): _check_weights(self.logw); _check_positive(self.var)
 
     @classmethod
     def gaussian(cls,
@@ -78,8 +83,8 @@ class GMM:
         return cls(mu.new_zeros(*mu.shape[:-1], 1), mu[..., None, :], var[..., None, :])
 
     @classmethod
-    def of_weights(cls, weights: Float[Tensor, "*#B N"], mu: Float[Tensor, "*#B N D"], var: Float[Tensor, "*#B N D"]) -> "GMM":
-        "The mixture with these weights, not their logs. One of 0 has gradient 0; that of its log would be infinite."
+    def of_weights(cls, weights: Float[Tensor, "*#B N"], mu: Tensor, var: Tensor) -> "GMM": # weights, not their logs
+        "The mixture with these weights. One of 0 has gradient 0; that of its log would be infinite."
         none = weights == 0
         return cls(weights.masked_fill(none, 1).log().masked_fill(none, -math.inf), mu, var)
 
@@ -114,7 +119,8 @@ class FullGMM:
         if not fits: raise ValueError(f"a FullGMM needs mu (*B, N, D), cov (*B, N, D, D); got mu {tuple(self.mu.shape)}, cov {tuple(self.cov.shape)}")
         if not _can_look(self.logw): return
         _check_weights(self.logw)
-        if torch.linalg.cholesky_ex(self.cov.detach()).info.any(): raise ValueError("cov are covariance matrices, but some are not positive definite")
+        failed = torch.linalg.cholesky_ex(self.cov.detach()).info
+        if failed.any(): raise ValueError("cov are covariance matrices, but some are not positive definite")
 
     @property
     def batch_shape(self) -> tuple[int, ...]: # () for a single mixture
@@ -287,10 +293,12 @@ def _first_calls(log_z, gradient, kind):
 def _loops(kind, cached):
     "Both loops as numba compiles them for f4 or f8, ready to use."
     from numba import njit
-    make = njit(cache=cached, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp"})
+    fast = {"contract", "reassoc", "nsz", "arcp"}
+    make = njit(cache=cached, nogil=True, error_model="numpy", fastmath=fast)
     loops = make(unwrap(_log_z_loops)), make(unwrap(_gradient_loops))
     try: _first_calls(*loops, kind)
-    except Exception as e: raise RuntimeError(f"{type(e).__name__}: {e}, with files {loops[0].stats.cache_path}/*_loops-*.nb*") from e
+    except Exception as e: raise RuntimeError(
+        f"{type(e).__name__}: {e}, with files {loops[0].stats.cache_path}/*_loops-*.nb*") from e
     return loops
 
 @cache
@@ -300,8 +308,10 @@ def _compiled(kind):
     except Exception as e: failed = e
     if isinstance(failed, ModuleNotFoundError) and failed.name == "numba": return None
     try: loops = _loops(kind, cached=False)
-    except Exception as e: return warnings.warn(f"numba is installed but does not work ({e}); going on without it, more slowly")
-    warnings.warn(f"numba cannot use what it has compiled before ({failed}); it compiles anew each time until these files are removed")
+    except Exception as e: return warnings.warn(
+        f"numba is installed but does not work ({e}); going on without it, more slowly")
+    warnings.warn(f"numba cannot use what it has compiled before ({failed}); "
+                  "it compiles anew each time until these files are removed")
     return loops
 
 def _for_loops(mu, nu):
@@ -315,7 +325,7 @@ def _log_z_by_loops(mu, var, nu, tau2, same):
     "What _log_z does, by the loops if there are any."
     if not (loops := _compiled(f"f{mu.itemsize}")): return _log_z(mu, var, nu, tau2, same)
     (P, N, D), M = mu.shape, nu.shape[1]
-    means = [pad(t, (0, -D % 4)) for t in (mu, nu)]                    # a dimension of r = 0, s = 1 adds nothing
+    means = [pad(t, (0, -D % 4)) for t in (mu, nu)]                   # a dimension of r = 0, s = 1 adds nothing
     variances = [pad(t, (0, -D % 4), value=0.5) for t in (var, tau2)]
     out, bits = mu.new_empty(P, N, M), np.empty(M, f"i{mu.itemsize}")
     sides = _arrays(means[0], variances[0], means[1].mT, variances[1].mT)
@@ -346,7 +356,7 @@ class _LogZ(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         sides, same = ctx.saved_tensors, ctx.same
-        if torch.is_grad_enabled() or _transforming(): grads = _plain_gradients(*sides, g)   # a second derivative may be asked for
+        if torch.is_grad_enabled() or _transforming(): grads = _plain_gradients(*sides, g) # for a second derivative
         elif _for_loops(sides[0], sides[2]): grads = _untraced(_gradients_by_loops)(*sides, g, same)
         else: grads = _log_z_gradients(*sides, g, same)
         return (*grads, None) if not same else (grads[0] + grads[2], grads[1] + grads[3], None, None, None)

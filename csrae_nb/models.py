@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .divergence import GMM, Draws, cs_divergence, kl_divergence, matrix_log_prob, pairwise_log_overlap, unchecked
+from .divergence import GMM, Draws, cs_divergence, kl_divergence, matrix_log_prob, pairwise_log_overlap
+from .divergence import unchecked
 from .likelihoods import Likelihood
 from .priors import Prior, StandardNormal, Unchecked, VampPrior
 
@@ -31,8 +32,8 @@ class Terms:
 def _check_parts(encoder, prior, lam):
     "ValueError for a weight that is none, or a VampPrior of another encoder."
     if not 0 <= lam < math.inf: raise ValueError(f"lam={lam}; the divergence's weight must be a number of at least 0")
-    if isinstance(prior, VampPrior) and prior.encoder is not encoder: raise ValueError("the VampPrior holds another encoder "
-        "than the model; make it with VampPrior(encoder, pseudo_inputs), of the same encoder")
+    if isinstance(prior, VampPrior) and prior.encoder is not encoder: raise ValueError(
+        "the VampPrior holds another encoder than the model; make it by VampPrior(encoder, pseudo_inputs) with the model's own")
 
 # %% ../nbs/06_models.ipynb #060007
 class Autoencoder(Unchecked):

@@ -107,7 +107,7 @@ def kmeans(
 # %% ../nbs/03_priors.ipynb #030016
 class VampPrior(Prior):
     "Mixture of the posteriors of K learned pseudo-inputs, Eq. (23); uniform weights."
-    encoder = property(lambda self: self._encoder[0], doc="What reads the pseudo-inputs: the model's own encoder.")
+    encoder = property(lambda self: self._encoder[0], doc="What reads the pseudo-inputs: the model's own.")
 
     def __init__(self,
         encoder: nn.Module, # x (B, *X) to a GMM of one component

@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 from .data import dataset_name, known_names
 from .tables import markdown_table
-from .training import Config, Run, command, identity, load_run, load_tensors, make_config, save_tensors, task_of, write_atomic
+from .training import Config, Run, command, identity, load_run, load_tensors, make_config, save_tensors
+from .training import task_of, write_atomic
 
 # %% ../nbs/21_sharing.ipynb #210005
 def _to_share(cfg: Config) -> Config:
@@ -66,10 +67,10 @@ model.sample(10); model.reconstruct(x); model.encode(x).mu
 
 # %% ../nbs/21_sharing.ipynb #210108
 # what the header must say, and in which form
-NEEDED = dict(config=dict, history=list, sha256=dict, best_epoch=int, seconds=float | int, format=int, version=str)
+NEEDED = dict(config=dict, history=list, sha256=dict, best_epoch=int, seconds=int | float, format=int)
 
 def _header(file):
-    "What the header of a safetensors file says: of the run, and the shape of each tensor; ValueError if that is not all there."
+    "What a safetensors file says of its run, and the shape of each tensor; ValueError if that is not all there."
     with safe_open(str(file), "pt") as f:
         text = (f.metadata() or {}).get("csrae_nb", "")
         shapes = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
@@ -82,7 +83,7 @@ def _header(file):
 def check_model(
     file: Path | str, # model.safetensors
 ) -> None:
-    "ValueError if a file does not hold the weights of the model that its header describes; before anything is allocated."
+    "ValueError, before anything is allocated, if a file does not hold the weights that its header describes."
     try: meta, shapes = _header(file)
     except (SafetensorError, OSError): return                          # load_run says what is wrong with it
     try:
@@ -102,7 +103,7 @@ def _size(name, limit, kw):
     if kw.get("local_files_only"): return None
     api = HfApi(endpoint=kw.get("endpoint"), token=kw.get("token"))
     try: info = api.model_info(name, revision=kw.get("revision"), files_metadata=True)
-    except Exception: return None                                      # snapshot_download says why, or has a copy
+    except Exception: return None                                      # the download says why, or has a copy
     sizes = {s.rfilename: s.size or 0 for s in info.siblings if s.rfilename in FILES}
     if (size := sum(sizes.values())) > limit: raise ValueError(
         f"{name} is of {size:,} bytes, and the limit is {limit:,}; say limit={size} if you want it")
@@ -115,8 +116,9 @@ def _download(name, limit, kw):
     if revision: kw = {**kw, "revision": revision}
     try: return snapshot_download(name, allow_patterns=[*FILES], **kw)
     except (OSError, ValueError) as e: raise FileNotFoundError(
-        f"{name!r} is no folder here, and the Hub did not give it ({type(e).__name__}: {e}). Expected a folder that save_pretrained "
-        "wrote, or the name of a model, as in user/name; for a private one, log in first (hf auth login)") from e
+        f"{name!r} is no folder here, and the Hub did not give it ({type(e).__name__}: {e}). Expected a folder that "
+        "save_pretrained wrote, or the name of a model, as in user/name; for a private one, log in first (hf auth login)"
+    ) from e
 
 # %% ../nbs/21_sharing.ipynb #210008
 class Pretrained(ModelHubMixin):
@@ -145,7 +147,7 @@ class Pretrained(ModelHubMixin):
         limit: int = LIMIT, # bytes that may be downloaded
         **kw, # of huggingface_hub.snapshot_download: revision, token, cache_dir, local_files_only, ...
     ) -> "Pretrained":
-        "What save_pretrained wrote or push_to_hub sent; FileNotFoundError for a name that is not there, ValueError for damaged or too large files."
+        "What save_pretrained wrote or push_to_hub sent; FileNotFoundError for no such name, ValueError for damaged or large files."
         return cls(name if Path(name).is_dir() else _download(str(name), limit, kw))
 
 def _shared_metrics(content, cfg): return {**content, "config": dataclasses.asdict(cfg), "provenance": {**content["provenance"], "command": command(cfg)}}
