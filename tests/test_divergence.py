@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from csrae_nb import divergence
-from csrae_nb.divergence import BLOCK, GMM, FullGMM, as_mixture, cs_divergence, kl_divergence, log_overlap, pairwise_log_overlap, unchecked
+from csrae_nb.divergence import (BLOCK, GMM, FullGMM, as_mixture, cs_divergence, kl_divergence, log_overlap,
+                                 pairwise_log_overlap, unchecked)
 
 torch.set_num_threads(1)
 compiled = divergence._compiled.__wrapped__
@@ -138,7 +139,8 @@ def test_what_is_not_finite_shows_in_value_and_gradient():
 
 @pytest.mark.parametrize("Bq, Bp", [((0,), ()), ((0,), (0,)), ((3, 0), (1,)), ((2,), ())])
 def test_empty_batches_and_strided_tensors(Bq, Bp):
-    g = torch.Generator().manual_seed(0); make = lambda *B: even(torch.randn(*B, 2, 3, generator=g).mT, torch.rand(*B, 2, 3, generator=g).mT + .1)
+    g = torch.Generator().manual_seed(0)
+    make = lambda *B: even(torch.randn(*B, 2, 3, generator=g).mT, torch.rand(*B, 2, 3, generator=g).mT + .1)
     q, p = make(*Bq), make(*Bp); mu = q.mu.requires_grad_()
     D = cs_divergence(q, p); D.sum().backward()
     assert D.shape == torch.broadcast_shapes(Bq, Bp) and mu.grad.shape == mu.shape and D.isfinite().all()
@@ -152,38 +154,51 @@ def test_a_broken_numba_is_said_and_done_without(monkeypatch):
 @pytest.mark.parametrize("suffix", ["nbi", "nbc"])
 def test_a_truncated_numba_cache_is_said_and_done_without(form, suffix, tmp_path, monkeypatch):
     if form == "blocks": pytest.skip("the loops only")
-    monkeypatch.setattr(pytest.importorskip("numba").config, "CACHE_DIR", str(tmp_path)); compiled("f4")
-    files = [*tmp_path.rglob(f"*_loops-*.{suffix}")]; assert len(files) == 2
+    monkeypatch.setattr(pytest.importorskip("numba").config, "CACHE_DIR", str(tmp_path))
+    compiled("f4")
+    files = [*tmp_path.rglob(f"*_loops-*.{suffix}")]
+    assert len(files) == 2
     for file in files: file.write_bytes(file.read_bytes()[:file.stat().st_size//2])
-    with pytest.warns(UserWarning, match=f"cannot use what it has compiled before.*{files[0].parent}") as said: loops = compiled("f4")
+    with pytest.warns(UserWarning, match=f"cannot use what it has compiled before.*{files[0].parent}") as said:
+        loops = compiled("f4")
     assert len(said) == 1 and loops
-    g = torch.Generator().manual_seed(0); q, p = (even(torch.randn(5, 7, generator=g), torch.rand(5, 7, generator=g) + .1) for _ in range(2))
-    monkeypatch.setattr(divergence, "_compiled", lambda kind: loops); value = cs_divergence(q, p)
-    monkeypatch.setattr(divergence, "_compiled", lambda kind: None); torch.testing.assert_close(value, cs_divergence(q, p))
+    g = torch.Generator().manual_seed(0)
+    q, p = (even(torch.randn(5, 7, generator=g), torch.rand(5, 7, generator=g) + .1) for _ in range(2))
+    monkeypatch.setattr(divergence, "_compiled", lambda kind: loops)
+    by_loops = cs_divergence(q, p)
+    monkeypatch.setattr(divergence, "_compiled", lambda kind: None)
+    torch.testing.assert_close(by_loops, cs_divergence(q, p))
+
+HALVES = [-math.log(2)]*2
 
 @pytest.mark.parametrize("logw, var, says", [
-    ([.25, .75], 1., "exp(logw) sums to 3.401"), ([0., 0.], 1., "sums to 2"), ([math.nan, 0.], 1., "sums to nan"), ([-math.inf]*2, 1., "sums to 0"),
-    ([-math.log(2)]*2, -1., "the least of these is -1"), ([-math.log(2)]*2, 0., "the least of these is 0"), ([-math.log(2)]*2, math.nan, "the least of these is nan")])
+    ([.25, .75], 1., "exp(logw) sums to 3.401"), ([0., 0.], 1., "sums to 2"), ([math.nan, 0.], 1., "sums to nan"),
+    ([-math.inf]*2, 1., "sums to 0"), (HALVES, -1., "the least of these is -1"), (HALVES, 0., "the least of these is 0"),
+    (HALVES, math.nan, "the least of these is nan")])
 def test_a_mixture_that_is_none_is_refused(logw, var, says):
     sides = torch.tensor(logw), torch.zeros(2, 3), torch.ones(2, 3).index_fill(1, torch.tensor([1]), var)
+    full = says if "sums" in says else "not positive definite"
     with pytest.raises(ValueError, match=re.escape(says)): GMM(*sides)
-    with pytest.raises(ValueError, match=re.escape(says) if "sums" in says else "not positive definite"): FullGMM(*sides[:2], sides[2].diag_embed())
+    with pytest.raises(ValueError, match=re.escape(full)): FullGMM(*sides[:2], sides[2].diag_embed())
     with unchecked(): assert GMM(*sides).var is sides[2]
-    with pytest.raises(ValueError, match=re.escape(says)): GMM(*(t.expand(4, *t.shape) for t in sides))   # in a batch, and after unchecked
+    with pytest.raises(ValueError, match=re.escape(says)): GMM(*(t.expand(4, *t.shape) for t in sides))
 
 def test_weights_that_are_nearly_one_are_taken():
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        for N in (1, 3, 1000): GMM(torch.linspace(-3, 3, N).log_softmax(-1).to(dtype), torch.zeros(N, 1), torch.ones(N, 1))
+        for N in (1, 3, 1000):
+            GMM(torch.linspace(-3, 3, N).log_softmax(-1).to(dtype), torch.zeros(N, 1), torch.ones(N, 1))
 
-def test_a_weight_of_zero_has_finite_gradients():
-    q, mu, var = gaussian(1., 1.), torch.zeros(3, 1, dtype=torch.float64).requires_grad_(), torch.ones(3, 1, dtype=torch.float64).requires_grad_()
-    of = dict(logw=torch.tensor([0., -math.inf, -math.inf]), logits=torch.tensor([1., -math.inf, -math.inf]), weights=torch.tensor([1., 0., 0.]))
-    make = dict(logw=GMM, logits=lambda w, mu, var: GMM(w.log_softmax(-1), mu, var), weights=GMM.of_weights)
-    for k, w in of.items():
-        w = w.double().requires_grad_(); p = make[k](w, mu, var)
-        for f in (lambda: cs_divergence(q, p), lambda: cs_divergence(p, q), lambda: p.log_prob(torch.ones(4, 1).double()).sum(), lambda: log_overlap(p, p)):
-            value = f(); assert value.isfinite()
-            for grad in torch.autograd.grad(value, (w, mu, var), retain_graph=True): assert grad.isfinite().all() and grad[1:].abs().max() < 1e-20
+@pytest.mark.parametrize("make, w", [
+    (GMM, [0., -math.inf, -math.inf]), (GMM.of_weights, [1., 0., 0.]),
+    (lambda logits, mu, var: GMM(logits.log_softmax(-1), mu, var), [1., -math.inf, -math.inf])])
+def test_a_weight_of_zero_has_finite_gradients(make, w):
+    leaf = lambda t: torch.as_tensor(t, dtype=torch.float64).requires_grad_()
+    leaves = leaf(w), leaf(torch.zeros(3, 1)), leaf(torch.ones(3, 1))
+    q, p, z = gaussian(1., 1.), make(*leaves), torch.ones(4, 1, dtype=torch.float64)
+    for value in (cs_divergence(q, p), cs_divergence(p, q), p.log_prob(z).sum(), log_overlap(p, p)):
+        assert value.isfinite()
+        for grad in torch.autograd.grad(value, leaves, retain_graph=True):
+            assert grad.isfinite().all() and grad[1:].abs().max() < 1e-20
 
 def test_distributions_in_and_out():
     q = Independent(Normal(torch.randn(5, 3), torch.rand(5, 3) + .1), 1)
