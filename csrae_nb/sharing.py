@@ -67,7 +67,8 @@ model.sample(10); model.reconstruct(x); model.encode(x).mu
 
 # %% ../nbs/21_sharing.ipynb #210108
 # what the header must say, and in which form
-NEEDED = dict(config=dict, history=list, sha256=dict, best_epoch=int, seconds=int | float, format=int)
+NEEDED = dict(config=dict, history=list, sha256=dict, best_epoch=int, seconds=int | float,
+              format=int, version=str)
 
 def _header(file):
     "What a safetensors file says of its run, and the shape of each tensor; ValueError if that is not all there."
