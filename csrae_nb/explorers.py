@@ -523,10 +523,11 @@ TABS = {"components": _components_tab, "codes": _codes_tab, "interpolation": _in
 
 # %% ../nbs/22_explorers.ipynb #220053
 def _about(seen):
-    "A line on a run."
+    "A line on a run, as HTML."
     r, c = seen.run, seen.run.cfg
     label = "; codes are decoded with the label that the model predicts" if hasattr(r.model, "given") else ""
-    return f"{c.model} on {seen.data.name}, weight of the divergence {divergence_weight(c):g}, D = {c.latent_dim}; best epoch {r.best_epoch} of {len(r.history)}; {len(seen.x):,} test examples{label}"
+    about = f"{c.model} on {seen.data.name}, weight of the divergence {divergence_weight(c):g}, D = {c.latent_dim}; best epoch {r.best_epoch} of {len(r.history)}; {len(seen.x):,} test examples{label}"
+    return escape(about)
 
 def _choices(folder):
     "Runs to choose from, named, and a folder of the caller's if it is not among them."

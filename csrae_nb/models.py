@@ -18,8 +18,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .divergence import GMM, Draws, cs_divergence, kl_divergence, matrix_log_prob, pairwise_log_overlap
+from .divergence import unchecked
 from .likelihoods import Likelihood
-from .priors import Prior, StandardNormal, VampPrior
+from .priors import Prior, StandardNormal, Unchecked, VampPrior
 
 # %% ../nbs/06_models.ipynb #060005
 @dataclass(frozen=True)
@@ -29,8 +30,15 @@ class Terms:
     reconstruction: Float[Tensor, "B"] # −log p(x|z), in nats
     divergence: Float[Tensor, "B"] # D(q‖p), in nats, without its weight
 
+# %% ../nbs/06_models.ipynb #060107
+def _check_parts(encoder, prior, lam):
+    "ValueError for a weight that is none, or a VampPrior of another encoder."
+    if not 0 <= lam < math.inf: raise ValueError(f"lam={lam}; the divergence's weight must be a number of at least 0")
+    if isinstance(prior, VampPrior) and prior.encoder is not encoder: raise ValueError(
+        "the VampPrior holds another encoder than the model; make it by VampPrior(encoder, pseudo_inputs) with the model's own")
+
 # %% ../nbs/06_models.ipynb #060007
-class Autoencoder(nn.Module):
+class Autoencoder(Unchecked):
     "An encoder, a decoder, a prior and a likelihood, trained by −E log p(x|z) + λ D(q‖p), Eq. (13)."
     def __init__(self,
         encoder: nn.Module, # x (B, *X) to q(z|x), a GMM with batch B
@@ -40,13 +48,14 @@ class Autoencoder(nn.Module):
         lam: float = 1., # weight of the divergence: λ, or β for the KL
     ):
         super().__init__()
-        if not lam >= 0 or lam == math.inf: raise ValueError(f"lam={lam}; the divergence's weight must be a number of at least 0")
+        _check_parts(encoder, prior, lam)
         self.encoder, self.decoder, self.prior, self.likelihood, self.lam = encoder, decoder, prior, likelihood, lam
 
     def divergence(self, q: GMM, p: GMM, z: Float[Tensor, "B D"], generator: torch.Generator | Draws | None = None) -> Float[Tensor, "B"]:
         "D(q‖p); for divergences that need draws from q there is z, the one that is decoded, and the generator of more."
         raise NotImplementedError(f"{type(self).__name__} must define divergence(q, p, z, generator)")
 
+    @unchecked()
     def loss(self, x: Float[Tensor, "B *X"], weight: float = 1., generator: torch.Generator | Draws | None = None) -> Terms:
         "Eq. (13), negated: one draw of z for each x; `weight` scales λ."
         q, p = self.prior.jointly(self.encode, x)
@@ -60,6 +69,7 @@ class Autoencoder(nn.Module):
 
     def forward(self, x, weight=1., generator=None) -> Terms: return self.loss(x, weight, generator)
 
+    @unchecked()
     def encode(self, x: Float[Tensor, "B *X"]) -> GMM:
         "q(z|x), one Gaussian for each x."
         return self.encoder(x)
@@ -167,6 +177,7 @@ class MixtureCSRAE(CSRAE):
         super().__init__(encoder, decoder, prior, likelihood, lam, objective)
 
 # %% ../nbs/06_models.ipynb #060031
+@unchecked()
 def _log_weights(model, x, q, log_prior, samples, generator):
     "log p(x|z) and log p(z) − log q(z|x) at `samples` draws of z for each x, both of shape (S, B)."
     q = GMM(*(t.expand(samples, *t.shape) for t in (q.logw, q.mu, q.var)))

@@ -1,5 +1,6 @@
 "The divergence against oracles and properties that need many cases, or more memory than a notebook should take."
 import math
+import re
 import sys
 import warnings
 
@@ -12,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from csrae_nb import divergence
-from csrae_nb.divergence import BLOCK, GMM, FullGMM, as_mixture, cs_divergence, kl_divergence, log_overlap, pairwise_log_overlap
+from csrae_nb.divergence import (BLOCK, GMM, FullGMM, as_mixture, cs_divergence, kl_divergence, log_overlap,
+                                 pairwise_log_overlap, unchecked)
 
 torch.set_num_threads(1)
 compiled = divergence._compiled.__wrapped__
@@ -22,7 +24,7 @@ def form(request):
     "Everything is tested twice: by torch in blocks, and by numba's loops whatever the size."
     if request.param == "loops": pytest.importorskip("numba")
     with pytest.MonkeyPatch.context() as m:
-        if request.param == "blocks": m.setattr(divergence, "_compiled", lambda: None)
+        if request.param == "blocks": m.setattr(divergence, "_compiled", lambda kind: None)
         m.setattr(divergence, "SMALL", 1); yield request.param
 
 @st.composite
@@ -74,6 +76,7 @@ def test_two_dimensions_by_quadrature(seed):
     torch.testing.assert_close(cs_divergence(q, p), -integral(dq*dp) + .5*integral(dq*dq) + .5*integral(dp*dp), rtol=1e-8, atol=1e-8)
 
 EQ30 = GMM(torch.tensor([.5, .5], dtype=torch.float64).log(), torch.tensor([[-3.], [3.]], dtype=torch.float64), torch.ones(2, 1, dtype=torch.float64))
+def even(mu, var): return GMM.of_weights(mu.new_full(mu.shape[:-1], 1/mu.shape[-2]), mu, var)
 def gaussian(mean, std): return GMM.gaussian(torch.tensor([mean], dtype=torch.float64), torch.tensor([std**2], dtype=torch.float64))
 
 @pytest.mark.parametrize("mean, std, value", [(0., 4.24916, .293382), (2.99924, 1.00227, .346510), (0., 10**.5, .339307)])
@@ -117,11 +120,11 @@ def test_second_derivatives():
 def test_what_loops_do_again_in_the_plain_way(form):
     "Variances that are too large for a product of four, 0 or negative, and gradients that are infinite."
     g = torch.Generator().manual_seed(0); r = lambda *s: torch.randn(*s, generator=g)
-    q, p = GMM(torch.zeros(3), r(3, 6), r(3, 6).exp()), GMM(torch.zeros(5), r(5, 6), r(5, 6).exp())
+    q, p = even(r(3, 6), r(3, 6).exp()), even(r(5, 6), r(5, 6).exp())
     p.var[1], q.var[2, :2], p.var[2, :2] = 1e20, -9., 0.
     z = pairwise_log_overlap(q, p); plain = torch.distributions.Normal(p.mu, (q.var[:, None] + p.var).double().sqrt(), validate_args=False).log_prob(q.mu[:, None]).sum(-1)
     torch.testing.assert_close(z, plain.float(), equal_nan=True); assert z[2].isnan().tolist() == [True, False, True, True, True] and z[:2].isfinite().all()
-    mu = q.mu[:2].clone().requires_grad_(); out = pairwise_log_overlap(GMM(torch.zeros(2), mu, q.var[:2]), p)
+    mu = q.mu[:2].clone().requires_grad_(); out = pairwise_log_overlap(even(mu, q.var[:2]), p)
     grad, = torch.autograd.grad(out, mu, torch.tensor([[math.inf, 1., 1., 1., 1.], [1.]*5]))
     assert not grad[0].isfinite().any() and grad[1].isfinite().all()
 
@@ -130,22 +133,72 @@ def test_variances_whose_product_leaves_double_precision(form):
     for a in (q, p): torch.testing.assert_close(log_overlap(a, a).item(), -4*math.log(4*math.pi*a.var[0, 0].item()), rtol=1e-12, atol=0)
 
 def test_what_is_not_finite_shows_in_value_and_gradient():
-    mu = torch.zeros(3, 4).index_fill(0, torch.tensor([1]), math.nan).requires_grad_(); p = GMM(torch.zeros(5), torch.zeros(5, 4), torch.ones(5, 4))
+    mu = torch.zeros(3, 4).index_fill(0, torch.tensor([1]), math.nan).requires_grad_(); p = even(torch.zeros(5, 4), torch.ones(5, 4))
     value = log_overlap(GMM.gaussian(mu, torch.ones(3, 4)), p); value.sum().backward()
     assert value.isnan().tolist() == [False, True, False] and mu.grad.isnan().any(1).tolist() == [False, True, False]
 
 @pytest.mark.parametrize("Bq, Bp", [((0,), ()), ((0,), (0,)), ((3, 0), (1,)), ((2,), ())])
 def test_empty_batches_and_strided_tensors(Bq, Bp):
-    g = torch.Generator().manual_seed(0); make = lambda *B: GMM(torch.zeros(*B, 3), torch.randn(*B, 2, 3, generator=g).mT, torch.rand(*B, 2, 3, generator=g).mT + .1)
+    g = torch.Generator().manual_seed(0)
+    make = lambda *B: even(torch.randn(*B, 2, 3, generator=g).mT, torch.rand(*B, 2, 3, generator=g).mT + .1)
     q, p = make(*Bq), make(*Bp); mu = q.mu.requires_grad_()
     D = cs_divergence(q, p); D.sum().backward()
     assert D.shape == torch.broadcast_shapes(Bq, Bp) and mu.grad.shape == mu.shape and D.isfinite().all()
 
 def test_a_broken_numba_is_said_and_done_without(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", type(sys)("numba"))      # a numba without njit
-    with pytest.warns(UserWarning, match="numba is installed but does not work"): assert compiled() is None
+    with pytest.warns(UserWarning, match="numba is installed but does not work"): assert compiled("f4") is None
     monkeypatch.setitem(sys.modules, "numba", None)
-    with warnings.catch_warnings(): warnings.simplefilter("error"); assert compiled() is None
+    with warnings.catch_warnings(): warnings.simplefilter("error"); assert compiled("f4") is None
+
+@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
+def test_a_truncated_numba_cache_is_said_and_done_without(form, suffix, tmp_path, monkeypatch):
+    if form == "blocks": pytest.skip("the loops only")
+    monkeypatch.setattr(pytest.importorskip("numba").config, "CACHE_DIR", str(tmp_path))
+    compiled("f4")
+    files = [*tmp_path.rglob(f"*_loops-*.{suffix}")]
+    assert len(files) == 2
+    for file in files: file.write_bytes(file.read_bytes()[:file.stat().st_size//2])
+    with pytest.warns(UserWarning, match=f"cannot use what it has compiled before.*{files[0].parent}") as said:
+        loops = compiled("f4")
+    assert len(said) == 1 and loops
+    g = torch.Generator().manual_seed(0)
+    q, p = (even(torch.randn(5, 7, generator=g), torch.rand(5, 7, generator=g) + .1) for _ in range(2))
+    monkeypatch.setattr(divergence, "_compiled", lambda kind: loops)
+    by_loops = cs_divergence(q, p)
+    monkeypatch.setattr(divergence, "_compiled", lambda kind: None)
+    torch.testing.assert_close(by_loops, cs_divergence(q, p))
+
+HALVES = [-math.log(2)]*2
+
+@pytest.mark.parametrize("logw, var, says", [
+    ([.25, .75], 1., "exp(logw) sums to 3.401"), ([0., 0.], 1., "sums to 2"), ([math.nan, 0.], 1., "sums to nan"),
+    ([-math.inf]*2, 1., "sums to 0"), (HALVES, -1., "the least of these is -1"), (HALVES, 0., "the least of these is 0"),
+    (HALVES, math.nan, "the least of these is nan")])
+def test_a_mixture_that_is_none_is_refused(logw, var, says):
+    sides = torch.tensor(logw), torch.zeros(2, 3), torch.ones(2, 3).index_fill(1, torch.tensor([1]), var)
+    full = says if "sums" in says else "not positive definite"
+    with pytest.raises(ValueError, match=re.escape(says)): GMM(*sides)
+    with pytest.raises(ValueError, match=re.escape(full)): FullGMM(*sides[:2], sides[2].diag_embed())
+    with unchecked(): assert GMM(*sides).var is sides[2]
+    with pytest.raises(ValueError, match=re.escape(says)): GMM(*(t.expand(4, *t.shape) for t in sides))
+
+def test_weights_that_are_nearly_one_are_taken():
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        for N in (1, 3, 1000):
+            GMM(torch.linspace(-3, 3, N).log_softmax(-1).to(dtype), torch.zeros(N, 1), torch.ones(N, 1))
+
+@pytest.mark.parametrize("make, w", [
+    (GMM, [0., -math.inf, -math.inf]), (GMM.of_weights, [1., 0., 0.]),
+    (lambda logits, mu, var: GMM(logits.log_softmax(-1), mu, var), [1., -math.inf, -math.inf])])
+def test_a_weight_of_zero_has_finite_gradients(make, w):
+    leaf = lambda t: torch.as_tensor(t, dtype=torch.float64).requires_grad_()
+    leaves = leaf(w), leaf(torch.zeros(3, 1)), leaf(torch.ones(3, 1))
+    q, p, z = gaussian(1., 1.), make(*leaves), torch.ones(4, 1, dtype=torch.float64)
+    for value in (cs_divergence(q, p), cs_divergence(p, q), p.log_prob(z).sum(), log_overlap(p, p)):
+        assert value.isfinite()
+        for grad in torch.autograd.grad(value, leaves, retain_graph=True):
+            assert grad.isfinite().all() and grad[1:].abs().max() < 1e-20
 
 def test_distributions_in_and_out():
     q = Independent(Normal(torch.randn(5, 3), torch.rand(5, 3) + .1), 1)

@@ -64,6 +64,15 @@ def test_data_that_are_not_at_hand_are_a_message(runs, tmp_path):
     np.savez(file, x=images()[::-1]); assert "other data" in run_explorer("mine").parts["message"].value
     file.unlink(); assert "mine.npz" in run_explorer("mine").parts["message"].value
 
+def test_names_of_data_are_escaped(runs, tmp_path):
+    "A file's name is text, whatever stands in it, in what is said of a run and of what goes wrong."
+    np.savez(file := tmp_path/"<img src=x onerror=alert(1)>.npz", x=images())
+    fit(Config(dataset=str(file), epochs=1, name="mine"), progress=False)
+    about = run_explorer("mine").parts["about"].value
+    assert "<img" not in about and "&lt;img src=x onerror=alert(1)&gt;" in about
+    file.unlink(); message = run_explorer("mine").parts["message"].value
+    assert "<img" not in message and "&lt;img" in message
+
 def test_no_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("CSRAE_RUNS", str(tmp_path/"nowhere"))
     assert run_folders() == [] and run_explorer().parts["message"].value == "" and SWEEP in pinwheel_explorer().parts["note"].value
