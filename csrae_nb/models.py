@@ -60,7 +60,7 @@ class Autoencoder(nn.Module):
 
     def encode(self, x: Float[Tensor, "B *X"]) -> GMM:
         "q(z|x), one Gaussian for each x."
-        return self.encoder(x)
+        return self.encoder(self.likelihood.inputs(x))
 
     def decode(self, z: Float[Tensor, "B D"]) -> Float[Tensor, "B P *X"]:
         "Parameters of p(x|z)."
