@@ -157,7 +157,8 @@ def column_units(
     std = (sum((b.double() - mean).square().sum(0) for b in columns.split(10_000))/len(columns)).sqrt()
     size = (mean**2 + std**2).sqrt()
     if size.max() <= ROOM[1] and std.max() >= ROOM[0]: return None
-    return Units(mean.float(), torch.where(std > 1e-6*size, std, 1.).float())        # a column that never changes has no scale
+    largest = torch.where(std.max() > 0, std.max(), 1.)
+    return Units(mean.float(), torch.where(std > 1e-6*size, std, largest).float())
 
 # %% ../nbs/08_data.ipynb #080016
 def channels_first(
@@ -624,7 +625,7 @@ def read_folder(
     splits, names = _arrange(path, files)
     images, digest = _decode_all(path, files)
     x, classes = _stacked(path, files, images), sorted({*names} - {None})
-    arrays = {"x": x} | ({"y": np.array([classes.index(name) for name in names])} if len(classes) > 1 else {})
+    arrays = {"x": x} | ({"y": np.array(names)} if len(classes) > 1 else {})
     rows = {s: [i for i, split in enumerate(splits) if split == s] for s in SPLITS}
     return {f"{a}_{s}": v[r] for a, v in arrays.items() for s, r in rows.items() if r}, {path.name: digest}
 

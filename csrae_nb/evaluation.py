@@ -381,7 +381,7 @@ def evaluate(
 
 def _too_few(data):
     "Warn of what a split of one example leaves without a number."
-    what = dict(test="active units, clusters and Fréchet distances", val="the floor of Fréchet distances")
+    what = dict(test="active units, clusters and Fréchet distances", val="floor of the Fréchet distances")
     if few := [f"x_{s} has one example: no {w}" for s, w in what.items() if len(getattr(data, f"x_{s}")) < 2]:
         warnings.warn("; ".join(few))
 

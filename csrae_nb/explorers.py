@@ -404,7 +404,8 @@ def draw_pair(seen: Explored, i: int) -> Figure:
 
 def _class(seen, i):
     "The class of a test example, if it has one."
-    return f" (class {seen.data.y_test[i].item()})" if seen.data.y_test is not None and seen.data.y_test.ndim == 1 else ""
+    y = seen.data.y_test
+    return f" (class {seen.data.label_names[y[i]]})" if y is not None and y.ndim == 1 and y[i] >= 0 else ""
 
 # %% ../nbs/22_explorers.ipynb #220043
 def draw_interpolation(seen: Explored, a: int, b: int, t: float) -> Figure:

@@ -689,9 +689,10 @@ def _check_collapse(t):
     epoch = t.meta["epoch"]
     if t.warned or epoch % 10 or epoch < t.cfg.warmup or t.cfg.model == SUPERVISED or not t.acc.is_main_process: return
     x = t.val[::math.ceil(len(t.val)/max(200, rows_at_once(t.val)))]   # of all, as neighbours may be frames of one video
+    if len(x) < 10: return                                             # too few to tell
     with torch.no_grad(): z, p = draw_codes(t.model, x, generator(t.cfg.seed, "collapse", device=t.acc.device)), t.model.prior()
     K, weight = len(p.logw), "lam" if has_cs(t.cfg) else "beta"
-    if active_units(t.model, x) == 0: what = f"no latent dimension is active: the encoder ignores x, and a smaller {weight} or a longer warmup is the usual remedy"
+    if not active_units(t.model, x): what = f"no latent dimension is active: the encoder ignores x, and a smaller {weight} or a longer warmup is the usual remedy"
     elif K > 1 and (count := distinct_components(p, occupancy(p, z))) < 1.5: what = (f"the prior's {K} components act as {count:.1f}: the mixture has collapsed, "
         f"and free components that k-means places (kmeans_epoch), or a smaller {weight}, is the usual remedy")
     else: return
