@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'BINARISATION_SEED', 'ROOM', 'BATCHES', 'RECORD', 'CHARDATA', 'SILHOUETTES', 'CIFAR10', 'FILES', 'IMAGES',
-           'DATASETS', 'ARRAYS', 'FACE_SETS', 'LazyImages', 'Dataset', 'is_binary', 'default_likelihood', 'scaled',
-           'column_units', 'channels_first', 'cut_splits', 'numbered', 'check_arrays', 'sha256', 'from_arrays',
-           'read_digits', 'read_pinwheel', 'read_idx', 'read_amat', 'read_mat', 'read_records', 'read_batches',
-           'PublicFile', 'data_folder', 'find_file', 'download', 'read_file', 'read_mnist', 'read_static_mnist',
-           'upright', 'read_omniglot', 'read_caltech101', 'read_cifar10', 'read_folder', 'read_arrays', 'known_names',
-           'is_source', 'dataset_name', 'load_data']
+           'DATASETS', 'ARRAYS', 'FACE_SETS', 'LazyImages', 'Dataset', 'names_of_labels', 'labelled_rows', 'is_binary',
+           'default_likelihood', 'scaled', 'column_units', 'channels_first', 'cut_splits', 'numbered', 'check_arrays',
+           'sha256', 'from_arrays', 'read_digits', 'read_pinwheel', 'read_idx', 'read_amat', 'read_mat', 'read_records',
+           'read_batches', 'PublicFile', 'data_folder', 'find_file', 'download', 'read_file', 'read_mnist',
+           'read_static_mnist', 'upright', 'read_omniglot', 'read_caltech101', 'read_cifar10', 'read_folder',
+           'read_arrays', 'known_names', 'is_source', 'dataset_name', 'load_data']
 
 # %% ../nbs/08_data.ipynb #080002
 import gzip
@@ -94,17 +94,6 @@ class Dataset:
         "Names of the questions, where a label is a row of answers."
         return tuple(map(str, range(self.y_train.shape[1]))) if self.y_train is not None and self.y_train.ndim > 1 else ()
 
-    @property
-    def label_names(self) -> tuple[str, ...]:
-        "Of the classes by number, or of the questions."
-        if self.y_train is None or self.y_train.ndim > 1: return self.answers
-        return self.classes or tuple(map(str, range(int(self.y_train.max()) + 1)))
-
-    def labelled(self, split: str) -> Int[Tensor, "m"]:
-        "Rows of a split whose label is known, every answer of it."
-        y = getattr(self, f"y_{split}")
-        return torch.arange(0) if y is None else (y.view(len(y), -1) >= 0).all(1).nonzero()[:, 0]
-
     def draw(self, x: Float[Tensor, "B *X"], generator: torch.Generator | None = None) -> Float[Tensor, "B *X"]:
         "What a model sees of x in training: a fresh binarisation of dynamic data, any other data as they are."
         return torch.bernoulli(x, generator=generator) if self.dynamic else x
@@ -112,13 +101,27 @@ class Dataset:
     def fixed(self, split: str) -> Float[Tensor, "N *X"] | LazyImages: # the same in every run and for every model
         "The split as models are judged on it: dynamic data binarised once, by a fixed seed. ValueError for an unknown split."
         if split not in SPLITS: raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
-        x = getattr(self, f"x_{split}")
-        generator = torch.Generator().manual_seed(BINARISATION_SEED + SPLITS.index(split))
-        return self.draw(x.cpu(), generator).to(x.device)
+        x, seed = getattr(self, f"x_{split}"), BINARISATION_SEED + SPLITS.index(split)
+        return self.draw(x.cpu(), torch.Generator().manual_seed(seed)).to(x.device)
 
     def to(self, device: torch.device | str) -> "Dataset":
         "The same data on another device."
         return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, (Tensor, LazyImages))})
+
+# %% ../nbs/08_data.ipynb #080507
+def names_of_labels(data: Dataset) -> tuple[str, ...]: # of the classes by number, or of the questions; without labels none
+    "What the labels of a data set are called."
+    y = data.y_train
+    if y is None or y.ndim > 1: return data.answers
+    return data.classes or tuple(map(str, range(int(y.max()) + 1)))
+
+def labelled_rows(
+    data: Dataset,
+    split: str, # train, val or test
+) -> Int[Tensor, "m"]:
+    "Rows of a split whose label is known, every answer of it."
+    y = getattr(data, f"y_{split}")
+    return torch.arange(0) if y is None else (y.view(len(y), -1) >= 0).all(1).nonzero()[:, 0]
 
 # %% ../nbs/08_data.ipynb #080011
 def is_binary(x: np.ndarray) -> bool:

@@ -33,7 +33,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from . import __version__
-from .data import Dataset, dataset_name, load_data, sha256
+from .data import Dataset, dataset_name, names_of_labels, labelled_rows, load_data, sha256
 from .divergence import GMM
 from .likelihoods import Units, make_likelihood
 from .models import Autoencoder
@@ -164,10 +164,10 @@ def train_classifier(
 ) -> Classifier: # in eval mode
     "A classifier of a data set, from its training split, of the epoch that does best on validation; ValueError without labels."
     if data.y_train is None: raise ValueError(f"{data.name} has no labels; a classifier needs y_train")
-    rows, order = data.labelled("train"), generator(seed, "classifier")
+    rows, order = labelled_rows(data, "train"), generator(seed, "classifier")
     n = len(rows)
     torch.manual_seed(seed)                                            # for the weights and the dropout
-    net = Classifier(data.x_shape, len(data.label_names), units=data.units).to(data.x_train.device)
+    net = Classifier(data.x_shape, len(names_of_labels(data)), units=data.units).to(data.x_train.device)
     opt, best = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True), (-1., None)
     for _ in progress_bar(progress, range(max(3, math.ceil(examples/n))), desc="classifier", unit="epoch"):
         for i in rows[torch.randperm(n, generator=order).to(rows.device)].split(100):
@@ -183,7 +183,7 @@ def accuracy(net: Classifier, data: Dataset, split: str = "val") -> float: # bet
     x, y = getattr(data, f"x_{split}"), getattr(data, f"y_{split}")
     if y is None: return 0.
     right = sum((net.eval()(xb).argmax(1) == yb).sum().item() for xb, yb in zip(x.split(500), y.split(500)))
-    return right/max(1, len(data.labelled(split)))
+    return right/max(1, len(labelled_rows(data, split)))
 
 # %% ../nbs/10_evaluation.ipynb #100023
 def _cached(name, key, make):
@@ -208,7 +208,7 @@ class Features:
 
 def _classifier_key(data):
     "What a classifier depends on; what data without units and with classes 0, 1, … had always."
-    numbers, split = tuple(map(str, range(len(data.label_names)))), sha256(data.x_train.cpu().numpy().tobytes())
+    numbers, split = tuple(map(str, range(len(names_of_labels(data))))), sha256(data.x_train.cpu().numpy().tobytes())
     more = dict(classes=data.classes) if data.classes not in ((), numbers) else {}
     if data.units: more["units"] = data.units.record()
     return dict(data=data.sha256, split=split, version=2, **more)
@@ -216,7 +216,7 @@ def _classifier_key(data):
 def classifier_features(data: Dataset, progress: bool = True) -> Features | None: # None without labels
     "Features of the data set's classifier, trained once."
     if data.y_train is None or data.y_train.ndim > 1: return None
-    net = Classifier(data.x_shape, len(data.label_names), units=data.units)
+    net = Classifier(data.x_shape, len(names_of_labels(data)), units=data.units)
     made = _cached(f"{data.name}-classifier", _classifier_key(data), lambda: train_classifier(data, progress=progress).state_dict())
     net.load_state_dict(made)
     net.to(data.x_train.device).eval().requires_grad_(False)
@@ -327,10 +327,10 @@ def frechet_distances(
 # %% ../nbs/10_evaluation.ipynb #100037
 def _knn(run, data, codes):
     "Errors on test and validation data, by the names of the metrics."
-    names, out, train = {"test": "knn{}", "val": "knn{}_val"}, {}, data.labelled("train")
+    names, out, train = {"test": "knn{}", "val": "knn{}_val"}, {}, labelled_rows(data, "train")
     ks = tuple(k for k in (3, 5, 10) if k <= len(train))
     for split, name in names.items():
-        y, rows, known = getattr(data, f"y_{split}"), data.labelled(split), {}
+        y, rows, known = getattr(data, f"y_{split}"), labelled_rows(data, split), {}
         if ks and len(rows) and y.ndim == 1:
             known = knn_error(codes[train], data.y_train[train], run_codes(run, data, split)[rows], y[rows], ks)
         out |= {name.format(k): known.get(k) for k in (3, 5, 10)}

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from .divergence import GMM, Draws
-from .data import Dataset, LazyImages
+from .data import Dataset, LazyImages, names_of_labels, labelled_rows
 from .likelihoods import Likelihood, Units, make_likelihood
 from .models import Autoencoder, Terms, rows_at_once
 from .networks import face_features, face_images, glorot_, mlp, resnet18_features
@@ -288,6 +288,11 @@ def _normal_like(t, generator):
     "Draws from N(0, 1) in the shape (rows, numbers) of t."
     return GMM.gaussian(torch.zeros_like(t), torch.ones_like(t)).rsample(generator)
 
+# %% ../nbs/14_semi_supervised.ipynb #140317
+def _features(model, x):
+    "h_x of x in the units of the data."
+    return model.encoder.features(model.likelihood.inputs(x))
+
 # %% ../nbs/14_semi_supervised.ipynb #140017
 class SemiSupervised(Autoencoder):
     "M2: an autoencoder's divergence, prior and likelihood, with the label as a second latent variable, Eqs. (25)–(27) corrected."
@@ -321,10 +326,6 @@ class SemiSupervised(Autoencoder):
     def given(self, y: Int[Tensor, "*L"]) -> Autoencoder:
         "p(x|y) and q(z|x, y) for one label, an autoencoder like any other."
         return _Given(self, self.kind.code(y[None])[0])
-
-def _features(model, x):
-    "h_x of x in the units of the data."
-    return model.encoder.features(model.likelihood.inputs(x))
 
 @torch.no_grad()
 def _predict(self, x: Float[Tensor, "B *X"] | LazyImages) -> Float[Tensor, "B C"]:
@@ -454,7 +455,7 @@ def summed(kind: OneLabel | ManyLabels) -> bool:
 # %% ../nbs/14_semi_supervised.ipynb #140131
 def label_kind(data: Dataset) -> OneLabel | ManyLabels:
     "What the labels of a data set are."
-    kind, names = OneLabel if data.y_train.ndim == 1 else ManyLabels, data.label_names
+    kind, names = OneLabel if data.y_train.ndim == 1 else ManyLabels, names_of_labels(data)
     return kind(len(names), names)
 
 def kind_from(about: dict) -> OneLabel | ManyLabels:
@@ -469,7 +470,7 @@ class LabelTask(Task):
         c, with_labels = self.cfg, f"labels={self.cfg.labels:g}"
         if c.model == "IWAE": raise ValueError("labels have no IWAE: its bound has no term for each y; use VAE, MixtureVAE, VampPriorVAE, CSRAE or MixtureCSRAE")
         if c.network not in LABEL_NETWORKS: raise ValueError(f"network={c.network!r} has no part for labels; with labels there are {', '.join(LABEL_NETWORKS)}")
-        if not len(data.labelled("train")): raise ValueError(
+        if not len(labelled_rows(data, "train")): raise ValueError(
             f"{with_labels}, but {data.name} has no labels of its training images (of many answers, no image with all)")
         if c.labelled_batch >= c.batch_size: raise ValueError(f"labelled_batch={c.labelled_batch} leaves no room for others in batch_size={c.batch_size}")
         self.labelled(data); self.rows(data, 1)                       # a ValueError for more labels than there are, or too few other images
@@ -481,7 +482,7 @@ class LabelTask(Task):
 
     def in_batch(self, data: Dataset) -> int:
         "Labelled images in a batch: all, if there are no others."
-        all_used = how_many(self.cfg.labels, len(data.labelled("train"))) == len(data.y_train)
+        all_used = how_many(self.cfg.labels, len(labelled_rows(data, "train"))) == len(data.y_train)
         return self.cfg.batch_size if all_used else self.cfg.labelled_batch
 
     def about(self, data):
@@ -554,7 +555,7 @@ class SupervisedTask(LabelTask):
     def check(self, data):
         if not self.cfg.labels: raise ValueError("model=Supervised learns from labels alone; say how many, labels=1.0 for all of them")
         super().check(data)
-        if not len(data.labelled("val")): raise ValueError(
+        if not len(labelled_rows(data, "val")): raise ValueError(
             f"model=Supervised chooses its epoch by the labels of validation images, and {data.name} has none; give y_val")
 
     def make_model(self, about, pseudo_inputs=None):
@@ -563,7 +564,7 @@ class SupervisedTask(LabelTask):
         return Supervised(encoder, make_likelihood(about["likelihood"], Units.read(about.get("units"))))
 
     def validate(self, model, data, x):
-        logits, name, rows = model.predict(x), model.kind.measure, data.labelled("val")
+        logits, name, rows = model.predict(x), model.kind.measure, labelled_rows(data, "val")
         wrong = model.kind.cross_entropy(logits[rows], data.y_val[rows]).mean().item()
         known = {f"val_{name}": model.kind.judge(logits, data.y_val)[name]}
         return {"val_reconstruction": wrong, "val_divergence": 0., "criterion": wrong, **known}

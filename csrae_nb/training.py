@@ -122,6 +122,14 @@ class Config(ModelConfig):
 
     def __post_init__(self): _check_config(self)
 
+# %% ../nbs/09_training.ipynb #090110
+def _one_image(name, value): return name == "labels" and type(value) is int and value == 1   # 1.0 are all
+
+def _as_float(name, want, value):
+    "Numbers of a field that is a float as floats, so that lam=2 and lam=2.0 are one run; but one image stays one."
+    number = float in (want, *get_args(want)) and isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if number and not _one_image(name, value) else value
+
 # %% ../nbs/09_training.ipynb #090010
 def has_cs(
     cfg, # a Config
@@ -134,13 +142,6 @@ _choices = dict(model=(*MODELS, SUPERVISED), prior=("mog", "vamp"), objective=("
                 tracker=("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"))
 _least = dict(latent_dim=1, components=1, importance_samples=1, kl_samples=1, kmeans_epoch=0, epochs=1, warmup=0, patience=1, batch_size=1, seed=0,
               split_seed=0, fold=0, image_size=32, ll_samples=0, fid_images=2, expost_components=1, threads=1, lam=0, beta=0, labels=0, pretrain=0, labelled_batch=1, alpha=0)
-
-def _one_image(name, value): return name == "labels" and type(value) is int and value == 1   # 1.0 are all
-
-def _as_float(name, want, value):
-    "Numbers of a field that is a float as floats, so that lam=2 and lam=2.0 are one run; but one image stays one."
-    number = float in (want, *get_args(want)) and isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if number and not _one_image(name, value) else value
 
 def _check_config(c):
     "ValueError for the first field of c that cannot be."
