@@ -82,7 +82,7 @@ class Dataset:
     dynamic: bool # x holds probabilities of pixels that are drawn anew in each epoch
     sha256: dict[str, str] # what was read: name of a file or an array -> its SHA-256
     classes: tuple[str, ...] = field(default=(), kw_only=True) # names of the classes, by number
-    units: Units | None = field(default=None, kw_only=True) # of the networks, in the units of x; None: the same
+    units: Units | None = field(default=None, kw_only=True) # of the networks; None: those of x
 
     @property
     def x_shape(self) -> tuple[int, ...]: # e.g. (28, 28)
@@ -109,7 +109,7 @@ class Dataset:
         return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, (Tensor, LazyImages))})
 
 # %% ../nbs/08_data.ipynb #080507
-def names_of_labels(data: Dataset) -> tuple[str, ...]: # of the classes by number, or of the questions; without labels none
+def names_of_labels(data: Dataset) -> tuple[str, ...]: # of classes, by number, or of questions; without labels none
     "What the labels of a data set are called."
     y = data.y_train
     if y is None or y.ndim > 1: return data.answers
@@ -154,7 +154,7 @@ ROOM = (.1, 10.) # least standard deviation of some column, largest root mean sq
 def column_units(
     x: Float[Tensor, "n *X"], # training examples: rows of numbers, or pictures
 ) -> Units | None: # None: they are near 1 as they are
-    "Mean and standard deviation of each column, of pictures of all values together, where their scale is far from 1."
+    "Mean and standard deviation of each column, of pictures of all values, where their scale is far from 1."
     columns = x if x.ndim == 2 else x.reshape(-1, 1)
     mean = sum(b.double().sum(0) for b in columns.split(10_000))/len(columns)
     std = (sum((b.double() - mean).square().sum(0) for b in columns.split(10_000))/len(columns)).sqrt()
@@ -200,17 +200,18 @@ def _examples(name, x):
 
 # %% ../nbs/08_data.ipynb #080622
 def _filled(y):
-    "Text, or what stands in a table: numbers where there is nothing else, NaN for no label; else text, '' for none."
+    "Text, or what a table holds: numbers where there is nothing else, NaN for no label; else text, '' for none."
     if y.dtype.kind != "O": y = y.astype(str)
     none = np.array([v is None or str(v) in ("", "nan", "<NA>") for v in y.flat], bool).reshape(y.shape)
-    if all(isinstance(v, Real) for v in y[~none]) and y.dtype.kind == "O": return np.where(none, np.nan, y).astype(float)
+    numbers = y.dtype.kind == "O" and all(isinstance(v, Real) for v in y[~none])
+    if numbers: return np.where(none, np.nan, y).astype(float)
     return np.where(none, "", y.astype(str))
 
 def _whole(name, y):
     "Floats as integers, -1 for NaN; ValueError for one that is no whole number."
     y = np.where(np.isnan(y), -1, y)
     if (odd := y[~(abs(y) < 2**53) | (y != np.round(y))]).size: raise ValueError(
-        f"{name} holds {odd[0]:g}; classes are whole numbers or text, answers are 0 or 1: cut numbers into classes first")
+        f"{name} holds {odd[0]:g}; classes are whole numbers or text, answers 0 or 1: cut numbers into classes first")
     return y.astype(np.int64)
 
 def _labels(name, y):
@@ -223,8 +224,8 @@ def _labels(name, y):
     if y.dtype.kind in "biu": y = y.astype(np.int64)
     answers = y.ndim == 2 and y.shape[1] > 1 and y.dtype.kind == "i" and bool((abs(y) <= 1).all())
     if answers or y.ndim == 1 and y.dtype.kind in "iU": return y
-    raise ValueError(f"{name} has dtype {given.dtype} and shape {given.shape}, expected a vector of classes (whole numbers or text), "
-                     "one an example, or a matrix of answers (1, 0, or -1 where one is not known)")
+    raise ValueError(f"{name} has dtype {given.dtype} and shape {given.shape}, expected a vector of classes (whole "
+                     "numbers or text), one an example, or a matrix of answers (1, 0, or -1 where one is not known)")
 
 # %% ../nbs/08_data.ipynb #080722
 def numbered(
@@ -234,11 +235,12 @@ def numbered(
     if not labels: return labels, ()
     values = np.unique(np.concatenate([y.ravel() for y in labels.values()]))
     if values.tolist() == [-1, 1]: raise ValueError(
-        "the labels are -1 and 1, and -1 means that a label is not known; if it is a class, or a no, write 0 for it")
+        "the labels are -1 and 1, and -1 means that a label is not known; where it is a class, or a no, write 0 for it")
     if any(y.ndim > 1 for y in labels.values()): return labels, ()
     none = "" if values.dtype.kind == "U" else -1
     names = values[values != none]
-    return ({k: np.where(y == none, -1, np.searchsorted(names, y)) for k, y in labels.items()}, tuple(map(str, names.tolist())))
+    numbers = {k: np.where(y == none, -1, np.searchsorted(names, y)) for k, y in labels.items()}
+    return numbers, tuple(map(str, names.tolist()))
 
 # %% ../nbs/08_data.ipynb #080023
 def _check_keys(arrays):
@@ -254,7 +256,7 @@ def _check_fit(arrays):
     for k, v in kinds.items():
         name, y = next(iter(kinds.items()))
         if (v.shape[1:], v.dtype.kind) != (y.shape[1:], y.dtype.kind): raise ValueError(
-            f"{k} has labels of dtype {v.dtype} and shape {v.shape}, {name} of dtype {y.dtype} and shape {y.shape}: use one kind")
+            f"{k} has labels of dtype {v.dtype} and shape {v.shape}, {name} of {y.dtype} and {y.shape}: use one kind")
     first = arrays["x_train"]
     for k, v in arrays.items():
         x = arrays.get(f"x{k[1:]}")
@@ -295,12 +297,12 @@ def from_arrays(
     xs = [channels_first(arrays[f"x_{s}"]) for s in SPLITS]
     likelihood, binary = likelihood or default_likelihood(xs), all(map(is_binary, xs))
     x = {f"x_{s}": scaled(v, likelihood, binary) for s, v in zip(SPLITS, xs)}
-    y, classes = numbered({k: v for k, v in arrays.items() if k[0] == "y" and v is not None})
-    y = {f"y_{s}": torch.from_numpy(v) if (v := y.get(f"y_{s}")) is not None and (v >= 0).any() else None for s in SPLITS}
+    labels, classes = numbered({k: v for k, v in arrays.items() if k[0] == "y" and v is not None})
+    y = dict.fromkeys(f"y_{s}" for s in SPLITS) | {k: torch.from_numpy(v) for k, v in labels.items() if (v >= 0).any()}
     for k, v in x.items(): make_likelihood(likelihood).check(v, k)
     units = column_units(x["x_train"]) if likelihood == "gaussian" else None
-    return Dataset(name, **x, **y, likelihood=likelihood, dynamic=likelihood == "bernoulli" and not binary, sha256=hashes,
-                   classes=classes, units=units)
+    dynamic = likelihood == "bernoulli" and not binary
+    return Dataset(name, **x, **y, likelihood=likelihood, dynamic=dynamic, sha256=hashes, classes=classes, units=units)
 
 # %% ../nbs/08_data.ipynb #080033
 def read_digits() -> tuple[dict, None]: # arrays; no file

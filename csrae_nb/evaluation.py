@@ -208,8 +208,9 @@ class Features:
 
 def _classifier_key(data):
     "What a classifier depends on; what data without units and with classes 0, 1, … had always."
-    numbers, split = tuple(map(str, range(len(names_of_labels(data))))), sha256(data.x_train.cpu().numpy().tobytes())
-    more = dict(classes=data.classes) if data.classes not in ((), numbers) else {}
+    split = sha256(data.x_train.cpu().numpy().tobytes())
+    numbers = tuple(map(str, range(len(data.classes))))
+    more = dict(classes=data.classes) if data.classes != numbers else {}
     if data.units: more["units"] = data.units.record()
     return dict(data=data.sha256, split=split, version=2, **more)
 
@@ -217,8 +218,8 @@ def classifier_features(data: Dataset, progress: bool = True) -> Features | None
     "Features of the data set's classifier, trained once."
     if data.y_train is None or data.y_train.ndim > 1: return None
     net = Classifier(data.x_shape, len(names_of_labels(data)), units=data.units)
-    made = _cached(f"{data.name}-classifier", _classifier_key(data), lambda: train_classifier(data, progress=progress).state_dict())
-    net.load_state_dict(made)
+    def make(): return train_classifier(data, progress=progress).state_dict()
+    net.load_state_dict(_cached(f"{data.name}-classifier", _classifier_key(data), make))
     net.to(data.x_train.device).eval().requires_grad_(False)
     return Features(f"classifier-{_checksum(net)}", net.features)
 
@@ -322,7 +323,8 @@ def frechet_distances(
             "floor": (real.x_val[i:min(i + 500, n)] for i in range(0, min(n, len(real.x_val)), 500))}
     if len(real.x_val) < 2: del sets["floor"]
     bar = progress_bar(progress, sets.items(), desc="Fréchet distances", unit="set")
-    return none | {name: frechet_distance(feature_statistics(features.of, blocks), Statistics(**known, n=n)) for name, blocks in bar}
+    images = Statistics(**known, n=n)
+    return none | {name: frechet_distance(feature_statistics(features.of, blocks), images) for name, blocks in bar}
 
 # %% ../nbs/10_evaluation.ipynb #100037
 def _knn(run, data, codes):
@@ -332,7 +334,8 @@ def _knn(run, data, codes):
     for split, name in names.items():
         y, rows, known = getattr(data, f"y_{split}"), labelled_rows(data, split), {}
         if ks and len(rows) and y.ndim == 1:
-            known = knn_error(codes[train], data.y_train[train], run_codes(run, data, split)[rows], y[rows], ks)
+            z = run_codes(run, data, split)[rows]
+            known = knn_error(codes[train], data.y_train[train], z, y[rows], ks)
         out |= {name.format(k): known.get(k) for k in (3, 5, 10)}
     return out
 
@@ -345,7 +348,8 @@ def _usage(prior, refit, z, y):
     "How a prior and its refit meet test codes z, whose classes are y, if they are known."
     used = occupancy(prior, z)
     distinct = dict(distinct_k=distinct_components(prior, used)) if len(prior.logw) > 1 else {}
-    return dict(**distinct, **_clusters(prior, z, y), effective_k=effective_components(used), occupancy=used.tolist(), log_prior=prior.log_prob(z).mean().item(),
+    return dict(**distinct, **_clusters(prior, z, y),
+        effective_k=effective_components(used), occupancy=used.tolist(), log_prior=prior.log_prob(z).mean().item(),
         effective_k_refit=effective_components(occupancy(refit, z)), log_prior_refit=refit.log_prob(z).mean().item())
 
 # %% ../nbs/10_evaluation.ipynb #100038

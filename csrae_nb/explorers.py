@@ -405,7 +405,8 @@ def draw_pair(seen: Explored, i: int) -> Figure:
 def _class(seen, i):
     "The class of a test example, if it has one."
     y = seen.data.y_test
-    return f" (class {names_of_labels(seen.data)[y[i]]})" if y is not None and y.ndim == 1 and y[i] >= 0 else ""
+    known = y is not None and y.ndim == 1 and y[i] >= 0
+    return f" (class {names_of_labels(seen.data)[y[i]]})" if known else ""
 
 # %% ../nbs/22_explorers.ipynb #220043
 def draw_interpolation(seen: Explored, a: int, b: int, t: float) -> Figure:

@@ -41,7 +41,9 @@ class Priors(Prior):
     def forward(self) -> GMM:
         (first, encoder), p = self.like, self.stacked
         if isinstance(first, StandardNormal): return first()
-        if isinstance(first, MoGPrior): return GMM((p.logits if "logits" in p else first.logits).log_softmax(-1).expand(p.mu.shape[:2])[:, None], p.mu[:, None], variance(p.logvar)[:, None])
+        if isinstance(first, MoGPrior):
+            logw = (p.logits if "logits" in p else first.logits).log_softmax(-1).expand(p.mu.shape[:2])
+            return GMM(logw[:, None], p.mu[:, None], variance(p.logvar)[:, None])
         (R, K), q = p.pseudo_inputs.shape[:2], encoder(p.pseudo_inputs.flatten(0, 1))
         return GMM(first().logw.detach().expand(R, 1, K), *(t.view(R, 1, K, -1) for t in (q.mu, q.var)))
 

@@ -29,19 +29,20 @@ class Likelihood:
         return x
 
     def check(self, x: Tensor, name: str = "x") -> None:
-        "ValueError if x holds NaN or values outside the likelihood's range; says the range seen, and what to do."
+        "ValueError if x holds NaN or values outside the likelihood's range: the range seen, and what to do."
         low, high = (v.item() for v in x.aminmax())
         if not math.isfinite(low) or not math.isfinite(high): raise ValueError(
             f"{name} holds {(~x.isfinite()).sum().item()} values that are NaN or infinite, of {x.numel()}; clean the data first")
         if low < self.low or high > self.high: raise ValueError(
-            f"{name} ranges from {low:g} to {high:g}, but {type(self).__name__} needs values from {self.low:g} to {self.high:g}; {self.remedy}")
+            f"{name} ranges from {low:g} to {high:g}, but {type(self).__name__} needs values from {self.low:g} to "
+            f"{self.high:g}; {self.remedy}")
 
 # %% ../nbs/04_likelihoods.ipynb #040007
 @dataclass(frozen=True)
 class Bernoulli(Likelihood):
     "p(x|z) of binary x, by logits, Eq. (19); grey levels in [0, 1] are taken as probabilities."
     low, high = 0., 1.
-    remedy = "give grey levels as uint8, or divided by the largest that there can be; other numbers call for gaussian"
+    remedy = "give grey levels as uint8, or divided by the largest; other numbers call for gaussian"
 
     def log_prob(self, x: Float[Tensor, "B *X"], out: Float[Tensor, "B 1 *X"]) -> Float[Tensor, "B"]:
         "log p(x|z), summed over the values of x."
@@ -58,13 +59,15 @@ class Bernoulli(Likelihood):
 # %% ../nbs/04_likelihoods.ipynb #040109
 @dataclass(frozen=True, eq=False)
 class Units:
-    "What 0 and 1 of the networks are in the units of the data: numbers, or one of each for every column of x."
+    "What 0 and 1 of the networks are in the units of the data: for all of x, or for each of its columns."
     mean: Float[Tensor, "d"]
     scale: Float[Tensor, "d"] # above 0
 
-    def inward(self, x: Float[Tensor, "B *X"]) -> Float[Tensor, "B *X"]: return (x - self.mean.to(x))/self.scale.to(x)
+    def inward(self, x: Float[Tensor, "B *X"]) -> Float[Tensor, "B *X"]:
+        return (x - self.mean.to(x))/self.scale.to(x)
 
-    def outward(self, x: Float[Tensor, "B *X"]) -> Float[Tensor, "B *X"]: return self.mean.to(x) + self.scale.to(x)*x
+    def outward(self, x: Float[Tensor, "B *X"]) -> Float[Tensor, "B *X"]:
+        return self.mean.to(x) + self.scale.to(x)*x
 
     def record(self) -> dict[str, list[float]]:
         "For a file of JSON; `Units.read` reads it."
@@ -89,7 +92,8 @@ class Gaussian(Likelihood):
     def _outputs(self, x): return self.units.outward(x) if self.units else x
 
     def _normal(self, out):
-        return torch.distributions.Normal(within(out[:, 0]), (variance(out[:, 1]) + self.min_var).sqrt(), validate_args=False)
+        mean, var = within(out[:, 0]), variance(out[:, 1]) + self.min_var
+        return torch.distributions.Normal(mean, var.sqrt(), validate_args=False)
 
     def log_prob(self, x: Float[Tensor, "B *X"], out: Float[Tensor, "B 2 *X"]) -> Float[Tensor, "B"]:
         "log p(x|z), summed over the values of x."
@@ -122,7 +126,8 @@ class DiscretizedLogistic(Likelihood):
 
     def log_prob(self, x: Float[Tensor, "B *X"], out: Float[Tensor, "B 2 *X"]) -> Float[Tensor, "B"]:
         "log of the probability of x's bin, summed over the values of x."
-        inv, d, h = (-out[:, 1].clamp(-12, LOG_VAR)).exp(), x - out[:, 0], self.width/2 # s ≥ e⁻¹²: all mass in one bin
+        inv = (-out[:, 1].clamp(-12, LOG_VAR)).exp()                    # s ≥ e⁻¹²: all mass in one bin
+        d, h = x - out[:, 0], self.width/2
         upper, lower = F.logsigmoid((d + h)*inv), F.logsigmoid(-(d - h)*inv)
         inner = upper + lower + torch.log(-torch.expm1(-self.width*inv))
         return torch.where(x < self.low + h, upper, torch.where(x > self.high - h, lower, inner)).flatten(1).sum(1)

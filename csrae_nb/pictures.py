@@ -120,7 +120,8 @@ def plot_codes(
     "Test codes and the means of the prior's components, on the codes' two leading principal axes if there are more than two."
     z = run_codes(run, data, "test")[:n].cpu()
     mu, centre = run.model.prior().mu.detach().cpu(), z.mean(0)
-    axes = torch.linalg.svd(z - centre, full_matrices=False).Vh[:2].T if z.shape[1] > 2 and len(z) > 1 else torch.eye(z.shape[1], 2)
+    many_axes = z.shape[1] > 2 and len(z) > 1
+    axes = torch.linalg.svd(z - centre, full_matrices=False).Vh[:2].T if many_axes else torch.eye(z.shape[1], 2)
     fig, ax = plt.subplots(figsize=(5.5, 4.5), layout="constrained")
     y = data.y_test[:n].cpu() if data.y_test is not None else None
     if many := y is not None and y.ndim > 1: y = y.clamp_min(0).sum(1)

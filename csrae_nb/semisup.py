@@ -431,7 +431,8 @@ def labelled_images(
     known = (y.view(len(y), -1) >= 0).all(1); N = int(known.sum())
     n, g = how_many(labels, N), generator(seed, "labels")
     if not 0 < n <= N: raise ValueError(
-        f"labels={labels:g}; expected up to {N}, the number of training images with a label, or a share of them that is at least one image")
+        f"labels={labels:g}; expected up to {N}, the number of training images with a label, or a share of them "
+        "that is at least one image")
     order = torch.randperm(len(y), generator=g)
     order = order[known[order]]
     if y.ndim > 1 or n == N: return order[:n].sort().values
@@ -471,7 +472,7 @@ class LabelTask(Task):
         if c.model == "IWAE": raise ValueError("labels have no IWAE: its bound has no term for each y; use VAE, MixtureVAE, VampPriorVAE, CSRAE or MixtureCSRAE")
         if c.network not in LABEL_NETWORKS: raise ValueError(f"network={c.network!r} has no part for labels; with labels there are {', '.join(LABEL_NETWORKS)}")
         if not len(labelled_rows(data, "train")): raise ValueError(
-            f"{with_labels}, but {data.name} has no labels of its training images (of many answers, no image with all)")
+            f"{with_labels}, but {data.name} has no labels of its training images (or no image with all answers)")
         if c.labelled_batch >= c.batch_size: raise ValueError(f"labelled_batch={c.labelled_batch} leaves no room for others in batch_size={c.batch_size}")
         self.labelled(data); self.rows(data, 1)                       # a ValueError for more labels than there are, or too few other images
         with torch.device("meta"): (net := LABEL_NETWORKS[c.network]).image(data.x_shape, net.features, None)
@@ -506,7 +507,9 @@ def _rows(self: LabelTask, data, epoch):
     y, labelled = data.y_train.cpu(), self.labelled(data)
     if n == B: return labelled[label_kind(data).batches(y[labelled], len(y)//B, B, g)]
     other = torch.ones(len(y), dtype=torch.bool); other[labelled] = False; others = other.nonzero()[:, 0]
-    if len(others) < B - n: raise ValueError(f"a batch takes {B - n} images without a label, and there are {len(others)}; use a smaller batch_size, or a larger labelled_batch")
+    if len(others) < B - n: raise ValueError(
+        f"a batch takes {B - n} images without a label, and there are {len(others)}; use a smaller batch_size, "
+        "or a larger labelled_batch")
     steps = len(others)//(B - n)
     return torch.cat([labelled[label_kind(data).batches(y[labelled], steps, n, g)], cycled(others, steps*(B - n), g).view(steps, B - n)], 1)
 
@@ -519,7 +522,8 @@ def _judged(model, data, split):
 
 def _validate(self: LabelTask, model, data, x):
     name, row = model.kind.measure, Task.validate(self, model, data, x)
-    return row if data.y_val is None else {**row, f"val_{name}": model.kind.judge(model.predict(x), data.y_val)[name]}
+    if data.y_val is None: return row
+    return {**row, f"val_{name}": model.kind.judge(model.predict(x), data.y_val)[name]}
 
 def _val_loss(self: LabelTask, row):
     if "val_error" in row: return row["val_error"]
@@ -556,7 +560,7 @@ class SupervisedTask(LabelTask):
         if not self.cfg.labels: raise ValueError("model=Supervised learns from labels alone; say how many, labels=1.0 for all of them")
         super().check(data)
         if not len(labelled_rows(data, "val")): raise ValueError(
-            f"model=Supervised chooses its epoch by the labels of validation images, and {data.name} has none; give y_val")
+            f"model=Supervised chooses its epoch by validation images with labels, and {data.name} has none; give y_val")
 
     def make_model(self, about, pseudo_inputs=None):
         net, g = LABEL_NETWORKS[self.cfg.network], generator(self.cfg.seed, "weights")

@@ -126,9 +126,10 @@ class Config(ModelConfig):
 def _one_image(name, value): return name == "labels" and type(value) is int and value == 1   # 1.0 are all
 
 def _as_float(name, want, value):
-    "Numbers of a field that is a float as floats, so that lam=2 and lam=2.0 are one run; but one image stays one."
-    number = float in (want, *get_args(want)) and isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if number and not _one_image(name, value) else value
+    "Numbers of fields that are floats as floats, so that lam=2 and lam=2.0 are one run; but one image stays one."
+    of_floats = float in (want, *get_args(want))
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if of_floats and number and not _one_image(name, value) else value
 
 # %% ../nbs/09_training.ipynb #090010
 def has_cs(
@@ -209,7 +210,7 @@ def _unused(cfg):
 def identity(cfg: Config) -> dict: # field: value
     "What makes a run this run: its resolved fields, without those that its weights do not depend on."
     c = resolve(cfg); off = [k for k in ("labels", "pretrain") if not getattr(c, k)]
-    fields = {k: "one" if _one_image(k, v) else v for k, v in dataclasses.asdict(c).items()}              # as 1 == 1.0
+    fields = {k: "one" if _one_image(k, v) else v for k, v in dataclasses.asdict(c).items()} # as 1 == 1.0
     return {k: v for k, v in fields.items() if k not in (*_not_identity, *_unused(c), *off)}
 
 # %% ../nbs/09_training.ipynb #090018
@@ -217,7 +218,8 @@ def run_name(cfg: Config) -> str: # a folder name
     "cfg.name, or a name made from the configuration."
     if cfg.name: return cfg.name
     c = resolve(cfg)
-    mixture, n = "" if prior_kind(c) == "normal" else f"-{prior_kind(c)}{c.components}", identity(c).get("labels")
+    mixture = "" if prior_kind(c) == "normal" else f"-{prior_kind(c)}{c.components}"
+    n = identity(c).get("labels")
     labels = f"-labels{n if n == 'one' else format(n, 'g')}" if n else ""
     default = {f.name: f.default for f in dataclasses.fields(Config)}
     changed = {k: v for k, v in identity(c).items() if v != default[k]}
@@ -468,11 +470,11 @@ def progress_bar(
 
 # %% ../nbs/09_training.ipynb #090049
 class NonFiniteLoss(ArithmeticError):
-    "The loss became infinite or NaN, or larger than any data can cost: training stopped, the last checkpoint is from before."
+    "The loss became infinite, NaN, or larger than data can cost: training stopped, the last checkpoint is from before."
 
 def _check_finite(log, first, epoch, path):
     "NonFiniteLoss for the first row of log (loss, reconstruction, divergence) that is not finite."
-    bad = (~(log.abs() < 1e30).all(1)).nonzero()                       # networks are bounded: weights that run away need not give NaN
+    bad = (~(log.abs() < 1e30).all(1)).nonzero() # weights that run away need not give NaN
     if len(bad):
         loss, rec, div = log[bad[0, 0]].tolist()
         raise NonFiniteLoss(f"epoch {epoch}, step {first + bad[0, 0].item() + 1}: loss {loss:g} = reconstruction {rec:g} and divergence {div:g}. "
