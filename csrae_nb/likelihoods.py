@@ -75,7 +75,8 @@ class Units:
 
     @classmethod
     def read(cls, record: dict[str, list[float]] | None) -> "Units | None": # None: of None
-        return record and cls(torch.tensor(record["mean"]), torch.tensor(record["scale"]))
+        if record is None: return None
+        return cls(*(torch.tensor(record[k], dtype=torch.float32, device="cpu") for k in ("mean", "scale")))
 
 # %% ../nbs/04_likelihoods.ipynb #040010
 @dataclass(frozen=True)

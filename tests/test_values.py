@@ -93,6 +93,14 @@ def test_between_the_bounds_a_variance_is_that_of_exp_to_the_bit():
     assert variance(logvar).equal(logvar.exp()) and ours.equal(plain)
 
 
+@pytest.mark.parametrize("dataset", ["digits", "pinwheel"])
+def test_training_keeps_far_from_the_bounds(dataset):
+    data = load_data(dataset)
+    model = fit(Config(dataset=dataset, epochs=10, warmup=2, lr=2e-3), data, False).model
+    for gmm in (model.encode(data.fixed("train")), model.prior()):
+        assert gmm.var.log().abs().max() < LOG_VAR / 3 and gmm.mu.abs().max() < 1e3
+
+
 def test_components_without_spread_can_still_be_learned():
     prior = MoGPrior(3, 2)
     prior.init_from_codes(torch.zeros(5, 2))
