@@ -8,6 +8,7 @@ __all__ = ['CSRAEEmbedding']
 # %% ../nbs/20_estimator.ipynb #200002
 import dataclasses
 import threading
+import warnings
 from numbers import Integral, Real
 from tempfile import TemporaryDirectory
 
@@ -18,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from .data import default_likelihood, from_arrays
+from .data import column_units, default_likelihood, from_arrays
 from .divergence import GMM
 from .likelihoods import make_likelihood
 from .models import rows_at_once
@@ -77,7 +78,11 @@ def _start_columns(est, X): # float64
     "Decide the likelihood and the columns' means and scales by the rows; ValueError for an unknown likelihood, or columns too wide."
     est.likelihood_, est.scaler_ = est.likelihood or default_likelihood([X]), None
     make_likelihood(est.likelihood_)
-    if est.likelihood_ != "gaussian" or not est.standardize: return
+    if est.likelihood_ != "gaussian": return
+    if not est.standardize:
+        if column_units(torch.from_numpy(X)): warnings.warn(f"X ranges from {X.min():g} to {X.max():g}, and networks "
+            "start as for numbers around 1: standardize=True is the remedy")
+        return
     with np.errstate(over="ignore", invalid="ignore"): est.scaler_ = StandardScaler().fit(X)
     if not np.isfinite(est.scaler_.scale_).all(): raise ValueError(
         f"X ranges from {X.min():g} to {X.max():g}, too far for a variance in double precision; divide it by a large number first")
@@ -86,7 +91,8 @@ def _rows(est, X, start, **kw): # start: a training begins
     "The rows as the model sees them, float64, and X's precision; ValueError for what is no table of numbers, or beyond the likelihood's range."
     X = validate_data(est, X, reset=start, dtype=[np.float64, np.float32], **kw); x = X.astype(np.float64)
     if start: _start_columns(est, x)
-    if est.scaler_: x = est.scaler_.transform(x)
+    with np.errstate(over="ignore"):                                   # an outlier may be too far for a number
+        if est.scaler_: x = np.nan_to_num(est.scaler_.transform(x))
     make_likelihood(est.likelihood_).check(torch.from_numpy(x), "X")
     return torch.from_numpy(x), X.dtype
 
@@ -117,7 +123,10 @@ def _split(x, fraction, seed): # training rows, validation rows
     order = np.random.default_rng(seed).permutation(len(x))
     return x[order[v:]], x[order[:v]]
 
-def _dataset(est, train, val): return from_arrays(dict(x_train=train.float(), x_val=val.float(), x_test=val[:1].float()), est.likelihood_)
+def _dataset(est, train, val):
+    arrays = dict(x_train=train.float(), x_val=val.float(), x_test=val[:1].float())
+    data = from_arrays(arrays, est.likelihood_)
+    return dataclasses.replace(data, units=None)                       # the estimator has its own
 
 # %% ../nbs/20_estimator.ipynb #200018
 _turn = threading.Lock() # one training at a time in a process

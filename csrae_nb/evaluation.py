@@ -33,9 +33,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from . import __version__
-from .data import Dataset, dataset_name, load_data, sha256
+from .data import Dataset, dataset_name, names_of_labels, labelled_rows, load_data, sha256
 from .divergence import GMM
-from .likelihoods import make_likelihood
+from .likelihoods import Units, make_likelihood
 from .models import Autoencoder
 from .networks import torchvision_module
 from .priors import distinct_components, effective_components, em_step, kmeans, occupancy
@@ -138,8 +138,10 @@ class Classifier(nn.Module):
         x_shape: tuple[int, ...], # shape of one example
         classes: int, # number of classes
         hidden: int = 64, # F, number of features
+        units: Units | None = None, # in which it sees x; None: those of the data
     ):
         super().__init__()
+        self.units = units
         self.channels = 1 if len(x_shape) == 2 else x_shape[0] if len(x_shape) == 3 else None
         if self.channels and min(x_shape[-2:]) >= 4:
             size = 32*(x_shape[-2]//4)*(x_shape[-1]//4)
@@ -148,6 +150,7 @@ class Classifier(nn.Module):
         self.body, self.head = nn.Sequential(*body, nn.Linear(size, hidden), nn.ReLU()), nn.Linear(hidden, classes)
 
     def features(self, x: Float[Tensor, "B *X"]) -> Float[Tensor, "B F"]:
+        if self.units: x = self.units.inward(x)
         return self.body(x if x.ndim == 4 or not self.channels else x[:, None])
 
     def forward(self, x: Float[Tensor, "B *X"]) -> Float[Tensor, "B C"]: return self.head(self.features(x))
@@ -163,12 +166,13 @@ def train_classifier(
 ) -> Classifier: # in eval mode
     "A classifier of a data set, from its training split, of the epoch that does best on validation; ValueError without labels."
     if data.y_train is None: raise ValueError(f"{data.name} has no labels; a classifier needs y_train")
-    n, order = len(data.x_train), generator(seed, "classifier")
+    rows, order = labelled_rows(data, "train"), generator(seed, "classifier")
+    n = len(rows)
     torch.manual_seed(seed)                                            # for the weights and the dropout
-    net = Classifier(data.x_shape, int(data.y_train.max()) + 1).to(data.x_train.device)
+    net = Classifier(data.x_shape, len(names_of_labels(data)), units=data.units).to(data.x_train.device)
     opt, best = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True), (-1., None)
     for _ in progress_bar(progress, range(max(3, math.ceil(examples/n))), desc="classifier", unit="epoch"):
-        for i in torch.randperm(n, generator=order).to(data.x_train.device).split(100):
+        for i in rows[torch.randperm(n, generator=order).to(rows.device)].split(100):
             loss = nn.functional.cross_entropy(net.train()(data.x_train[i]), data.y_train[i])
             opt.zero_grad(); loss.backward(); opt.step()
         if (found := accuracy(net, data)) >= best[0]: best = found, {k: v.clone() for k, v in net.state_dict().items()}
@@ -180,7 +184,8 @@ def accuracy(net: Classifier, data: Dataset, split: str = "val") -> float: # bet
     "Share of a split that a classifier gets right."
     x, y = getattr(data, f"x_{split}"), getattr(data, f"y_{split}")
     if y is None: return 0.
-    return sum((net.eval()(xb).argmax(1) == yb).sum().item() for xb, yb in zip(x.split(500), y.split(500)))/len(y)
+    right = sum((net.eval()(xb).argmax(1) == yb).sum().item() for xb, yb in zip(x.split(500), y.split(500)))
+    return right/max(1, len(labelled_rows(data, split)))
 
 # %% ../nbs/10_evaluation.ipynb #100023
 def _cached(name, key, make):
@@ -203,11 +208,20 @@ class Features:
     name: str # for the cache
     of: Callable[[Tensor], Tensor] # images (B, *X), in the data's range, to (B, F)
 
+def _classifier_key(data):
+    "What a classifier depends on; what data without units and with classes 0, 1, … had always."
+    split = sha256(data.x_train.cpu().numpy().tobytes())
+    numbers = tuple(map(str, range(len(data.classes))))
+    more = dict(classes=data.classes) if data.classes != numbers else {}
+    if data.units: more["units"] = data.units.record()
+    return dict(data=data.sha256, split=split, version=2, **more)
+
 def classifier_features(data: Dataset, progress: bool = True) -> Features | None: # None without labels
     "Features of the data set's classifier, trained once."
     if data.y_train is None or data.y_train.ndim > 1: return None
-    net = Classifier(data.x_shape, int(data.y_train.max()) + 1)
-    net.load_state_dict(_cached(f"{data.name}-classifier", dict(data=data.sha256, split=sha256(data.x_train.cpu().numpy().tobytes()), version=2), lambda: train_classifier(data, progress=progress).state_dict()))
+    net = Classifier(data.x_shape, len(names_of_labels(data)), units=data.units)
+    def make(): return train_classifier(data, progress=progress).state_dict()
+    net.load_state_dict(_cached(f"{data.name}-classifier", _classifier_key(data), make))
     net.to(data.x_train.device).eval().requires_grad_(False)
     return Features(f"classifier-{_checksum(net)}", net.features)
 
@@ -296,9 +310,10 @@ def frechet_distances(
     sources: dict[str, GMM], # where codes are drawn from
     n: int, # images of either kind, at most those of the test set
     progress: bool = True, # show a progress bar on stderr
-) -> dict[str, float]: # name, as above: distance
+) -> dict[str, float | None]: # name, as above: distance; None of a single image, which has no covariance
     "Fréchet distances of reconstructions and samples from real test images; statistics of the real ones are cached."
-    n, m = min(n, len(data.x_test), len(real.x_test)), run.model
+    n, m, none = min(n, len(data.x_test), len(real.x_test)), run.model, dict.fromkeys(SETS)
+    if n < 2: return none
     some = torch.randperm(len(data.x_test), generator=generator(0, "frechet images"))[:n].to(data.x_test.device)
     key = dict(data=real.sha256, likelihood=real.likelihood, split_seed=run.cfg.split_seed, n=n, features=features.name)
     known = _cached(f"{real.name}-statistics", key, lambda: {k: v for k, v in vars(feature_statistics(features.of, (real.x_test[i] for i in some.split(500)))).items() if k != "n"})
@@ -308,23 +323,34 @@ def frechet_distances(
     sets = {"reconstructions": (shown(m.reconstruct(test[i])) for i in some.split(500)),
             **{name: draw(source, generator(run.cfg.seed, "samples", device=run.device)) for name, source in sources.items()},
             "floor": (real.x_val[i:min(i + 500, n)] for i in range(0, min(n, len(real.x_val)), 500))}
+    if len(real.x_val) < 2: del sets["floor"]
     bar = progress_bar(progress, sets.items(), desc="Fréchet distances", unit="set")
-    return {name: frechet_distance(feature_statistics(features.of, blocks), Statistics(**known, n=n)) for name, blocks in bar}
+    images = Statistics(**known, n=n)
+    return none | {name: frechet_distance(feature_statistics(features.of, blocks), images) for name, blocks in bar}
 
 # %% ../nbs/10_evaluation.ipynb #100037
 def _knn(run, data, codes):
     "Errors on test and validation data, by the names of the metrics."
-    names, out = {"test": "knn{}", "val": "knn{}_val"}, {}
+    names, out, train = {"test": "knn{}", "val": "knn{}_val"}, {}, labelled_rows(data, "train")
+    ks = tuple(k for k in (3, 5, 10) if k <= len(train))
     for split, name in names.items():
-        y, ks = getattr(data, f"y_{split}"), [k for k in (3, 5, 10) if k <= len(codes)]
-        known = knn_error(codes, data.y_train, run_codes(run, data, split), y, tuple(ks)) if ks and y is not None and data.y_train is not None and y.ndim == 1 else {}
+        y, rows, known = getattr(data, f"y_{split}"), labelled_rows(data, split), {}
+        if ks and len(rows) and y.ndim == 1:
+            z = run_codes(run, data, split)[rows]
+            known = knn_error(codes[train], data.y_train[train], z, y[rows], ks)
         out |= {name.format(k): known.get(k) for k in (3, 5, 10)}
     return out
 
+def _clusters(prior, z, y):
+    "How the components of a mixture agree with the classes of test codes z, where there are two or more."
+    if y is None or y.ndim > 1 or len(prior.logw) == 1 or (y >= 0).sum() < 2: return {}
+    return clustering(y[y >= 0], prior.responsibilities(z[y >= 0]).argmax(1))
+
 def _usage(prior, refit, z, y):
     "How a prior and its refit meet test codes z, whose classes are y, if they are known."
-    used, mixture, classes = occupancy(prior, z), len(prior.logw) > 1, y is not None and y.ndim == 1
-    return dict(**(dict(distinct_k=distinct_components(prior, used)) if mixture else {}), **(clustering(y, prior.responsibilities(z).argmax(1)) if mixture and classes else {}),
+    used = occupancy(prior, z)
+    distinct = dict(distinct_k=distinct_components(prior, used)) if len(prior.logw) > 1 else {}
+    return dict(**distinct, **_clusters(prior, z, y),
         effective_k=effective_components(used), occupancy=used.tolist(), log_prior=prior.log_prob(z).mean().item(),
         effective_k_refit=effective_components(occupancy(refit, z)), log_prior_refit=refit.log_prob(z).mean().item())
 
@@ -359,9 +385,16 @@ def evaluate(
     data = data.to(run.device)
     with torch_defaults(run.cfg.threads), torch.no_grad(): return _evaluate(run, data, progress, known or {})
 
+def _too_few(data):
+    "Warn of what a split of one example leaves without a number."
+    what = dict(test="active units, clusters and Fréchet distances", val="floor of the Fréchet distances")
+    if few := [f"x_{s} has one example: no {w}" for s, w in what.items() if len(getattr(data, f"x_{s}")) < 2]:
+        warnings.warn("; ".join(few))
+
 def _evaluate(run, data, progress, known):
     of_task = task_of(run.cfg).metrics(run.model, data)
     if not isinstance(run.model, Autoencoder): return {**dict.fromkeys(METRICS), **of_task}       # a classifier has no codes and no images
+    _too_few(data)
     test, codes = data.fixed("test"), run_codes(run, data, "train")
     sources = sample_sources(run, codes)
     reconstruction, divergence = mean_terms(run.model, test, generator(run.cfg.seed, "test", device=run.device))

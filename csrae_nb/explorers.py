@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 from torch import Tensor
 
-from .data import Dataset
+from .data import Dataset, names_of_labels
 from .divergence import GMM, cs_divergence
 from .evaluation import is_picture, run_codes
 from .models import Autoencoder
@@ -404,7 +404,9 @@ def draw_pair(seen: Explored, i: int) -> Figure:
 
 def _class(seen, i):
     "The class of a test example, if it has one."
-    return f" (class {seen.data.y_test[i].item()})" if seen.data.y_test is not None and seen.data.y_test.ndim == 1 else ""
+    y = seen.data.y_test
+    known = y is not None and y.ndim == 1 and y[i] >= 0
+    return f" (class {names_of_labels(seen.data)[y[i]]})" if known else ""
 
 # %% ../nbs/22_explorers.ipynb #220043
 def draw_interpolation(seen: Explored, a: int, b: int, t: float) -> Figure:

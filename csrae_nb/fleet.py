@@ -23,7 +23,7 @@ from .data import Dataset
 from .divergence import GMM, Draws, _free_memory
 from .models import Autoencoder, rows_at_once
 from .networks import side_by_side
-from .priors import MoGPrior, Prior, StandardNormal, VampPrior
+from .priors import MoGPrior, Prior, StandardNormal, VampPrior, variance
 from .training import (MODELS, SUPERVISED, Config, NonFiniteLoss, Run, RunLocked, _check_collapse, _finish,
                                _has_free_components, _place_components, _Training, _untrained, accelerator, check_finite,
                                generator, identity, is_trained, load_run, open_run, prepare_data, prior_kind, progress_bar,
@@ -46,7 +46,9 @@ class Priors(Prior):
     def forward(self) -> GMM:
         (first, encoder), p = self.like, self.stacked
         if isinstance(first, StandardNormal): return first()
-        if isinstance(first, MoGPrior): return GMM((p.logits if "logits" in p else first.logits).log_softmax(-1).expand(p.mu.shape[:2])[:, None], p.mu[:, None], p.logvar.exp()[:, None])
+        if isinstance(first, MoGPrior):
+            logw = (p.logits if "logits" in p else first.logits).log_softmax(-1).expand(p.mu.shape[:2])
+            return GMM(logw[:, None], p.mu[:, None], variance(p.logvar)[:, None])
         (R, K), q = p.pseudo_inputs.shape[:2], encoder(p.pseudo_inputs.flatten(0, 1))
         return GMM(first().logw.detach().expand(R, 1, K), *(t.view(R, 1, K, -1) for t in (q.mu, q.var)))
 

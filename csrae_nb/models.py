@@ -58,7 +58,7 @@ class Autoencoder(Unchecked):
     @unchecked()
     def loss(self, x: Float[Tensor, "B *X"], weight: float = 1., generator: torch.Generator | Draws | None = None) -> Terms:
         "Eq. (13), negated: one draw of z for each x; `weight` scales λ."
-        q, p = self.prior.jointly(self.encode, x)
+        q, p = self.prior.jointly(self.posterior, self.likelihood.inputs(x))
         z = q.rsample(generator)
         rec, div = -self.likelihood.log_prob(x, self.decode(z)), self.divergence(q, p, z, generator)
         return Terms(self.total(rec, div, weight), rec, div)
@@ -72,6 +72,10 @@ class Autoencoder(Unchecked):
     @unchecked()
     def encode(self, x: Float[Tensor, "B *X"]) -> GMM:
         "q(z|x), one Gaussian for each x."
+        return self.posterior(self.likelihood.inputs(x))
+
+    def posterior(self, x: Float[Tensor, "B *X"]) -> GMM:
+        "q(z|x) of x in the units of the networks."
         return self.encoder(x)
 
     def decode(self, z: Float[Tensor, "B D"]) -> Float[Tensor, "B P *X"]:
@@ -197,7 +201,7 @@ class IWAE(VAE):
         self.samples = samples
 
     def loss(self, x, weight=1., generator=None) -> Terms:
-        q, p = self.prior.jointly(self.encode, x)
+        q, p = self.prior.jointly(self.posterior, self.likelihood.inputs(x))
         rec, ratio = _log_weights(self, x, q, p.log_prob, self.samples, generator)
         bound = (rec + weight*self.lam*ratio).logsumexp(0) - math.log(self.samples)
         div = kl_divergence(q, p) if q.mu.shape[-2] == p.mu.shape[-2] == 1 else -ratio.mean(0)

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .divergence import GMM
+from .priors import variance, within
 
 # %% ../nbs/05_networks.ipynb #050005
 def glorot_(
@@ -75,9 +76,9 @@ class Encoder(nn.Module):
     def forward(self, x: Float[Tensor, "B *X"]) -> GMM: # batch B, one component
         if tuple(x.shape[1:]) != self.x_shape: raise ValueError(
             f"got x of shape {tuple(x.shape)}; expected a batch of {self.x_shape}: (B, {', '.join(map(str, self.x_shape))})")
-        h = self.net(x.flatten(1))
+        h = self.net(within(x).flatten(1))
         mu, logvar = h.to(torch.promote_types(h.dtype, torch.float32)).chunk(2, -1)
-        return GMM.gaussian(mu, logvar.exp())
+        return GMM.gaussian(within(mu), variance(logvar))
 
 # %% ../nbs/05_networks.ipynb #050010
 class Decoder(nn.Module):
@@ -90,7 +91,7 @@ class Decoder(nn.Module):
         self.net, self.out_shape = net, tuple(out_shape)
 
     def forward(self, z: Float[Tensor, "B D"]) -> Float[Tensor, "B P *X"]:
-        out = self.net(z)
+        out = self.net(within(z))
         return out.to(torch.promote_types(out.dtype, torch.float32)).unflatten(1, self.out_shape)
 
 # %% ../nbs/05_networks.ipynb #050013

@@ -120,12 +120,16 @@ def plot_codes(
     "Test codes and the means of the prior's components, on the codes' two leading principal axes if there are more than two."
     z = run_codes(run, data, "test")[:n].cpu()
     mu, centre = run.model.prior().mu.detach().cpu(), z.mean(0)
-    axes = torch.linalg.svd(z - centre, full_matrices=False).Vh[:2].T if z.shape[1] > 2 else torch.eye(z.shape[1], 2)
+    many_axes = z.shape[1] > 2 and len(z) > 1
+    axes = torch.linalg.svd(z - centre, full_matrices=False).Vh[:2].T if many_axes else torch.eye(z.shape[1], 2)
     fig, ax = plt.subplots(figsize=(5.5, 4.5), layout="constrained")
     y = data.y_test[:n].cpu() if data.y_test is not None else None
-    if many := y is not None and y.ndim > 1: y = y.sum(1)
+    if many := y is not None and y.ndim > 1: y = y.clamp_min(0).sum(1)
     ten = dict(cmap="tab10", vmin=-.5, vmax=9.5) if y is not None and y.max() < 10 else {}
-    s = ax.scatter(*((z - centre) @ axes).T, s=12 if len(z) < 500 else 3, c=y, **ten)
+    points, size = (z - centre) @ axes, 12 if len(z) < 500 else 3
+    known = torch.ones(len(z), dtype=torch.bool) if y is None else y >= 0
+    if not known.all(): ax.scatter(*points[~known].T, s=size, c="#cccccc", label="without a label")
+    s = ax.scatter(*points[known].T, s=size, c=None if y is None else y[known], **ten)
     if y is not None: fig.colorbar(s, label="answers that are yes" if many else "class", ticks=range(10) if ten else None)
     ax.plot(*((mu - centre) @ axes).T, "k+", ms=8, label="prior's means"); ax.legend(fontsize=8)
     ax.set(xlabel="first axis", ylabel="second axis", title="codes of test data")

@@ -23,11 +23,12 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from .divergence import GMM, Draws
-from .data import Dataset, LazyImages
-from .likelihoods import make_likelihood
+from .data import Dataset, LazyImages, names_of_labels, labelled_rows
+from .likelihoods import Likelihood, Units, make_likelihood
 from .models import Autoencoder, Terms, in_eval_mode, rows_at_once
 from .networks import face_features, face_images, glorot_, mlp, resnet18_features
 from .pictures import show_examples
+from .priors import variance, within
 from .training import Config, Run, RunLocked, Task, assemble, generator, has_cs, resolve
 
 # %% ../nbs/14_semi_supervised.ipynb #140006
@@ -107,17 +108,19 @@ class ManyLabels:
 # %% ../nbs/14_semi_supervised.ipynb #140209
 def _error(self: OneLabel, logits: Float[Tensor, "n C"], y: Int[Tensor, "n"]) -> dict[str, float]:
     "Wrong predictions, in percent of all."
-    return dict(error=100*(self.best(logits) != y).float().mean().item())
+    return dict(error=100*(self.best(logits) != y)[y >= 0].float().mean().item())
 
 def _f1(self: ManyLabels, logits: Float[Tensor, "n L"], y: Int[Tensor, "n L"]) -> dict[str, float | None]:
     "F1 of each answer in percent, None where no yes is to be found, and before them the mean of those that are not None."
-    guess, yes = self.best(logits), y.sum(0)
-    f1 = (200*(guess*y).sum(0)/(guess.sum(0) + yes).clamp_min(1)).tolist()
+    guess, truth = self.best(logits)*(y >= 0), (y == 1).long()
+    yes = truth.sum(0)
+    f1 = (200*(guess*truth).sum(0)/(guess.sum(0) + yes).clamp_min(1)).tolist()
     each = {f"f1_{name}": v if n else None for name, v, n in zip(self.names or range(self.outputs), f1, yes.tolist())}
     known = [v for v in each.values() if v is not None]
     return dict(f1=sum(known)/max(1, len(known)), **each)
 
 OneLabel.judge, ManyLabels.judge = _error, _f1
+OneLabel.measure, ManyLabels.measure = "error", "f1" # what an epoch is chosen by
 
 # %% ../nbs/14_semi_supervised.ipynb #140211
 def cycled(
@@ -221,7 +224,7 @@ class LabelClassifier(nn.Module):
     def features(self, x: Float[Tensor, "B *X"]) -> Float[Tensor, "B F"]:
         "h_x."
         if tuple(x.shape[1:]) != self.x_shape: raise ValueError(f"got x of shape {tuple(x.shape)}; expected a batch of {self.x_shape}")
-        return self.image(x.flatten(1))
+        return self.image(within(x).flatten(1))
 
     def classify(self, h: Float[Tensor, "B F"]) -> Float[Tensor, "B C"]:
         "Logits of q(y|x) from h_x."
@@ -248,7 +251,7 @@ class LabelEncoder(LabelClassifier):
     ) -> GMM: # batch of the pairs, or of both broadcast
         "q(z|x, y) from h_x and a code."
         mu, logvar = self.code(self.both(h, self.label(code), pairs).relu()).float().chunk(2, -1)
-        return GMM.gaussian(mu, logvar.exp())
+        return GMM.gaussian(within(mu), variance(logvar))
 
     def at_mean(self, h: Float[Tensor, "B F"]) -> GMM: # batch B, one component
         "q(z|x, y) at the mean code of q(y|x), from h_x: what a VampPrior asks for."
@@ -276,7 +279,7 @@ class LabelDecoder(nn.Module):
         code: Float[Tensor, "*#B C"],
         of: Int[Tensor, "A"] | None = None, # which code each z has; None: its own, broadcast
     ) -> Float[Tensor, "..."]: # (*A, P, *X)
-        h = self.both(z, self.label(code), None if of is None else (slice(None), of)).relu()
+        h = self.both(within(z), self.label(code), None if of is None else (slice(None), of)).relu()
         return self.net(h.flatten(0, -2)).float().view(*z.shape[:-1], *self.out_shape)
 
 # %% ../nbs/14_semi_supervised.ipynb #140117
@@ -285,6 +288,11 @@ RARE = .01 # ρ, the probability below which a label is tried on an image only n
 def _normal_like(t, generator):
     "Draws from N(0, 1) in the shape (rows, numbers) of t."
     return GMM.gaussian(torch.zeros_like(t), torch.ones_like(t)).rsample(generator)
+
+# %% ../nbs/14_semi_supervised.ipynb #140317
+def _features(model, x):
+    "h_x of x in the units of the data."
+    return model.encoder.features(model.likelihood.inputs(x))
 
 # %% ../nbs/14_semi_supervised.ipynb #140017
 class SemiSupervised(Autoencoder):
@@ -323,7 +331,7 @@ class SemiSupervised(Autoencoder):
 @in_eval_mode
 def _predict(self, x: Float[Tensor, "B *X"] | LazyImages) -> Float[Tensor, "B C"]:
     "Logits of q(y|x)."
-    return torch.cat([self.encoder.classify(self.encoder.features(xb)) for xb in x.split(rows_at_once(x))])
+    return torch.cat([self.encoder.classify(_features(self, xb)) for xb in x.split(rows_at_once(x))])
 
 SemiSupervised.predict = _predict
 
@@ -347,7 +355,7 @@ def _loss(self: SemiSupervised,
     y: Int[Tensor, "n *L"] | None = None, # labels of the first n images; None: no label is known
 ) -> Terms: # the divergence and reconstruction of an unlabelled image are means over q(y|x)
     n = 0 if y is None else len(y)
-    h, p = self.prior.jointly(self.encoder.features, x, self.encoder.at_mean)
+    h, p = self.prior.jointly(self.encoder.features, self.likelihood.inputs(x), self.encoder.at_mean)
     logits = self.encoder.classify(h); guess = logits[n:]*weight + logits[n:].detach()*(1 - weight)  # a smaller gradient, the same value
     codes, i, j, w, always = self._tried(guess, generator)
     first, ones = torch.arange(n, device=x.device), w.new_ones(n); known = logits[:0] if n == 0 else self.kind.code(y)
@@ -372,7 +380,7 @@ class _Given(Autoencoder):
     def __init__(self, model, code):
         super().__init__(model.encoder, model.decoder, model.prior, model.likelihood, model.lam)
         self.code = code
-    def encode(self, x): return self.encoder.posterior(self.encoder.features(x), self.code)
+    def posterior(self, x): return self.encoder.posterior(self.encoder.features(x), self.code)
     def decode(self, z): return self.decoder(z, self.code)
 
 # %% ../nbs/14_semi_supervised.ipynb #140021
@@ -381,7 +389,7 @@ def _reconstruct(self: SemiSupervised, x: Float[Tensor, "B *X"]) -> Float[Tensor
     "E[x|z, y] at the mean of q(z|x, y), with the mean code of q(y|x)."
     out = []
     for xb in x.split(rows_at_once(x)):
-        h = self.encoder.features(xb); code = self.kind.mean(self.encoder.classify(h))
+        h = _features(self, xb); code = self.kind.mean(self.encoder.classify(h))
         out.append(self.likelihood.mean(self.decoder(self.encoder.posterior(h, code).mu[:, 0], code)))
     return torch.cat(out)
 
@@ -412,21 +420,26 @@ def _log_likelihood(self: SemiSupervised,
 SemiSupervised.reconstruct, SemiSupervised.sample, SemiSupervised.log_likelihood = _reconstruct, _sample, _log_likelihood
 
 # %% ../nbs/14_semi_supervised.ipynb #140027
-def how_many(labels: float | int, n: int) -> int: # of n training images
-    "The number that `labels` means: itself, or a fraction of n up to 1."
-    return round(labels*n) if labels <= 1 else int(labels)
+def how_many(labels: float | int, n: int) -> int: # of n training images that have labels
+    "The number that `labels` means: a share of n, if it is a float up to 1.0, or itself."
+    return round(labels*n) if isinstance(labels, float) and labels <= 1 else int(labels)
 
 def labelled_images(
-    y: Int[Tensor, "N *L"], # labels of the training images
-    labels: float | int, # how many to use: a number, or a fraction up to 1
+    y: Int[Tensor, "N *L"], # labels of the training images, -1 where one is not known
+    labels: float | int, # how many to use: a number, or a share of those that are known, up to 1.0
     seed: int,
 ) -> Int[Tensor, "n"]: # their indices, sorted
     "The images whose labels are used, as many of each class; of many answers at once, any images. ValueError if there are not that many."
-    n, g = how_many(labels, len(y)), generator(seed, "labels")
-    if not 0 < n <= len(y): raise ValueError(f"labels={labels:g}; expected up to {len(y)}, the number of training images, or a fraction of them that is at least one image")
+    known = (y.view(len(y), -1) >= 0).all(1); N = int(known.sum())
+    n, g = how_many(labels, N), generator(seed, "labels")
+    if not 0 < n <= N: raise ValueError(
+        f"labels={labels:g}; expected up to {N}, the number of training images with a label, or a share of them "
+        "that is at least one image")
     order = torch.randperm(len(y), generator=g)
-    if y.ndim > 1 or n == len(y): return order[:n].sort().values
-    classes = y.unique()[torch.randperm(len(y.unique()), generator=g)]
+    order = order[known[order]]
+    if y.ndim > 1 or n == N: return order[:n].sort().values
+    classes = y[known].unique()
+    classes = classes[torch.randperm(len(classes), generator=g)]
     wanted = [n//len(classes) + (i < n % len(classes)) for i in range(len(classes))]
     of_class = [order[y[order] == c] for c in classes]
     if short := [f"{len(o)} of class {c}" for c, o, w in zip(classes.tolist(), of_class, wanted) if len(o) < w]: raise ValueError(
@@ -445,8 +458,8 @@ def summed(kind: OneLabel | ManyLabels) -> bool:
 # %% ../nbs/14_semi_supervised.ipynb #140131
 def label_kind(data: Dataset) -> OneLabel | ManyLabels:
     "What the labels of a data set are."
-    y = data.y_train
-    return OneLabel(int(y.max()) + 1) if y.ndim == 1 else ManyLabels(y.shape[1], tuple(data.answers))
+    kind, names = OneLabel if data.y_train.ndim == 1 else ManyLabels, names_of_labels(data)
+    return kind(len(names), names)
 
 def kind_from(about: dict) -> OneLabel | ManyLabels:
     "The kind that `LabelTask.about` wrote down."
@@ -460,7 +473,8 @@ class LabelTask(Task):
         c, with_labels = self.cfg, f"labels={self.cfg.labels:g}"
         if c.model == "IWAE": raise ValueError("labels have no IWAE: its bound has no term for each y; use VAE, MixtureVAE, VampPriorVAE, CSRAE or MixtureCSRAE")
         if c.network not in LABEL_NETWORKS: raise ValueError(f"network={c.network!r} has no part for labels; with labels there are {', '.join(LABEL_NETWORKS)}")
-        if missing := [s for s in ("train", "val", "test") if getattr(data, f"y_{s}") is None]: raise ValueError(f"{with_labels}, but {data.name} has no labels of its {', '.join(missing)} images")
+        if not len(labelled_rows(data, "train")): raise ValueError(
+            f"{with_labels}, but {data.name} has no labels of its training images (or no image with all answers)")
         if c.labelled_batch >= c.batch_size: raise ValueError(f"labelled_batch={c.labelled_batch} leaves no room for others in batch_size={c.batch_size}")
         self.labelled(data); self.rows(data, 1)                       # a ValueError for more labels than there are, or too few other images
         with torch.device("meta"): (net := LABEL_NETWORKS[c.network]).image(data.x_shape, net.features, None)
@@ -471,7 +485,8 @@ class LabelTask(Task):
 
     def in_batch(self, data: Dataset) -> int:
         "Labelled images in a batch: all, if there are no others."
-        return self.cfg.labelled_batch if how_many(self.cfg.labels, len(data.y_train)) < len(data.y_train) else self.cfg.batch_size
+        all_used = how_many(self.cfg.labels, len(labelled_rows(data, "train"))) == len(data.y_train)
+        return self.cfg.batch_size if all_used else self.cfg.labelled_batch
 
     def about(self, data):
         y, kind = data.y_train.cpu()[self.labelled(data)], label_kind(data)
@@ -479,9 +494,10 @@ class LabelTask(Task):
 
     def make_model(self, about, pseudo_inputs=None):
         c, net, g, x_shape = self.cfg, LABEL_NETWORKS[self.cfg.network], generator(self.cfg.seed, "weights"), tuple(about["x_shape"])
-        kind, lik = kind_from(about), make_likelihood(about["likelihood"])
+        kind, lik = kind_from(about), make_likelihood(about["likelihood"], Units.read(about.get("units")))
         encoder, decoder = LabelEncoder(x_shape, c.latent_dim, kind, net, g), LabelDecoder((lik.n_params, *x_shape), c.latent_dim, kind, net, g)
-        inner = assemble(c, encoder, decoder, lik, torch.zeros(c.components, *x_shape) if pseudo_inputs is None else pseudo_inputs)
+        first = torch.zeros(c.components, *x_shape) if pseudo_inputs is None else lik.inputs(pseudo_inputs)
+        inner = assemble(c, encoder, decoder, lik, first)
         return SemiSupervised(inner, torch.tensor(about["label_prior"]), about["share"], c.alpha, c.beta, None if summed(kind) else temperature(c.epochs, c.epochs))
 
     def begin(self, model, epoch):
@@ -493,38 +509,46 @@ def _rows(self: LabelTask, data, epoch):
     y, labelled = data.y_train.cpu(), self.labelled(data)
     if n == B: return labelled[label_kind(data).batches(y[labelled], len(y)//B, B, g)]
     other = torch.ones(len(y), dtype=torch.bool); other[labelled] = False; others = other.nonzero()[:, 0]
-    if len(others) < B - n: raise ValueError(f"a batch takes {B - n} images without a label, and there are {len(others)}; use a smaller batch_size")
+    if len(others) < B - n: raise ValueError(
+        f"a batch takes {B - n} images without a label, and there are {len(others)}; use a smaller batch_size, "
+        "or a larger labelled_batch")
     steps = len(others)//(B - n)
     return torch.cat([labelled[label_kind(data).batches(y[labelled], steps, n, g)], cycled(others, steps*(B - n), g).view(steps, B - n)], 1)
 
 def _known(self: LabelTask, data, rows): return (data.y_train[rows[:self.in_batch(data)]],)
 
-def _judged(model, x, y): return model.kind.judge(model.predict(x), y)
-
-def _main(judged): # the first is what the epoch is chosen by
-    return next(iter(judged.items()))
+def _judged(model, data, split):
+    "What the kind of label is judged by, None without labels."
+    y, kind = getattr(data, f"y_{split}"), model.kind
+    return {kind.measure: None} if y is None else kind.judge(model.predict(data.fixed(split)), y)
 
 def _validate(self: LabelTask, model, data, x):
-    name, value = _main(_judged(model, x, data.y_val))
-    return {**Task.validate(self, model, data, x), f"val_{name}": value}
+    name, row = model.kind.measure, Task.validate(self, model, data, x)
+    if data.y_val is None: return row
+    return {**row, f"val_{name}": model.kind.judge(model.predict(x), data.y_val)[name]}
 
-def _val_loss(self: LabelTask, row): return row["val_error"] if "val_error" in row else -row["val_f1"]
+def _val_loss(self: LabelTask, row):
+    if "val_error" in row: return row["val_error"]
+    return -row["val_f1"] if "val_f1" in row else Task.loss(self, row)
 
 def _metrics(self: LabelTask, model, data):
-    name, value = _main(_judged(model, data.fixed("val"), data.y_val))
-    return {**_judged(model, data.fixed("test"), data.y_test), f"{name}_val": value}
+    name = model.kind.measure
+    return {**_judged(model, data, "test"), f"{name}_val": _judged(model, data, "val")[name]}
 
 LabelTask.rows, LabelTask.known, LabelTask.validate, LabelTask.loss, LabelTask.metrics = _rows, _known, _validate, _val_loss, _metrics
 
 # %% ../nbs/14_semi_supervised.ipynb #140034
 class Supervised(nn.Module):
     "q(y|x) alone, with the same h_x: what labelled images teach without the others. Its reconstruction error is that of the label, −log q(y|x)."
-    def __init__(self, encoder: LabelClassifier):
+    def __init__(self,
+        encoder: LabelClassifier,
+        likelihood: Likelihood = Likelihood(), # knows the units of x
+    ):
         super().__init__()
-        self.encoder, self.kind = encoder, encoder.kind
+        self.encoder, self.kind, self.likelihood = encoder, encoder.kind, likelihood
 
     def forward(self, x, weight=1., generator=None, y=None) -> Terms:
-        wrong = self.kind.cross_entropy(self.encoder.classify(self.encoder.features(x)), y)
+        wrong = self.kind.cross_entropy(self.encoder.classify(_features(self, x)), y)
         return Terms(wrong.mean(), wrong, torch.zeros_like(wrong))
 
 Supervised.predict = _predict
@@ -537,14 +561,19 @@ class SupervisedTask(LabelTask):
     def check(self, data):
         if not self.cfg.labels: raise ValueError("model=Supervised learns from labels alone; say how many, labels=1.0 for all of them")
         super().check(data)
+        if not len(labelled_rows(data, "val")): raise ValueError(
+            f"model=Supervised chooses its epoch by validation images with labels, and {data.name} has none; give y_val")
 
     def make_model(self, about, pseudo_inputs=None):
-        return Supervised(LabelClassifier(tuple(about["x_shape"]), kind_from(about), LABEL_NETWORKS[self.cfg.network], generator(self.cfg.seed, "weights")))
+        net, g = LABEL_NETWORKS[self.cfg.network], generator(self.cfg.seed, "weights")
+        encoder = LabelClassifier(tuple(about["x_shape"]), kind_from(about), net, g)
+        return Supervised(encoder, make_likelihood(about["likelihood"], Units.read(about.get("units"))))
 
     def validate(self, model, data, x):
-        logits = model.predict(x); name, value = _main(model.kind.judge(logits, data.y_val))
-        wrong = model.kind.cross_entropy(logits, data.y_val).mean().item()
-        return {"val_reconstruction": wrong, "val_divergence": 0., "criterion": wrong, f"val_{name}": value}
+        logits, name, rows = model.predict(x), model.kind.measure, labelled_rows(data, "val")
+        wrong = model.kind.cross_entropy(logits[rows], data.y_val[rows]).mean().item()
+        known = {f"val_{name}": model.kind.judge(logits, data.y_val)[name]}
+        return {"val_reconstruction": wrong, "val_divergence": 0., "criterion": wrong, **known}
 
 # %% ../nbs/14_semi_supervised.ipynb #140135
 def first_phase(cfg: Config) -> Config: # resolved

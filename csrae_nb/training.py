@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from typing import get_args
 
 import torch
 from filelock import FileLock, Timeout
@@ -47,7 +48,7 @@ from tqdm import tqdm
 from . import __version__
 from .data import FACE_SETS, SPLITS, Dataset, LazyImages, dataset_name, known_names, load_data
 from .divergence import Share
-from .likelihoods import LIKELIHOODS, Likelihood, make_likelihood
+from .likelihoods import LIKELIHOODS, Likelihood, Units, make_likelihood
 from .models import CSRAE, IWAE, VAE, Autoencoder, MixtureCSRAE, MixtureVAE, VampPriorVAE, in_eval_mode, rows_at_once
 from .networks import NETWORKS, make_networks, prior_network
 from .priors import MoGPrior, Prior, StandardNormal, VampPrior, distinct_components, occupancy
@@ -103,7 +104,7 @@ class Config(ModelConfig):
     warmup: int | None = None # epochs over which the weight of the divergence grows from 0 to its value; None: the preset's share of epochs
     patience: int | None = None # stop after so many epochs without a better validation loss; the warm-up does not count
     batch_size: int = 100 # examples a step, over all processes together
-    labels: float | None = None # training images whose label is used: a number, or a fraction up to 1; 0: none, train without labels
+    labels: int | float | None = None # training images whose label is used: a number, or a share up to 1.0; 1 is one image, 1.0 all; 0: none, train without labels
     pretrain: int | None = None # epochs without labels, in a run of their own, before those with labels
     labelled_batch: int | None = None # of a batch, images with labels
     alpha: float | None = None # α, weight of the classification term of Eq. (27)
@@ -124,6 +125,15 @@ class Config(ModelConfig):
 
     def __post_init__(self): _check_config(self)
 
+# %% ../nbs/09_training.ipynb #090110
+def _one_image(name, value): return name == "labels" and type(value) is int and value == 1   # 1.0 are all
+
+def _as_float(name, want, value):
+    "Numbers of fields that are floats as floats, so that lam=2 and lam=2.0 are one run; but one image stays one."
+    of_floats = float in (want, *get_args(want))
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if of_floats and number and not _one_image(name, value) else value
+
 # %% ../nbs/09_training.ipynb #090010
 def has_cs(
     cfg, # a Config
@@ -141,10 +151,10 @@ def _check_config(c):
     "ValueError for the first field of c that cannot be."
     for f in dataclasses.fields(Config):
         v, want = getattr(c, f.name), f.type
-        number = want in (float, float | None)
-        if not isinstance(v, want | int if number else want) or isinstance(v, bool) and want is not bool:
+        v = _as_float(f.name, want, v)
+        if not isinstance(v, want) or isinstance(v, bool) and want is not bool:
             raise ValueError(f"{f.name}={v!r}; expected {getattr(want, '__name__', want)}")
-        if number and v is not None: object.__setattr__(c, f.name, float(v))      # lam=2 and lam=2.0 are one run
+        object.__setattr__(c, f.name, v)
     for k, known in _choices.items():
         if (v := getattr(c, k)) is not None and v not in known: raise ValueError(f"unknown {k} {v!r}; expected one of {', '.join(map(str, known))}")
     for k, low in _least.items():
@@ -165,7 +175,7 @@ def make_config(values: dict) -> Config: # validated
     known = {f.name: f.type for f in dataclasses.fields(Config)}
     if unknown := [k for k in values if k not in known]: raise ValueError(
         f"unknown parameter {', '.join(map(repr, unknown))}; the known ones are {', '.join(known)}")
-    return Config(**{k: float(v) if type(v) is int and known[k] in (float, float | None) else v for k, v in values.items()})
+    return Config(**{k: _as_float(k, known[k], v) for k, v in values.items()})
 
 # %% ../nbs/09_training.ipynb #090014
 def resolve(cfg: Config) -> Config: # without None, but for likelihood, which the data decide, and name
@@ -202,14 +212,17 @@ def _unused(cfg):
 def identity(cfg: Config) -> dict: # field: value
     "What makes a run this run: its resolved fields, without those that its weights do not depend on."
     c = resolve(cfg); off = [k for k in ("labels", "pretrain") if not getattr(c, k)]
-    return {k: v for k, v in dataclasses.asdict(c).items() if k not in (*_not_identity, *_unused(c), *off)}
+    fields = {k: "one" if _one_image(k, v) else v for k, v in dataclasses.asdict(c).items()} # as 1 == 1.0
+    return {k: v for k, v in fields.items() if k not in (*_not_identity, *_unused(c), *off)}
 
 # %% ../nbs/09_training.ipynb #090018
 def run_name(cfg: Config) -> str: # a folder name
     "cfg.name, or a name made from the configuration."
     if cfg.name: return cfg.name
     c = resolve(cfg)
-    mixture, labels = "" if prior_kind(c) == "normal" else f"-{prior_kind(c)}{c.components}", f"-labels{c.labels:g}" if c.labels else ""
+    mixture = "" if prior_kind(c) == "normal" else f"-{prior_kind(c)}{c.components}"
+    n = identity(c).get("labels")
+    labels = f"-labels{n if n == 'one' else format(n, 'g')}" if n else ""
     default = {f.name: f.default for f in dataclasses.fields(Config)}
     changed = {k: v for k, v in identity(c).items() if v != default[k]}
     digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:6]
@@ -274,11 +287,13 @@ def make_model(
     x_shape: tuple[int, ...], # shape of one example
     likelihood: str, # a key of LIKELIHOODS
     pseudo_inputs: Tensor | None = None, # (K, *x_shape), where a VampPrior starts; None: zeros, to be loaded over
+    units: Units | None = None, # of the networks, for a gaussian likelihood
 ) -> Autoencoder:
     "The untrained model of a configuration; its weights depend on the seed alone."
-    lik = make_likelihood(likelihood)
+    lik = make_likelihood(likelihood, units)
     encoder, decoder = make_networks(cfg.network, x_shape, cfg.latent_dim, lik.n_params, generator(cfg.seed, "weights"))
-    return assemble(cfg, encoder, decoder, lik, torch.zeros(cfg.components, *x_shape) if pseudo_inputs is None else pseudo_inputs)
+    first = torch.zeros(cfg.components, *x_shape) if pseudo_inputs is None else lik.inputs(pseudo_inputs)
+    return assemble(cfg, encoder, decoder, lik, first)
 
 # %% ../nbs/09_training.ipynb #090032
 def write_atomic(
@@ -401,14 +416,16 @@ class Task:
 
     def about(self, data: Dataset) -> dict:
         "What must be known of the data to make the model."
-        return dict(x_shape=data.x_shape, likelihood=data.likelihood)
+        known = dict(x_shape=data.x_shape, likelihood=data.likelihood)
+        return known if data.units is None else {**known, "units": data.units.record()}
 
     def make_model(self,
         about: dict, # as above
         pseudo_inputs: Tensor | None = None, # as in make_model
     ) -> nn.Module: # an Autoencoder, or a classifier alone
         "The untrained model."
-        return make_model(self.cfg, tuple(about["x_shape"]), about["likelihood"], pseudo_inputs)
+        units = Units.read(about.get("units"))
+        return make_model(self.cfg, tuple(about["x_shape"]), about["likelihood"], pseudo_inputs, units)
 
     def start(self,
         model: nn.Module,
@@ -465,7 +482,7 @@ def progress_bar(
 
 # %% ../nbs/09_training.ipynb #090049
 class NonFiniteLoss(ArithmeticError):
-    "The loss became infinite or NaN: training stopped, the last checkpoint is from before."
+    "The loss became infinite, NaN or larger than data can cost: training stopped, the last checkpoint is from before."
     remedy = "A lower lr, or a longer warmup, is the usual remedy"
 
 def check_finite(
@@ -473,8 +490,8 @@ def check_finite(
     epoch: int, # counted from 1
     first: int = 0, # steps of the epoch before these
 ) -> None:
-    "NonFiniteLoss that names the first step whose loss or terms are not finite."
-    bad = (~log.isfinite().all(1)).nonzero()
+    "NonFiniteLoss that names the first step whose loss or terms are not finite, or beyond 10³⁰."
+    bad = (~(log.abs() < 1e30).all(1)).nonzero()                       # weights that run away need not give NaN
     if len(bad) == 0: return
     step = bad[0, 0].item()
     loss, rec, div = log[step].tolist()
@@ -525,9 +542,10 @@ def draw_codes(
 def active_units(
     model: Autoencoder,
     x: Tensor | LazyImages, # (n, *X), as the model sees it
-) -> int: # between 0 and D
+) -> int | None: # between 0 and D; None of a single x, which has no variance
     "Latent dimensions in which the mean of q(z|x) varies over x, with a variance above 0.01 (Burda et al., 2016)."
-    return (torch.cat([model.encode(xb).mu[:, 0] for xb in x.split(rows_at_once(x))]).var(0) > .01).sum().item()
+    mu = torch.cat([model.encode(xb).mu[:, 0] for xb in x.split(rows_at_once(x))])
+    return (mu.var(0) > .01).sum().item() if len(mu) > 1 else None
 
 def _place_components(model, opt, data, cfg):
     "Set a free mixture prior to the k-means clusters of the training codes, and drop its optimiser state."
@@ -755,6 +773,7 @@ def _check_collapse(t):
     epoch = t.meta["epoch"]
     if t.warned or epoch % 10 or epoch < t.cfg.warmup or t.cfg.model == SUPERVISED or not t.acc.is_main_process: return
     x = t.val[::math.ceil(len(t.val)/max(200, rows_at_once(t.val)))]   # of all, as neighbours may be frames of one video
+    if len(x) < 10: return                                             # too few to tell
     with torch.no_grad(): z, p = draw_codes(t.model, x, generator(t.cfg.seed, "collapse", device=t.acc.device)), t.model.prior()
     K, weight = len(p.logw), "lam" if has_cs(t.cfg) else "beta"
     if not active_units(t.model, x): what = f"no latent dimension is active: the encoder ignores x, and a smaller {weight} or a longer warmup is the usual remedy"

@@ -68,7 +68,9 @@ def test_what_is_refused(digits, changes, message):
     assert not runs_folder().exists()
 
 def test_labels_that_are_not_there(digits):
-    with pytest.raises(ValueError, match="has no labels of its val images"): fit(CFG, dataclasses.replace(digits, y_val=None), progress=False)
+    none = torch.full_like(digits.y_train, -1)
+    for y in (None, none):
+        with pytest.raises(ValueError, match="has no labels of its training images"): fit(CFG, dataclasses.replace(digits, y_train=y), progress=False)
 
 @pytest.mark.parametrize("kind", [OneLabel(3), ManyLabels(2)])
 def test_gradients_through_softened_draws_are_those_of_the_formula(kind):

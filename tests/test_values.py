@@ -1,0 +1,304 @@
+"Values of any size: no input gives NaN, floats have units, and what one row cannot tell is None."
+
+import warnings
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_wine
+
+from csrae_nb import evaluation, training
+from csrae_nb.data import column_units, load_data
+from csrae_nb.estimator import CSRAEEmbedding
+from csrae_nb.evaluation import complete_run
+from csrae_nb.fleet import fit_fleet
+from csrae_nb.likelihoods import LIKELIHOODS, make_likelihood
+from csrae_nb.priors import LOG_VAR, MoGPrior, variance
+from csrae_nb.training import (
+    MODELS,
+    Config,
+    NonFiniteLoss,
+    fit,
+    load_run,
+    load_tensors,
+    make_model,
+    resolve,
+    task_of,
+)
+
+CFG = Config(
+    dataset="arrays",
+    epochs=3,
+    warmup=1,
+    kmeans_epoch=2,
+    batch_size=20,
+    latent_dim=2,
+    components=4,
+    ll_samples=3,
+    expost_components=3,
+)
+
+
+@pytest.fixture(autouse=True)
+def runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "runs"))
+
+
+@pytest.fixture(scope="module")
+def wine():
+    x, y = load_wine(return_X_y=True)
+    return load_data(dict(x=x, y=y))
+
+
+# --- no input gives NaN
+
+FAR = torch.tensor([0.0, 1.0, 255.0, -1e6, 1e15, 3e38, -3e38])
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("name, prior", [*((m, "mog") for m in MODELS), ("MixtureCSRAE", "vamp")])
+def test_no_input_gives_nan(name, prior, likelihood):
+    cfg, g = resolve(replace(CFG, model=name, prior=prior)), torch.Generator().manual_seed(0)
+    model = make_model(cfg, (5,), likelihood, torch.rand(4, 5, generator=g))
+    x = FAR[:, None] * torch.randn(5, generator=g).clamp(-1, 1)
+    seen = x.clamp(model.likelihood.low, model.likelihood.high)  # what the likelihood is asked about
+    terms = model.loss(seen, 1.0, g)
+    terms.loss.backward()
+    assert terms.reconstruction.isfinite().all() and terms.divergence.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    q = model.encode(x)
+    assert q.mu.isfinite().all() and q.var.isfinite().all() and (q.var > 0).all()
+    assert model.reconstruct(x).isfinite().all() and not model.log_likelihood(seen, 5, g).isnan().any()
+
+
+@pytest.mark.parametrize("network, shape", [("residual", (1, 8, 8)), ("faces", (3, 32, 32))])
+def test_no_picture_gives_nan(network, shape):
+    model = make_model(resolve(replace(CFG, network=network)), shape, "gaussian").eval()
+    x = FAR.view(-1, 1, 1, 1) * torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        terms = model.loss(x)
+    assert (
+        terms.reconstruction.isfinite().all()
+        and terms.divergence.isfinite().all()
+        and model.reconstruct(x).isfinite().all()
+    )
+
+
+def test_between_the_bounds_a_variance_is_that_of_exp_to_the_bit():
+    logvar = torch.linspace(-LOG_VAR, LOG_VAR, 10_001, requires_grad=True)
+    (ours,) = torch.autograd.grad(variance(logvar).sum(), logvar)
+    (plain,) = torch.autograd.grad(logvar.exp().sum(), logvar)
+    assert variance(logvar).equal(logvar.exp()) and ours.equal(plain)
+
+
+@pytest.mark.parametrize("dataset", ["digits", "pinwheel"])
+def test_training_keeps_far_from_the_bounds(dataset):
+    data = load_data(dataset)
+    model = fit(Config(dataset=dataset, epochs=10, warmup=2, lr=2e-3), data, False).model
+    for gmm in (model.encode(data.fixed("train")), model.prior()):
+        assert gmm.var.log().abs().max() < LOG_VAR / 3 and gmm.mu.abs().max() < 1e3
+
+
+def test_components_without_spread_can_still_be_learned():
+    prior = MoGPrior(3, 2)
+    prior.init_from_codes(torch.zeros(5, 2))
+    prior.log_prob(torch.ones(1, 2)).sum().backward()
+    assert prior.logvar.grad.isfinite().all() and (prior.logvar.grad != 0).any()
+
+
+def test_weights_that_run_away_stop_a_run():
+    with pytest.raises(NonFiniteLoss, match="epoch 1, step .* A lower lr"):
+        fit(Config(lr=1e6, epochs=1), progress=False)
+
+
+@pytest.mark.parametrize("model, prior", [(m, "mog") for m in MODELS] + [("MixtureCSRAE", "vamp")])
+def test_an_estimator_scores_a_far_outlier_very_low(model, prior):
+    X = np.random.default_rng(0).normal(size=(60, 3))
+    est = CSRAEEmbedding(model=model, prior=prior, epochs=2, components=3, random_state=0).fit(X)
+    for far in (1e3, 1e9, 1e30, 1e300, -1.7e308):
+        assert -np.inf < est.score(X[:1] + [far, 0, 0]) < est.score(X) - 1000
+    assert -np.inf < est.score(np.full((1, 3), 3e38, np.float32)) < -1e6
+    far = X[:2] * 1e300
+    for values in (est.transform(far), est.predict_proba(far), est.inverse_transform([[1e300, -1e300]])):
+        assert np.isfinite(values).all()
+
+
+# --- units
+
+
+@pytest.mark.parametrize(
+    "model, prior", [("VAE", "mog"), ("IWAE", "mog"), ("MixtureCSRAE", "mog"), ("MixtureCSRAE", "vamp")]
+)
+def test_floats_of_any_scale_are_learned_as_if_they_were_standardised(wine, model, prior):
+    plain = replace(
+        wine,
+        **{f"x_{s}": wine.units.inward(getattr(wine, f"x_{s}")) for s in ("train", "val", "test")},
+        units=None,
+    )
+    cfg = replace(CFG, model=model, prior=prior)
+    a, b = fit(replace(cfg, name="own"), wine, False), fit(replace(cfg, name="plain"), plain, False)
+    same = (
+        torch.equal if model != "IWAE" else partial(torch.allclose, atol=1e-3)
+    )  # its weights are ratios of rounded densities
+    assert all(same(v, b.model.state_dict()[k]) for k, v in a.model.state_dict().items())
+    shift = wine.units.scale.double().log().sum().item()  # a density in other units
+    assert a.history[-1]["val_reconstruction"] == pytest.approx(
+        b.history[-1]["val_reconstruction"] + shift, abs=1e-3
+    )
+    assert torch.allclose(
+        a.model.reconstruct(wine.x_test), wine.units.outward(b.model.reconstruct(plain.x_test)), rtol=1e-5
+    )
+    draws = [r.model.sample(5, torch.Generator().manual_seed(0)) for r in (a, b)]
+    assert torch.allclose(draws[0], wine.units.outward(draws[1]), rtol=1e-5)
+
+
+def test_units_are_kept_in_the_run(wine):
+    run = fit(CFG, wine, False)
+    again = load_run(run.path)
+    assert load_tensors(run.path / "model.safetensors")[1]["units"] == wine.units.record()
+    assert again.model.reconstruct(wine.x_test).equal(run.model.reconstruct(wine.x_test))
+    assert (again.model.sample(200).mean(0) / wine.x_train.mean(0) - 1).abs().max() < 0.3
+
+
+def test_a_run_with_units_goes_on_where_it_was_stopped(wine, monkeypatch):
+    whole, epoch = fit(replace(CFG, name="whole", model="VampPriorVAE"), wine, False), training._epoch
+
+    def stop(t, bar):
+        if t.meta["epoch"] == 1:
+            raise KeyboardInterrupt
+        epoch(t, bar)
+
+    cfg = replace(CFG, name="stopped", model="VampPriorVAE")
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(training, "_epoch", stop)
+        fit(cfg, wine, False)
+    again = fit(cfg, wine, False).model.state_dict()
+    assert all(v.equal(again[k]) for k, v in whole.model.state_dict().items())
+
+
+def test_a_fleet_has_units_too(wine):
+    configs = [replace(CFG, model="VampPriorVAE", seed=s) for s in range(2)]
+    together = fit_fleet(configs, wine, False)
+    alone = fit(replace(configs[0], name="alone"), wine, False)
+    assert together[0].history[-1]["criterion"] == pytest.approx(alone.history[-1]["criterion"], rel=1e-3)
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    "A classifier for the Fréchet distances that is trained for a moment only."
+    monkeypatch.setattr(evaluation, "train_classifier", partial(evaluation.train_classifier, examples=3000))
+
+
+def test_evaluation_is_in_the_units_of_the_data(wine, hasty):
+    metrics = complete_run(replace(CFG, epochs=60, lr=2e-3), wine, False)
+    normal = torch.distributions.Normal(wine.x_train.mean(0), wine.x_train.std(0))
+    assert (
+        metrics["ll"] > normal.log_prob(wine.x_test).sum(1).mean().item() - 1
+    )  # no worse than a normal for each column
+    assert metrics["frechet_classifier_samples"] is not None and metrics["knn5"] < 40
+
+
+@pytest.mark.parametrize("shape", [(-1, 64), (-1, 8, 8)])
+def test_grey_levels_as_floats(shape):
+    "Also flattened, where a pixel that is always dark in training has no scale."
+    x = load_data("digits").x_train.reshape(shape) * 255
+    if len(shape) == 2:
+        x[:, 0] = 0
+        x[-300:, 0] = 255
+    data = load_data(dict(x_train=x[:800], x_val=x[-200:], x_test=x[-200:]))
+    run = fit(replace(CFG, epochs=5, batch_size=100), data, False)
+    assert (data.units.scale > 0).all() and len(data.units.scale) == (64 if len(shape) == 2 else 1)
+    assert all(
+        row["val_reconstruction"] < 64 * 8 for row in run.history
+    )  # nats: a uniform code costs log 256 = 5.5 a pixel
+
+
+@pytest.mark.parametrize(
+    "x", [torch.rand(50, 4), torch.randn(50, 4), torch.rand(50, 6, 6), torch.randn(50, 2) * 3 + 1]
+)
+def test_what_is_near_one_is_left_alone(x):
+    assert column_units(x) is None and load_data(dict(x=x)).units is None
+
+
+def test_data_sets_with_runs_have_no_units():
+    assert load_data("pinwheel").units is None and load_data("digits").units is None
+
+
+def test_runs_from_before_have_no_units(wine):
+    task = task_of(resolve(CFG))
+    assert "units" in task.about(wine) and "units" not in task.about(load_data("pinwheel"))
+    assert task.make_model(dict(x_shape=[13], likelihood="gaussian")).likelihood == make_likelihood(
+        "gaussian"
+    )
+
+
+@pytest.mark.parametrize(
+    "likelihood, says",
+    [
+        ("bernoulli", "x_train ranges from 0 to 255, .* divided by the largest"),
+        ("discretized_logistic", "x_train ranges from 0 to 255, .*uint8, or as x/255 - 0.5"),
+    ],
+)
+def test_other_likelihoods_say_the_range_and_the_remedy(likelihood, says):
+    with pytest.raises(ValueError, match=says):
+        load_data(dict(x=torch.arange(256.0).repeat(20, 1)), likelihood)
+
+
+def test_an_estimator_without_standardising_says_the_range():
+    X = load_wine().data
+    with pytest.warns(UserWarning, match="X ranges from 0.13 to 1680, .*standardize=True is the remedy"):
+        est = CSRAEEmbedding(standardize=False, epochs=1, components=3).fit(X)
+    assert (
+        est.model_.likelihood.units is None
+        and CSRAEEmbedding(epochs=1, components=3).fit(X).model_.likelihood.units is None
+    )
+
+
+# --- splits of one row
+
+
+@pytest.mark.parametrize("rows", [12, 19])
+def test_what_one_row_cannot_tell_is_none_with_one_warning(hasty, rows):
+    rng = np.random.default_rng(0)
+    cfg = replace(CFG, epochs=10, batch_size=5, components=3)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        metrics = complete_run(cfg, dict(x=rng.normal(size=(rows, 4)), y=np.arange(rows) % 2), progress=False)
+    assert [str(w.message) for w in seen if w.category is UserWarning] == [
+        "x_test has one example: no active units, clusters and Fréchet distances; x_val has one example: no floor of the Fréchet distances"
+    ]
+    unknown = {k for k, v in metrics.items() if v is None and not k.startswith("fid")}
+    assert unknown == {
+        "active_units",
+        *(
+            f"frechet_classifier_{s}"
+            for s in (
+                "floor",
+                "reconstructions",
+                "samples",
+                "samples_refit",
+                "samples_refit15",
+                "samples_expost",
+            )
+        ),
+    }
+    assert "cluster_nmi" not in metrics and all(
+        np.isfinite(metrics[k]) for k in ("reconstruction", "divergence", "ll", "knn5", "log_prior")
+    )
+
+
+def test_one_validation_row_leaves_out_the_floor_only(hasty):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 4))
+    data = dict(
+        x_train=x[:30], y_train=np.arange(30) % 2, x_val=x[:1], x_test=x[30:], y_test=np.arange(10) % 2
+    )
+    with pytest.warns(UserWarning, match="^x_val has one example: no floor"):
+        metrics = complete_run(CFG, data, progress=False)
+    assert (
+        metrics["frechet_classifier_floor"] is None
+        and metrics["frechet_classifier_samples"] > 0
+        and metrics["active_units"] is not None
+    )
