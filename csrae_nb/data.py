@@ -8,10 +8,11 @@ __all__ = ['SPLITS', 'BINARISATION_SEED', 'BATCHES', 'RECORD', 'CHARDATA', 'SILH
            'channels_first', 'cut_splits', 'check_arrays', 'sha256', 'from_arrays', 'read_digits', 'read_pinwheel',
            'read_idx', 'read_amat', 'read_mat', 'read_records', 'read_batches', 'PublicFile', 'data_folder',
            'find_file', 'download', 'read_file', 'read_mnist', 'read_static_mnist', 'upright', 'read_omniglot',
-           'read_caltech101', 'read_cifar10', 'read_folder', 'read_arrays', 'known_names', 'is_source', 'dataset_name',
-           'load_data']
+           'read_caltech101', 'read_cifar10', 'files_below', 'read_folder', 'read_arrays', 'known_names', 'is_source',
+           'dataset_name', 'as_arrays', 'load_data']
 
 # %% ../nbs/08_data.ipynb #080002
+import codecs
 import gzip
 import hashlib
 import io
@@ -20,22 +21,24 @@ import os
 import struct
 import tarfile
 import warnings
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from PIL import Image, ImageOps, UnidentifiedImageError
+from scipy.sparse import issparse
 from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
 from tqdm import tqdm
 
+from .divergence import _free_memory
 from .likelihoods import make_likelihood
 from .pinwheel import make_pinwheel
 
@@ -266,8 +269,9 @@ def read_amat(
     columns: int = 784, # pixels a line
 ) -> np.ndarray: # (lines, columns) of 0 and 1, uint8
     "The images in an amat file. ValueError for anything but lines of `columns` zeros and ones."
+    raw = raw.removeprefix(codecs.BOM_UTF8) # some editors put it before a text
     x = _even_text(raw, columns)
-    try: x = np.loadtxt(io.BytesIO(raw), np.float32, ndmin=2) if x is None else x
+    try: x = np.loadtxt(io.BytesIO(raw), np.float32, comments=None, ndmin=2) if x is None else x
     except ValueError as e: raise ValueError(f"not all of its lines hold {columns} numbers") from e
     if x.shape[1] != columns or not is_binary(x): raise ValueError(f"expected lines of {columns} zeros and ones")
     return x.astype(np.uint8)
@@ -376,7 +380,9 @@ def _parsed(name, content):
         raise ValueError(f"it holds {_shapes(got)}; expected {_shapes(want)}")
     return x
 
-_DAMAGED = ValueError, EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError
+def _reason(e):
+    "What an exception says, with its kind if it is not a ValueError."
+    return str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
 
 # %% ../nbs/08_data.ipynb #080057
 def _fetch(name, url):
@@ -385,7 +391,9 @@ def _fetch(name, url):
     path = Path(retrieve(url, known and f"sha256:{known}", Path(url).name, data_folder(), downloader=HTTPDownloader(progressbar=True)))
     if known: return path
     try: _parsed(name, _content(path.read_bytes()))
-    except _DAMAGED as e: path.unlink(); raise ValueError(f"what it gave is another file: {e}") from e
+    except Exception as e: # decoders raise what they like
+        path.unlink()
+        raise ValueError(f"what it gave is another file: {_reason(e)}") from e
     return path
 
 def download(
@@ -408,8 +416,8 @@ def read_file(
     path = find_file(name) or download(name)
     raw = path.read_bytes()
     try: content = _content(raw); x = _parsed(name, content)
-    except _DAMAGED as e: raise ValueError(
-        f"{path} is damaged or another file: {e}. Delete it and load again to download it, or put an intact copy there.") from e
+    except Exception as e: raise ValueError( # decoders raise what they like
+        f"{path} is damaged or another file: {_reason(e)}. Delete it and load again to download it, or put an intact copy there.") from e
     if (known := FILES[name].sha256) and sha256(content) != known:
         warnings.warn(f"{path} has the right format and size but differs from the public file")
     return x, {path.name: sha256(raw)}
@@ -492,11 +500,31 @@ def _some(items, n=3):
     "The first few items in words."
     return ", ".join(items[:n]) + (f" and {len(items) - n:,} more" if len(items) > n else "")
 
+def files_below(
+    folder: Path,
+    above: tuple[Path, ...] = (), # the folders on the way here, as they are called without links
+) -> Iterator[Path]: # hidden ones aside
+    "All files below a folder and the folders that it links to, circles aside. ValueError for a link that leads nowhere."
+    here = folder.resolve()
+    if any(a.is_relative_to(here) for a in above): return # a circle
+    for p in sorted(folder.iterdir()):
+        if p.name.startswith("."): continue
+        if p.is_dir(): yield from files_below(p, (*above, here))
+        elif p.is_file(): yield p
+        elif p.is_symlink(): raise ValueError(f"{p} is a link to {os.readlink(p)}, which leads nowhere: mend it or remove it")
+
+# %% ../nbs/08_data.ipynb #080388
+def _others(files):
+    "How many files of each other kind there are, in words."
+    kinds = Counter(f.suffix.lower() or "without an ending" for f in files if f.suffix.lower() not in IMAGES)
+    return ", ".join(f"{n:,} {kind}" for kind, n in sorted(kinds.items()))
+
 def _image_files(folder):
-    "Paths of the images below a folder, relative to it, in a fixed order. ValueError if there are none."
-    files = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
-    images = [f for f in files if f.suffix.lower() in IMAGES and not any(part.startswith(".") for part in f.parts)]
-    if not images: raise ValueError(f"{folder} holds no images ({', '.join(IMAGES)}) among its {len(files):,} files")
+    "Paths of the images below a folder, relative to it, in a fixed order. A warning counts other files; ValueError if there are none."
+    files = [p.relative_to(folder) for p in files_below(folder)]
+    images, others, known = [f for f in files if f.suffix.lower() in IMAGES], _others(files), ", ".join(IMAGES)
+    if not images: raise ValueError(f"{folder} holds no images ({known}) among its {len(files):,} files{others and f': {others}'}")
+    if others: warnings.warn(f"{folder}: {others} left out, since only {known} are read; convert the pictures among them")
     return sorted(images, key=Path.as_posix)
 
 # %% ../nbs/08_data.ipynb #080089
@@ -573,10 +601,12 @@ def read_arrays(
 ) -> tuple[dict, dict[str, str]]: # arrays, that of an .npy as `x`; name and SHA-256 of the file
     "The arrays in a file of numpy's. ValueError if it is damaged, of another kind, or holds Python objects."
     raw = path.read_bytes()
+    file = io.BytesIO(raw)
     try:
-        a = np.load(io.BytesIO(raw), allow_pickle=False)
+        a = np.load(file, allow_pickle=False)
         arrays = {"x": a} if isinstance(a, np.ndarray) else {k: a[k] for k in a.files}
-    except (ValueError, EOFError, zlib.error, zipfile.BadZipFile) as e: raise ValueError(
+        if isinstance(a, np.ndarray) and file.read(1): raise ValueError("there is more than its header says")
+    except Exception as e: raise ValueError( # decoders raise what they like
         f"{path} does not hold plain arrays (numpy: {str(e).split('. ')[0]}). It is cut off, of another kind, or holds Python objects "
         "(pickles), which are never loaded: write it anew with np.savez or np.save from arrays of numbers.") from e
     return arrays, {path.name: sha256(raw)}
@@ -604,9 +634,53 @@ def dataset_name(
     path = Path(os.path.abspath(Path(dataset).expanduser())) # "." has a name, too
     return path.stem if path.suffix.lower() in ARRAYS else path.name
 
+# %% ../nbs/08_data.ipynb #080306
+def _frame_values(x):
+    "The numbers in a pandas table. ValueError that names the columns that hold something else."
+    if odd := [str(c) for c, t in x.dtypes.items() if t.kind not in "biuf"]: raise ValueError(
+        f"the table's columns {_some(odd)} hold no numbers: leave them out, and give labels as dict(x=..., y=...)")
+    a = x.to_numpy()
+    return a if a.dtype.kind in "biuf" else x.to_numpy(dtype=float, na_value=math.nan) # of columns of several types
+
+def _written_out(x):
+    "A sparse matrix or tensor with its zeros. ValueError if memory cannot hold it."
+    need = math.prod(x.shape)*(x.dtype.itemsize + 4) # and once more as float32
+    if need > (free := _free_memory(torch.device("cpu"))): raise ValueError(
+        f"a sparse matrix of shape {tuple(x.shape)} takes {need/2**30:,.1f} GiB with its zeros, {free/2**30:,.1f} GiB are free: "
+        "choose columns, or reduce it first (scikit-learn's TruncatedSVD)")
+    return x.to_dense() if isinstance(x, Tensor) else x.toarray()
+
+def _plain(x):
+    "A table or a sparse matrix as an array; anything else as it is."
+    if type(x).__module__.startswith("pandas") and x.ndim == 2: return _frame_values(x)
+    return _written_out(x) if issparse(x) or isinstance(x, Tensor) and x.layout != torch.strided else x
+
+# %% ../nbs/08_data.ipynb #080406
+def _items(data):
+    "The examples of a torch Dataset, with their labels if items are pairs. ValueError for other items."
+    items = [data[i] for i in range(len(data))]
+    items = [item if isinstance(item, (tuple, list)) else (item,) for item in items]
+    if odd := {len(item) for item in items} - {1, 2} or {type(item[0]).__name__ for item in items if isinstance(item[0], Mapping)}:
+        raise ValueError(f"items of the {type(data).__name__} are {_some(sorted(map(str, odd)))}, expected x or pairs (x, y)")
+    try: columns = [np.stack([_numpy("an item", part) for part in column]) for column in zip(*items, strict=True)]
+    except ValueError as e: raise ValueError(f"items of the {type(data).__name__} are not alike ({e}): bring all to one shape") from e
+    return dict(zip("xy", columns))
+
+def as_arrays(
+    data: Any, # arrays by name, or one array, table, sparse matrix or torch Dataset
+) -> dict: # by the names of `check_arrays`
+    "Data in memory as arrays. ValueError for a type that cannot be read, or for what it holds."
+    if isinstance(data, Mapping): return {k: _plain(v) for k, v in data.items()}
+    if isinstance(data, TorchDataset) and hasattr(data, "__len__"): return _items(data)
+    x = _plain(data)
+    if not isinstance(x, (np.ndarray, Tensor, list, tuple)): raise ValueError(
+        f"data of type {type(data).__module__}.{type(data).__name__}; expected an array, a tensor, a list, a pandas table, a sparse "
+        "matrix, a torch Dataset that has a length, or arrays by name: dict(x=..., y=...)")
+    return dict(x=x)
+
 # %% ../nbs/08_data.ipynb #080107
 def load_data(
-    dataset: str | Path | Mapping | np.ndarray | Tensor | list | tuple = "digits", # a name of `DATASETS`, a path to .npz, .npy or images, or arrays
+    dataset: Any = "digits", # a name of `DATASETS`, a path to .npz, .npy or images, or data in memory, as above
     likelihood: str | None = None, # a key of `LIKELIHOODS`; None: the data set's own, or by the values
     split_seed: int = 0, # chooses the splits that the data do not come with
     fold: int = 0, # of faces: whose subjects are the test
@@ -619,8 +693,7 @@ def load_data(
     floats a Gaussian; under `likelihood="bernoulli"` grey levels are probabilities of pixels, drawn anew in each epoch. ValueError
     for an unknown name, a damaged file and arrays that do not fit; FileNotFoundError for a public file that cannot be had."""
     if likelihood: make_likelihood(likelihood) # unknown: an error before any download
-    if isinstance(dataset, (np.ndarray, Tensor, list, tuple)): dataset = dict(x=dataset)
-    if isinstance(dataset, Mapping): return from_arrays(dataset, likelihood, split_seed)
+    if not isinstance(dataset, (str, os.PathLike)): return from_arrays(as_arrays(dataset), likelihood, split_seed)
     path = Path(dataset).expanduser()
     if dataset in FACE_SETS: return import_module("csrae_nb.faces").load_faces(dataset, fold, image_size or 224, split_seed, likelihood or "discretized_logistic")
     if dataset in DATASETS: read, default = DATASETS[dataset]
