@@ -13,6 +13,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                               'csrae_nb/command_line.py'),
                                        'csrae_nb.command_line.CSRAEEngine.__getattr__': ( 'nbs/command_line.html#csraeengine.__getattr__',
                                                                                           'csrae_nb/command_line.py'),
+                                       'csrae_nb.command_line._from_file': ('nbs/command_line.html#_from_file', 'csrae_nb/command_line.py'),
+                                       'csrae_nb.command_line._from_yaml': ('nbs/command_line.html#_from_yaml', 'csrae_nb/command_line.py'),
                                        'csrae_nb.command_line._hand_over': ('nbs/command_line.html#_hand_over', 'csrae_nb/command_line.py'),
                                        'csrae_nb.command_line._other_output': ( 'nbs/command_line.html#_other_output',
                                                                                 'csrae_nb/command_line.py'),
