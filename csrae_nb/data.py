@@ -7,9 +7,9 @@ __all__ = ['SPLITS', 'BINARISATION_SEED', 'BATCHES', 'RECORD', 'CHARDATA', 'SILH
            'DATASETS', 'ARRAYS', 'FACE_SETS', 'LazyImages', 'Dataset', 'is_binary', 'default_likelihood', 'scaled',
            'channels_first', 'cut_splits', 'check_arrays', 'sha256', 'from_arrays', 'read_digits', 'read_pinwheel',
            'read_idx', 'read_amat', 'read_mat', 'read_records', 'read_batches', 'PublicFile', 'data_folder',
-           'find_file', 'download', 'read_file', 'read_mnist', 'read_static_mnist', 'upright', 'read_omniglot',
-           'read_caltech101', 'read_cifar10', 'files_below', 'read_folder', 'read_arrays', 'known_names', 'is_source',
-           'dataset_name', 'as_arrays', 'load_data']
+           'cache_folder', 'find_file', 'download', 'read_file', 'read_mnist', 'read_static_mnist', 'upright',
+           'read_omniglot', 'read_caltech101', 'read_cifar10', 'files_below', 'read_folder', 'read_arrays',
+           'known_names', 'is_source', 'dataset_name', 'as_arrays', 'load_data']
 
 # %% ../nbs/08_data.ipynb #080002
 import codecs
@@ -356,6 +356,18 @@ def data_folder() -> Path:
     from pooch import os_cache
     return Path(os_cache("csrae_nb"))
 
+def _can_write(folder):
+    "Whether files can be put into a folder, which may have to be made."
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+def cache_folder() -> Path:
+    "Where what is made from data is kept: `CSRAE_CACHE`, or the data folder, or, if that cannot be written, pooch's cache folder."
+    if os.environ.get("CSRAE_CACHE"): return Path(os.environ["CSRAE_CACHE"]).expanduser()
+    if _can_write(folder := data_folder()): return folder
+    from pooch import os_cache
+    return Path(os_cache("csrae_nb"))
+
 def find_file(
     name: str, # a key of `FILES`
 ) -> Path | None: # None if it is not there
@@ -381,8 +393,8 @@ def _parsed(name, content):
     return x
 
 def _reason(e):
-    "What an exception says, with its kind if it is not a ValueError."
-    return str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
+    "What an exception says, and its kind where that does not go without saying."
+    return str(e) if isinstance(e, (ValueError, OSError)) else f"{type(e).__name__}: {e}"
 
 # %% ../nbs/08_data.ipynb #080057
 def _fetch(name, url):
@@ -685,6 +697,7 @@ def load_data(
     split_seed: int = 0, # chooses the splits that the data do not come with
     fold: int = 0, # of faces: whose subjects are the test
     image_size: int | None = None, # of faces: pixels of a side; None: 224
+    validation: str = "frames", # of faces: validate on frames, or on subjects, that are kept from training
 ) -> Dataset:
     """Data by name, from a file or a folder of images, or from memory.
 
@@ -695,7 +708,8 @@ def load_data(
     if likelihood: make_likelihood(likelihood) # unknown: an error before any download
     if not isinstance(dataset, (str, os.PathLike)): return from_arrays(as_arrays(dataset), likelihood, split_seed)
     path = Path(dataset).expanduser()
-    if dataset in FACE_SETS: return import_module("csrae_nb.faces").load_faces(dataset, fold, image_size or 224, split_seed, likelihood or "discretized_logistic")
+    if dataset in FACE_SETS: return import_module("csrae_nb.faces").load_faces(
+        dataset, fold, image_size or 224, split_seed, likelihood or "discretized_logistic", validation=validation)
     if dataset in DATASETS: read, default = DATASETS[dataset]
     elif path.suffix.lower() in ARRAYS and path.is_file(): read, default = partial(read_arrays, path), None
     elif dataset and path.is_dir(): read, default = partial(read_folder, Path(os.path.abspath(path))), None

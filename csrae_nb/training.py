@@ -322,10 +322,10 @@ def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict]: # tensors 
 
 # %% ../nbs/09_training.ipynb #090037
 @contextmanager
-def _writing(path):
+def _writing(path, variable="CSRAE_RUNS"):
     "Turn an OSError of the body into one that says what to do."
     try: yield
-    except OSError as e: raise OSError(f"cannot write to {path} ({e.strerror or e}); free some space there, or name another folder in CSRAE_RUNS") from e
+    except OSError as e: raise OSError(f"cannot write to {path} ({e.strerror or e}); free some space there, or name another folder in {variable}") from e
 
 def _same_config(path, cfg):
     "ValueError if config.json in path is of another configuration, or no configuration."
