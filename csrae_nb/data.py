@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'BINARISATION_SEED', 'BATCHES', 'RECORD', 'CHARDATA', 'SILHOUETTES', 'CIFAR10', 'FILES', 'IMAGES',
-           'DATASETS', 'ARRAYS', 'FACE_SETS', 'LazyImages', 'Dataset', 'is_binary', 'default_likelihood', 'scaled',
-           'channels_first', 'cut_splits', 'check_arrays', 'sha256', 'from_arrays', 'read_digits', 'read_pinwheel',
-           'read_idx', 'read_amat', 'read_mat', 'read_records', 'read_batches', 'PublicFile', 'data_folder',
-           'cache_folder', 'find_file', 'download', 'read_file', 'read_mnist', 'read_static_mnist', 'upright',
-           'read_omniglot', 'read_caltech101', 'read_cifar10', 'files_below', 'read_folder', 'read_arrays',
+           'DATASETS', 'ARRAYS', 'FACE_SETS', 'VALIDATION', 'LazyImages', 'Dataset', 'is_binary', 'default_likelihood',
+           'scaled', 'channels_first', 'cut_splits', 'check_arrays', 'sha256', 'from_arrays', 'read_digits',
+           'read_pinwheel', 'read_idx', 'read_amat', 'read_mat', 'read_records', 'read_batches', 'PublicFile',
+           'data_folder', 'cache_folder', 'find_file', 'download', 'read_file', 'read_mnist', 'read_static_mnist',
+           'upright', 'read_omniglot', 'read_caltech101', 'read_cifar10', 'files_below', 'read_folder', 'read_arrays',
            'known_names', 'is_source', 'dataset_name', 'as_arrays', 'load_data']
 
 # %% ../nbs/08_data.ipynb #080002
@@ -21,6 +21,7 @@ import os
 import struct
 import tarfile
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -277,12 +278,29 @@ def read_amat(
     return x.astype(np.uint8)
 
 # %% ../nbs/08_data.ipynb #080044
+_MATRIX, _ZIPPED = 14, 15
+_TYPES = {*range(1, 8), 9, 12, 13, _MATRIX, _ZIPPED, 16, 17, 18} # of elements in a .mat file
+
+def _check_tags(raw, order):
+    "ValueError for an element of a type that there is not, struct.error for half a tag, zlib.error for what cannot be unzipped."
+    at = 0
+    while at < len(raw):
+        kind, size = struct.unpack_from(f"{order}II", raw, at)
+        small, kind = kind >> 16, kind & 0xffff # a small element has its size here, and its content within the tag
+        if kind not in _TYPES: raise ValueError(f"an element of type {kind}")
+        body = raw[at + 8:at + 8 + size]
+        if kind == _MATRIX and not small: _check_tags(body, order)
+        if kind == _ZIPPED and not small: _check_tags(memoryview(zlib.decompress(body)), order)
+        at += 8 if small else 8 + size + (-size % 8 if kind != _ZIPPED else 0)
+
 def read_mat(
     raw: bytes, # a whole file
 ) -> dict[str, np.ndarray]: # by name
     "The arrays in a .mat file (version 7.2 or older). ValueError for another file."
     from scipy.io import loadmat
-    try: return {k: v for k, v in loadmat(io.BytesIO(raw)).items() if not k.startswith("__")}
+    try:
+        if 0 not in raw[:4]: _check_tags(memoryview(raw)[128:], "<" if raw[126:128] == b"IM" else ">") # else version 4, without tags
+        return {k: v for k, v in loadmat(io.BytesIO(raw)).items() if not k.startswith("__")}
     except Exception as e: raise ValueError(f"scipy cannot read it as a .mat file ({type(e).__name__}: {e})") from e
 
 # %% ../nbs/08_data.ipynb #080047
@@ -626,6 +644,7 @@ def read_arrays(
 # %% ../nbs/08_data.ipynb #080105
 ARRAYS = (".npz", ".npy") # endings of the files that hold arrays
 FACE_SETS = ("disfa", "fera2015", "faces_demo") # videos of faces, which the chapter on faces reads
+VALIDATION = ("frames", "subjects") # of faces: what is kept from training to validate on
 
 def known_names() -> tuple[str, ...]:
     "All names that `load_data` takes."
@@ -697,7 +716,7 @@ def load_data(
     split_seed: int = 0, # chooses the splits that the data do not come with
     fold: int = 0, # of faces: whose subjects are the test
     image_size: int | None = None, # of faces: pixels of a side; None: 224
-    validation: str = "frames", # of faces: validate on frames, or on subjects, that are kept from training
+    validation: str = "frames", # of faces: one of `VALIDATION`
 ) -> Dataset:
     """Data by name, from a file or a folder of images, or from memory.
 
