@@ -105,6 +105,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'csrae_nb.data.read_pinwheel': ('nbs/data.html#read_pinwheel', 'csrae_nb/data.py'),
                                'csrae_nb.data.read_records': ('nbs/data.html#read_records', 'csrae_nb/data.py'),
                                'csrae_nb.data.read_static_mnist': ('nbs/data.html#read_static_mnist', 'csrae_nb/data.py'),
+                               'csrae_nb.data.read_text': ('nbs/data.html#read_text', 'csrae_nb/data.py'),
                                'csrae_nb.data.scaled': ('nbs/data.html#scaled', 'csrae_nb/data.py'),
                                'csrae_nb.data.sha256': ('nbs/data.html#sha256', 'csrae_nb/data.py'),
                                'csrae_nb.data.upright': ('nbs/data.html#upright', 'csrae_nb/data.py')},

@@ -9,7 +9,7 @@ __all__ = ['SPLITS', 'BINARISATION_SEED', 'BATCHES', 'RECORD', 'CHARDATA', 'SILH
            'read_pinwheel', 'read_idx', 'read_amat', 'read_mat', 'read_records', 'read_batches', 'PublicFile',
            'data_folder', 'cache_folder', 'find_file', 'download', 'read_file', 'read_mnist', 'read_static_mnist',
            'upright', 'read_omniglot', 'read_caltech101', 'read_cifar10', 'files_below', 'read_folder', 'read_arrays',
-           'known_names', 'is_source', 'dataset_name', 'as_arrays', 'load_data']
+           'known_names', 'is_source', 'dataset_name', 'as_arrays', 'read_text', 'load_data']
 
 # %% ../nbs/08_data.ipynb #080002
 import codecs
@@ -281,15 +281,17 @@ def read_amat(
 _MATRIX, _ZIPPED = 14, 15
 _TYPES = {*range(1, 8), 9, 12, 13, _MATRIX, _ZIPPED, 16, 17, 18} # of elements in a .mat file
 
-def _check_tags(raw, order):
-    "ValueError for an element of a type that there is not, struct.error for half a tag, zlib.error for what cannot be unzipped."
+def _check_tags(raw, order, in_matrix=False):
+    "ValueError for a tag that says what cannot be, struct.error for half a tag, zlib.error for what cannot be unzipped."
     at = 0
     while at < len(raw):
         kind, size = struct.unpack_from(f"{order}II", raw, at)
         small, kind = kind >> 16, kind & 0xffff # a small element has its size here, and its content within the tag
-        if kind not in _TYPES: raise ValueError(f"an element of type {kind}")
         body = raw[at + 8:at + 8 + size]
-        if kind == _MATRIX and not small: _check_tags(body, order)
+        if kind not in _TYPES: raise ValueError(f"an element of type {kind}")
+        if not small and len(body) < size: raise ValueError(f"an element of {size:,} bytes, of which there are {len(body):,}")
+        if in_matrix and at == 0 and (small, kind, size) != (0, 6, 8): raise ValueError("a matrix that does not begin with its flags")
+        if kind == _MATRIX and not small: _check_tags(body, order, True)
         if kind == _ZIPPED and not small: _check_tags(memoryview(zlib.decompress(body)), order)
         at += 8 if small else 8 + size + (-size % 8 if kind != _ZIPPED else 0)
 
@@ -708,6 +710,15 @@ def as_arrays(
         f"data of type {type(data).__module__}.{type(data).__name__}; expected an array, a tensor, a list, a pandas table, a sparse "
         "matrix, a torch Dataset that has a length, or arrays by name: dict(x=..., y=...)")
     return dict(x=x)
+
+# %% ../nbs/08_data.ipynb #080706
+def read_text(
+    path: str | Path,
+) -> str: # without a byte-order mark
+    "A text file in UTF-8. ValueError that names a file of another encoding."
+    try: return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e: raise ValueError(
+        f"{path} is not UTF-8 (byte {e.start + 1:,} is {e.object[e.start]:02x}): save it as UTF-8") from e
 
 # %% ../nbs/08_data.ipynb #080107
 def load_data(

@@ -37,7 +37,7 @@ from matplotlib.figure import Figure
 from scipy.io import savemat
 from torch import Tensor
 
-from .data import SPLITS, VALIDATION, Dataset, LazyImages, _reason, cache_folder, data_folder, files_below, read_mat
+from .data import SPLITS, VALIDATION, Dataset, LazyImages, _reason, cache_folder, data_folder, files_below, read_mat, read_text
 from .training import _writing, progress_bar, write_atomic
 
 # %% ../nbs/15_faces.ipynb #150005
@@ -75,9 +75,8 @@ def frames_of(r: Recording) -> Iterator[np.ndarray | None]: # (H, W, 3), uint8, 
 
 # %% ../nbs/15_faces.ipynb #150207
 def _text(file):
-    "A text file; ValueError that names it if it is empty or no UTF-8."
-    try: text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e: raise ValueError(f"{file} is not UTF-8 ({e}): save it as UTF-8") from e
+    "A text file; ValueError that names it if it is empty or not UTF-8."
+    text = read_text(file)
     if not text.strip(): raise ValueError(f"{file} is empty")
     return text
 

@@ -23,7 +23,7 @@ from scipy.sparse import csr_array, csr_matrix
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torch.utils.data import Dataset as TorchDataset
 
-from csrae_nb import data
+from csrae_nb import data, tables
 
 NAME = "t10k-labels-idx1-ubyte"
 CONTENT = struct.pack(">BBBBI", 0, 0, 8, 1, 6) + bytes(range(6))
@@ -531,6 +531,16 @@ def test_a_file_of_one_array_is_as_long_as_it_says(tmp_path):
     for damaged in (raw.replace(b"(40, 3)", b"(10, 3)"), raw + b"\0", raw[:-1]):
         (tmp_path/"a.npy").write_bytes(damaged)
         with pytest.raises(ValueError, match="a.npy does not hold plain arrays"): data.load_data(tmp_path/"a.npy")
+
+
+def test_tables_of_results_as_excel_saves_them(tmp_path):
+    "With a byte-order mark; in Latin-1 they are refused by name."
+    text, path = (Path(__file__).parents[1]/"results"/"table1_short.csv").read_text(encoding="utf-8"), tmp_path/"table.csv"
+    before = tables.read_rows(Path(__file__).parents[1]/"results"/"table1_short.csv")
+    path.write_text(text.replace("\n", "\r\n"), encoding="utf-8-sig", newline="")
+    assert before and tables.read_rows(path) == before
+    path.write_text(text + "caf\u00e9", encoding="latin-1")
+    with pytest.raises(ValueError, match="table.csv is not UTF-8 .* save it as UTF-8"): tables.read_rows(path)
 
 
 # The real files, where there are any ------------------------------------------------------------------------------
