@@ -299,6 +299,7 @@ FACES = {
     "faces_demo": FaceSet(read_disfa, "the layout of DISFA", DISFA_AUS, _disfa_folds),
 }
 
+# %% ../nbs/15_faces.ipynb #150115
 def fold_rows(
     subjects: np.ndarray, # (N,) of each frame
     folds: tuple[tuple[str, ...], ...],

@@ -37,13 +37,19 @@ def seconds(n):
     finally: signal.alarm(0)
 
 
+def replace(file, raw):
+    "Another file under the same name: one that is still mapped into memory stays as it is."
+    (new := file.with_name("new")).write_bytes(raw)
+    os.replace(new, file)
+
+
 def fuzz(file, read):
     "Call read() with the file as it is, then with altered ones; its answers and errors are judged by `read`'s own test."
     raw, rng = file.read_bytes(), np.random.default_rng([*file.name.encode()])
     for i in range(TIMES):
-        file.write_bytes(mutated(raw, rng))
+        replace(file, mutated(raw, rng))
         with warnings.catch_warnings(), seconds(10): warnings.simplefilter("ignore"); read()
-    file.write_bytes(raw)
+    replace(file, raw)
 
 
 # Files of arrays and images ---------------------------------------------------------------------------------------
@@ -55,8 +61,8 @@ X = np.random.default_rng(0).integers(0, 2, (6, 784), dtype=np.uint8)
 def idx(a): return struct.pack(f">BBBB{a.ndim}I", 0, 0, 8, a.ndim, *a.shape) + a.tobytes()
 
 
-def mat(**arrays):
-    savemat(file := io.BytesIO(), arrays, do_compression=True)
+def mat(zipped, **arrays):
+    savemat(file := io.BytesIO(), arrays, do_compression=zipped)
     return file.getvalue()
 
 
@@ -77,8 +83,8 @@ PUBLIC = {                                                             # name of
     TEXT: (b"".join(b" ".join(b"%d" % v for v in x) + b"\n" for x in X), (6, 784)),
     RECORDS: (records(3), (3, data.RECORD)),
     data.CIFAR10: (archive(), (6, data.RECORD)),
-    data.CHARDATA: (mat(data=X.T/2, target=np.eye(50)[:, :6]), dict(data=(784, 6), target=(50, 6))),
-    data.SILHOUETTES: (mat(train_data=X, train_labels=np.arange(6)[:, None]), dict(train_data=(6, 784), train_labels=(6, 1))),
+    data.CHARDATA: (mat(True, data=X.T/2, target=np.eye(50)[:, :6]), dict(data=(784, 6), target=(50, 6))),
+    data.SILHOUETTES: (mat(False, train_data=X, train_labels=np.arange(6)[:, None]), dict(train_data=(6, 784), train_labels=(6, 1))),
 }
 
 
