@@ -371,6 +371,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'csrae_nb.faces._once': ('nbs/faces.html#_once', 'csrae_nb/faces.py'),
                                 'csrae_nb.faces._only': ('nbs/faces.html#_only', 'csrae_nb/faces.py'),
                                 'csrae_nb.faces._or_none': ('nbs/faces.html#_or_none', 'csrae_nb/faces.py'),
+                                'csrae_nb.faces._picture': ('nbs/faces.html#_picture', 'csrae_nb/faces.py'),
                                 'csrae_nb.faces._places': ('nbs/faces.html#_places', 'csrae_nb/faces.py'),
                                 'csrae_nb.faces._prepare': ('nbs/faces.html#_prepare', 'csrae_nb/faces.py'),
                                 'csrae_nb.faces._prepare_all': ('nbs/faces.html#_prepare_all', 'csrae_nb/faces.py'),

@@ -61,11 +61,18 @@ def _or_none(read, *args):
     try: return read(*args)
     except _extra("cv2").error: return None # e.g. an image whose header asks for terabytes
 
+def _picture(file):
+    "A frame from its file; None for one that cannot be read, or is cut off: of a JPEG, OpenCV would give the first part."
+    try: raw = file.read_bytes()
+    except OSError: return None
+    cut = raw[:2] == b"\xff\xd8" and b"\xff\xd9" not in raw[len(raw)//2:] # its first and its last marker
+    return None if cut else _or_none(_extra("cv2").imdecode, np.frombuffer(raw, np.uint8), _extra("cv2").IMREAD_COLOR)
+
 def frames_of(r: Recording) -> Iterator[np.ndarray | None]: # (H, W, 3), uint8, blue first, as OpenCV has them
     "The images of a recording; None for one that cannot be read. ValueError for a video that cannot be opened."
     cv2, n = _extra("cv2"), len(r.intensities)
     if isinstance(r.images, tuple):
-        yield from (_or_none(cv2.imread, str(p)) for p in r.images)
+        yield from map(_picture, r.images)
         return
     video = cv2.VideoCapture(str(r.images))
     try:

@@ -219,6 +219,12 @@ def test_a_malformed_label_file_of_fera2015_is_named(tmp_path, raw, says):
     file.unlink(); file.mkdir() if raw is None else file.write_bytes(raw)
     with pytest.raises((ValueError, OSError), match=f"F001_T1_coded.csv.*{says}|{says}.*F001_T1_coded.csv"): read_fera2015(tmp_path, "F001_T1")
 
+@pytest.mark.parametrize("raw", [lambda raw: raw[:len(raw)//2], lambda raw: raw[:-2], lambda raw: b"", lambda raw: b"none"], ids=["half", "without its end", "empty", "text"])
+def test_a_frame_that_is_cut_off_is_not_used(tmp_path, raw):
+    "OpenCV gives the half that is there, and grey below."
+    write_fera2015(tmp_path, ("F001_T1",), frames=6); file = tmp_path/"BP4D-training"/"F001"/"T1"/"13.jpg"; file.write_bytes(raw(file.read_bytes()))
+    seen = list(faces.frames_of(read_fera2015(tmp_path, "F001_T1")[0])); assert [i for i, x in enumerate(seen) if x is None] == [3] and len(seen) == 6
+
 def test_occurrence_codes_with_too_few_columns_are_named(tmp_path):
     write_fera2015(tmp_path, ("F001_T1",), frames=12); file = tmp_path/"AUCoding"/"F001_T1.csv"
     file.write_text("\n".join(",".join(line.split(",")[:13]) for line in file.read_text().splitlines()))
