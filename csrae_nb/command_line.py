@@ -8,6 +8,7 @@ __all__ = ['engine', 'project_of', 'given_parameters', 'check_names', 'train_out
 # %% ../nbs/90_command_line.ipynb #900002
 import base64
 import os
+import re
 import sys
 from configparser import ConfigParser
 from functools import wraps
@@ -24,18 +25,40 @@ def project_of(notebook: str | Path) -> Path | None: # None: not ours
         return root if ini.get("DEFAULT", "lib_name", fallback=None) == "csrae_nb" else None
     except Exception: return None # a damaged settings.ini, a path that is none: somebody else's
 
+# %% ../nbs/90_command_line.ipynb #900108
+def _from_yaml(text, where):
+    "What a YAML text says, with None and numbers such as 1e-3. ValueError that says where it cannot be read."
+    import yaml
+    from papermill.iorw import NoDatesSafeLoader
+    class Loader(NoDatesSafeLoader): pass
+    Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("None$"), "N")
+    number = r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(number), "-+.0123456789")
+    try: return yaml.load(text, Loader=Loader)
+    except yaml.YAMLError as e: raise ValueError(f"{where} cannot be read as YAML: {' '.join(str(e).split())}") from e
+
+def _from_file(path):
+    "What a YAML file says. ValueError if it is no YAML, or not written in UTF-8."
+    from papermill.iorw import papermill_io
+    try: text = papermill_io.read(path, [".json", ".yaml", ".yml"])
+    except UnicodeDecodeError as e: raise ValueError(f"{path} is not UTF-8 ({e}): save it as UTF-8") from e
+    return _from_yaml(text, path)
+
 # %% ../nbs/90_command_line.ipynb #900009
 def given_parameters(
     options: dict, # papermill's own, by name
 ) -> dict: # name: value
-    "The parameters of a papermill command, merged as papermill merges them."
-    import yaml
+    "The parameters of a papermill command, merged as papermill merges them. ValueError for what cannot be read."
     from papermill.cli import _resolve_type
-    from papermill.iorw import NoDatesSafeLoader, read_yaml_file
-    load = lambda text: yaml.load(text, Loader=NoDatesSafeLoader)
-    parts = [*(load(base64.b64decode(text)) for text in options["parameters_base64"]), *map(read_yaml_file, options["parameters_file"]),
-             *map(load, options["parameters_yaml"]), {k: _resolve_type(v) for k, v in options["parameters"]}, dict(options["parameters_raw"])]
-    if bad := [p for p in parts if not isinstance(p, dict | None)]: raise ValueError(f"parameters {bad[0]!r}; expected YAML of the form name: value")
+    parts = [
+        *(_from_yaml(base64.b64decode(text), "base64") for text in options["parameters_base64"]),
+        *map(_from_file, options["parameters_file"]),
+        *(_from_yaml(text, text) for text in options["parameters_yaml"]),
+        {k: _resolve_type(v) for k, v in options["parameters"]},
+        dict(options["parameters_raw"]),
+    ]
+    if bad := [p for p in parts if not isinstance(p, dict | None)]: raise ValueError(
+        f"parameters {bad[0]!r}; expected YAML of the form name: value")
     return {k: v for part in parts for k, v in (part or {}).items()}
 
 # %% ../nbs/90_command_line.ipynb #900012

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'BINARISATION_SEED', 'ROOM', 'BATCHES', 'RECORD', 'CHARDATA', 'SILHOUETTES', 'CIFAR10', 'FILES', 'IMAGES',
-           'DATASETS', 'ARRAYS', 'FACE_SETS', 'LazyImages', 'Dataset', 'names_of_labels', 'labelled_rows', 'is_binary',
-           'default_likelihood', 'scaled', 'column_units', 'channels_first', 'cut_splits', 'numbered', 'check_arrays',
-           'sha256', 'from_arrays', 'read_digits', 'read_pinwheel', 'read_idx', 'read_amat', 'read_mat', 'read_records',
-           'read_batches', 'PublicFile', 'data_folder', 'find_file', 'download', 'read_file', 'read_mnist',
-           'read_static_mnist', 'upright', 'read_omniglot', 'read_caltech101', 'read_cifar10', 'read_folder',
-           'read_arrays', 'known_names', 'is_source', 'dataset_name', 'load_data']
+           'DATASETS', 'ARRAYS', 'FACE_SETS', 'VALIDATION', 'LazyImages', 'Dataset', 'names_of_labels', 'labelled_rows',
+           'is_binary', 'default_likelihood', 'scaled', 'column_units', 'channels_first', 'cut_splits', 'numbered',
+           'check_arrays', 'sha256', 'from_arrays', 'read_digits', 'read_pinwheel', 'read_idx', 'read_amat', 'read_mat',
+           'read_records', 'read_batches', 'PublicFile', 'data_folder', 'cache_folder', 'find_file', 'download',
+           'read_file', 'read_mnist', 'read_static_mnist', 'upright', 'read_omniglot', 'read_caltech101',
+           'read_cifar10', 'files_below', 'read_folder', 'read_arrays', 'known_names', 'is_source', 'dataset_name',
+           'as_arrays', 'read_text', 'load_data']
 
 # %% ../nbs/08_data.ipynb #080002
+import codecs
 import gzip
 import hashlib
 import io
@@ -20,7 +22,6 @@ import os
 import struct
 import tarfile
 import warnings
-import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -29,14 +30,18 @@ from functools import partial
 from importlib import import_module
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from PIL import Image, ImageOps, UnidentifiedImageError
+from scipy.sparse import issparse
 from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
 from tqdm import tqdm
 
+from .divergence import _free_memory
 from .likelihoods import Units, make_likelihood
 from .pinwheel import make_pinwheel
 
@@ -344,19 +349,39 @@ def read_amat(
     columns: int = 784, # pixels a line
 ) -> np.ndarray: # (lines, columns) of 0 and 1, uint8
     "The images in an amat file. ValueError for anything but lines of `columns` zeros and ones."
+    raw = raw.removeprefix(codecs.BOM_UTF8) # some editors put it before a text
     x = _even_text(raw, columns)
-    try: x = np.loadtxt(io.BytesIO(raw), np.float32, ndmin=2) if x is None else x
+    try: x = np.loadtxt(io.BytesIO(raw), np.float32, comments=None, ndmin=2) if x is None else x
     except ValueError as e: raise ValueError(f"not all of its lines hold {columns} numbers") from e
     if x.shape[1] != columns or not is_binary(x): raise ValueError(f"expected lines of {columns} zeros and ones")
     return x.astype(np.uint8)
 
 # %% ../nbs/08_data.ipynb #080044
+_MATRIX, _ZIPPED = 14, 15
+_TYPES = {*range(1, 8), 9, 12, 13, _MATRIX, _ZIPPED, 16, 17, 18} # of elements in a .mat file
+
+def _check_tags(raw, order, in_matrix=False):
+    "ValueError for a tag that says what cannot be, struct.error for half a tag, zlib.error for what cannot be unzipped."
+    at = 0
+    while at < len(raw):
+        kind, size = struct.unpack_from(f"{order}II", raw, at)
+        small, kind = kind >> 16, kind & 0xffff # a small element has its size here, and its content within the tag
+        body = raw[at + 8:at + 8 + size]
+        if kind not in _TYPES: raise ValueError(f"an element of type {kind}")
+        if not small and len(body) < size: raise ValueError(f"an element of {size:,} bytes, of which there are {len(body):,}")
+        if in_matrix and at == 0 and (small, kind, size) != (0, 6, 8): raise ValueError("a matrix that does not begin with its flags")
+        if kind == _MATRIX and not small: _check_tags(body, order, True)
+        if kind == _ZIPPED and not small: _check_tags(memoryview(zlib.decompress(body)), order)
+        at += 8 if small else 8 + size + (-size % 8 if kind != _ZIPPED else 0)
+
 def read_mat(
     raw: bytes, # a whole file
 ) -> dict[str, np.ndarray]: # by name
     "The arrays in a .mat file (version 7.2 or older). ValueError for another file."
     from scipy.io import loadmat
-    try: return {k: v for k, v in loadmat(io.BytesIO(raw)).items() if not k.startswith("__")}
+    try:
+        if 0 not in raw[:4]: _check_tags(memoryview(raw)[128:], "<" if raw[126:128] == b"IM" else ">") # else version 4, without tags
+        return {k: v for k, v in loadmat(io.BytesIO(raw)).items() if not k.startswith("__")}
     except Exception as e: raise ValueError(f"scipy cannot read it as a .mat file ({type(e).__name__}: {e})") from e
 
 # %% ../nbs/08_data.ipynb #080047
@@ -430,6 +455,18 @@ def data_folder() -> Path:
     from pooch import os_cache
     return Path(os_cache("csrae_nb"))
 
+def _can_write(folder):
+    "Whether files can be put into a folder, which may have to be made."
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+def cache_folder() -> Path:
+    "Where what is made from data is kept: `CSRAE_CACHE`, or the data folder, or, if that cannot be written, pooch's cache folder."
+    if os.environ.get("CSRAE_CACHE"): return Path(os.environ["CSRAE_CACHE"]).expanduser()
+    if _can_write(folder := data_folder()): return folder
+    from pooch import os_cache
+    return Path(os_cache("csrae_nb"))
+
 def find_file(
     name: str, # a key of `FILES`
 ) -> Path | None: # None if it is not there
@@ -454,7 +491,9 @@ def _parsed(name, content):
         raise ValueError(f"it holds {_shapes(got)}; expected {_shapes(want)}")
     return x
 
-_DAMAGED = ValueError, EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError
+def _reason(e):
+    "What an exception says, and its kind where that does not go without saying."
+    return str(e) if isinstance(e, (ValueError, OSError)) else f"{type(e).__name__}: {e}"
 
 # %% ../nbs/08_data.ipynb #080057
 def _fetch(name, url):
@@ -463,7 +502,9 @@ def _fetch(name, url):
     path = Path(retrieve(url, known and f"sha256:{known}", Path(url).name, data_folder(), downloader=HTTPDownloader(progressbar=True)))
     if known: return path
     try: _parsed(name, _content(path.read_bytes()))
-    except _DAMAGED as e: path.unlink(); raise ValueError(f"what it gave is another file: {e}") from e
+    except Exception as e: # decoders raise what they like
+        path.unlink()
+        raise ValueError(f"what it gave is another file: {_reason(e)}") from e
     return path
 
 def download(
@@ -486,8 +527,8 @@ def read_file(
     path = find_file(name) or download(name)
     raw = path.read_bytes()
     try: content = _content(raw); x = _parsed(name, content)
-    except _DAMAGED as e: raise ValueError(
-        f"{path} is damaged or another file: {e}. Delete it and load again to download it, or put an intact copy there.") from e
+    except Exception as e: raise ValueError( # decoders raise what they like
+        f"{path} is damaged or another file: {_reason(e)}. Delete it and load again to download it, or put an intact copy there.") from e
     if (known := FILES[name].sha256) and sha256(content) != known:
         warnings.warn(f"{path} has the right format and size but differs from the public file")
     return x, {path.name: sha256(raw)}
@@ -570,11 +611,31 @@ def _some(items, n=3):
     "The first few items in words."
     return ", ".join(items[:n]) + (f" and {len(items) - n:,} more" if len(items) > n else "")
 
+def files_below(
+    folder: Path,
+    above: tuple[Path, ...] = (), # the folders on the way here, as they are called without links
+) -> Iterator[Path]: # hidden ones aside
+    "All files below a folder and the folders that it links to, circles aside. ValueError for a link that leads nowhere."
+    here = folder.resolve()
+    if any(a.is_relative_to(here) for a in above): return # a circle
+    for p in sorted(folder.iterdir()):
+        if p.name.startswith("."): continue
+        if p.is_dir(): yield from files_below(p, (*above, here))
+        elif p.is_file(): yield p
+        elif p.is_symlink(): raise ValueError(f"{p} is a link to {os.readlink(p)}, which leads nowhere: mend it or remove it")
+
+# %% ../nbs/08_data.ipynb #080388
+def _others(files):
+    "How many files of each other kind there are, in words."
+    kinds = Counter(f.suffix.lower() or "without an ending" for f in files if f.suffix.lower() not in IMAGES)
+    return ", ".join(f"{n:,} {kind}" for kind, n in sorted(kinds.items()))
+
 def _image_files(folder):
-    "Paths of the images below a folder, relative to it, in a fixed order. ValueError if there are none."
-    files = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
-    images = [f for f in files if f.suffix.lower() in IMAGES and not any(part.startswith(".") for part in f.parts)]
-    if not images: raise ValueError(f"{folder} holds no images ({', '.join(IMAGES)}) among its {len(files):,} files")
+    "Paths of the images below a folder, relative to it, in a fixed order. A warning counts other files; ValueError if there are none."
+    files = [p.relative_to(folder) for p in files_below(folder)]
+    images, others, known = [f for f in files if f.suffix.lower() in IMAGES], _others(files), ", ".join(IMAGES)
+    if not images: raise ValueError(f"{folder} holds no images ({known}) among its {len(files):,} files{others and f': {others}'}")
+    if others: warnings.warn(f"{folder}: {others} left out, since only {known} are read; convert the pictures among them")
     return sorted(images, key=Path.as_posix)
 
 # %% ../nbs/08_data.ipynb #080089
@@ -651,10 +712,12 @@ def read_arrays(
 ) -> tuple[dict, dict[str, str]]: # arrays, that of an .npy as `x`; name and SHA-256 of the file
     "The arrays in a file of numpy's. ValueError if it is damaged, of another kind, or holds Python objects."
     raw = path.read_bytes()
+    file = io.BytesIO(raw)
     try:
-        a = np.load(io.BytesIO(raw), allow_pickle=False)
+        a = np.load(file, allow_pickle=False)
         arrays = {"x": a} if isinstance(a, np.ndarray) else {k: a[k] for k in a.files}
-    except (ValueError, EOFError, zlib.error, zipfile.BadZipFile) as e: raise ValueError(
+        if isinstance(a, np.ndarray) and file.read(1): raise ValueError("there is more than its header says")
+    except Exception as e: raise ValueError( # decoders raise what they like
         f"{path} does not hold plain arrays (numpy: {str(e).split('. ')[0]}). It is cut off, of another kind, or holds Python objects "
         "(pickles), which are never loaded: write it anew with np.savez or np.save from arrays of numbers.") from e
     return arrays, {path.name: sha256(raw)}
@@ -662,6 +725,7 @@ def read_arrays(
 # %% ../nbs/08_data.ipynb #080105
 ARRAYS = (".npz", ".npy") # endings of the files that hold arrays
 FACE_SETS = ("disfa", "fera2015", "faces_demo") # videos of faces, which the chapter on faces reads
+VALIDATION = ("frames", "subjects") # of faces: what is kept from training to validate on
 
 def known_names() -> tuple[str, ...]:
     "All names that `load_data` takes."
@@ -682,13 +746,67 @@ def dataset_name(
     path = Path(os.path.abspath(Path(dataset).expanduser())) # "." has a name, too
     return path.stem if path.suffix.lower() in ARRAYS else path.name
 
+# %% ../nbs/08_data.ipynb #080306
+def _frame_values(x):
+    "The numbers in a pandas table. ValueError that names the columns that hold something else."
+    if odd := [str(c) for c, t in x.dtypes.items() if t.kind not in "biuf"]: raise ValueError(
+        f"the table's columns {_some(odd)} hold no numbers: leave them out, and give labels as dict(x=..., y=...)")
+    a = x.to_numpy()
+    return a if a.dtype.kind in "biuf" else x.to_numpy(dtype=float, na_value=math.nan) # of columns of several types
+
+def _written_out(x):
+    "A sparse matrix or tensor with its zeros. ValueError if memory cannot hold it."
+    need = math.prod(x.shape)*(x.dtype.itemsize + 4) # and once more as float32
+    if need > (free := _free_memory(torch.device("cpu"))): raise ValueError(
+        f"a sparse matrix of shape {tuple(x.shape)} takes {need/2**30:,.1f} GiB with its zeros, {free/2**30:,.1f} GiB are free: "
+        "choose columns, or reduce it first (scikit-learn's TruncatedSVD)")
+    return x.to_dense() if isinstance(x, Tensor) else x.toarray()
+
+def _plain(x):
+    "A table or a sparse matrix as an array; anything else as it is."
+    if type(x).__module__.startswith("pandas") and x.ndim == 2: return _frame_values(x)
+    return _written_out(x) if issparse(x) or isinstance(x, Tensor) and x.layout != torch.strided else x
+
+# %% ../nbs/08_data.ipynb #080406
+def _items(data):
+    "The examples of a torch Dataset, with their labels if items are pairs. ValueError for other items."
+    items = [data[i] for i in range(len(data))]
+    items = [item if isinstance(item, (tuple, list)) else (item,) for item in items]
+    if odd := {len(item) for item in items} - {1, 2} or {type(item[0]).__name__ for item in items if isinstance(item[0], Mapping)}:
+        raise ValueError(f"items of the {type(data).__name__} are {_some(sorted(map(str, odd)))}, expected x or pairs (x, y)")
+    try: columns = [np.stack([_numpy("an item", part) for part in column]) for column in zip(*items, strict=True)]
+    except ValueError as e: raise ValueError(f"items of the {type(data).__name__} are not alike ({e}): bring all to one shape") from e
+    return dict(zip("xy", columns))
+
+def as_arrays(
+    data: Any, # arrays by name, or one array, table, sparse matrix or torch Dataset
+) -> dict: # by the names of `check_arrays`
+    "Data in memory as arrays. ValueError for a type that cannot be read, or for what it holds."
+    if isinstance(data, Mapping): return {k: _plain(v) for k, v in data.items()}
+    if isinstance(data, TorchDataset) and hasattr(data, "__len__"): return _items(data)
+    x = _plain(data)
+    if not isinstance(x, (np.ndarray, Tensor, list, tuple)): raise ValueError(
+        f"data of type {type(data).__module__}.{type(data).__name__}; expected an array, a tensor, a list, a pandas table, a sparse "
+        "matrix, a torch Dataset that has a length, or arrays by name: dict(x=..., y=...)")
+    return dict(x=x)
+
+# %% ../nbs/08_data.ipynb #080706
+def read_text(
+    path: str | Path,
+) -> str: # without a byte-order mark
+    "A text file in UTF-8. ValueError that names a file of another encoding."
+    try: return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e: raise ValueError(
+        f"{path} is not UTF-8 (byte {e.start + 1:,} is {e.object[e.start]:02x}): save it as UTF-8") from e
+
 # %% ../nbs/08_data.ipynb #080107
 def load_data(
-    dataset: str | Path | Mapping | np.ndarray | Tensor | list | tuple = "digits", # a name of `DATASETS`, a path to .npz, .npy or images, or arrays
+    dataset: Any = "digits", # a name of `DATASETS`, a path to .npz, .npy or images, or data in memory, as above
     likelihood: str | None = None, # a key of `LIKELIHOODS`; None: the data set's own, or by the values
     split_seed: int = 0, # chooses the splits that the data do not come with
     fold: int = 0, # of faces: whose subjects are the test
     image_size: int | None = None, # of faces: pixels of a side; None: 224
+    validation: str = "frames", # of faces: one of `VALIDATION`
 ) -> Dataset:
     """Data by name, from a file or a folder of images, or from memory.
 
@@ -697,10 +815,10 @@ def load_data(
     floats a Gaussian; under `likelihood="bernoulli"` grey levels are probabilities of pixels, drawn anew in each epoch. ValueError
     for an unknown name, a damaged file and arrays that do not fit; FileNotFoundError for a public file that cannot be had."""
     if likelihood: make_likelihood(likelihood) # unknown: an error before any download
-    if isinstance(dataset, (np.ndarray, Tensor, list, tuple)): dataset = dict(x=dataset)
-    if isinstance(dataset, Mapping): return from_arrays(dataset, likelihood, split_seed)
+    if not isinstance(dataset, (str, os.PathLike)): return from_arrays(as_arrays(dataset), likelihood, split_seed)
     path = Path(dataset).expanduser()
-    if dataset in FACE_SETS: return import_module("csrae_nb.faces").load_faces(dataset, fold, image_size or 224, split_seed, likelihood or "discretized_logistic")
+    if dataset in FACE_SETS: return import_module("csrae_nb.faces").load_faces(
+        dataset, fold, image_size or 224, split_seed, likelihood or "discretized_logistic", validation=validation)
     if dataset in DATASETS: read, default = DATASETS[dataset]
     elif path.suffix.lower() in ARRAYS and path.is_file(): read, default = partial(read_arrays, path), None
     elif dataset and path.is_dir(): read, default = partial(read_folder, Path(os.path.abspath(path))), None

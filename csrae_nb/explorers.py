@@ -541,7 +541,7 @@ def _newest():
     files = [p/"model.safetensors" for p in run_folders() if (p/"model.safetensors").exists()]
     return max(files, key=lambda f: f.stat().st_mtime).parent if files else None
 
-def _data_key(c): return c.dataset, c.likelihood, c.split_seed, c.fold, c.image_size
+def _data_key(c): return c.dataset, c.likelihood, c.split_seed, c.fold, c.image_size, c.validation
 
 # %% ../nbs/22_explorers.ipynb #220054
 def _tabs(parts, guard):

@@ -32,6 +32,7 @@ from matplotlib.ticker import LogFormatter
 from scipy.stats import spearmanr
 from scipy.stats import t as student
 
+from .data import read_text
 from .evaluation import METRICS, SETS, WITH_LABELS
 from .sweeps import read_sweep
 from .training import SUPERVISED, Config, project_root, write_atomic
@@ -57,7 +58,8 @@ def read_rows(
 ) -> list[dict]: # [] without the file
     "Rows of a table, with numbers as numbers and None where nothing is; ValueError for a file that lacks columns."
     if not Path(path).exists(): return []
-    with open(path, newline="") as f: reader = csv.DictReader(f); rows, there = list(reader), reader.fieldnames or []
+    reader = csv.DictReader(read_text(path).splitlines(True))
+    rows, there = list(reader), reader.fieldnames or []
     if missing := [c for c in columns if c not in there]: raise ValueError(f"{path} has no column {', '.join(missing)}; make it with csrae-sweep --csv")
     return [{k: _typed(k, v) for k, v in r.items()} for r in rows]
 

@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import __version__
-from .data import FACE_SETS, SPLITS, Dataset, LazyImages, dataset_name, known_names, load_data
+from .data import FACE_SETS, SPLITS, VALIDATION, Dataset, LazyImages, dataset_name, known_names, load_data
 from .divergence import Share
 from .likelihoods import LIKELIHOODS, Likelihood, Units, make_likelihood
 from .models import CSRAE, IWAE, VAE, Autoencoder, MixtureCSRAE, MixtureVAE, VampPriorVAE, in_eval_mode, rows_at_once
@@ -113,6 +113,7 @@ class Config(ModelConfig):
     split_seed: int = 0 # split of data that come unsplit
     fold: int = 0 # of a data set of faces: whose subjects are the test, 0 to 2
     image_size: int | None = None # of faces: pixels of a side, 32, 96, 160, 224, …
+    validation: str = "frames" # of faces: frames, or subjects, that are kept from training to validate on
     ll_samples: int | None = None # S of Eq. (28) in the evaluation; 0: leave it out
     fid_layer: int | None = None # Inception features of the FID: 64, 192, 768 or 2048 of them; 0: leave it out
     fid_images: int = 10_000 # images of each kind in a Fréchet distance, at most
@@ -142,7 +143,7 @@ def has_cs(
     return cfg.model in MODELS and issubclass(MODELS[cfg.model], CSRAE)
 
 _choices = dict(model=(*MODELS, SUPERVISED), prior=("mog", "vamp"), objective=("cs", "paper_eq21"), likelihood=LIKELIHOODS, network=NETWORKS,
-                device=("auto", "cpu"), precision=("no", "bf16"), fid_layer=(0, 64, 192, 768, 2048),
+                device=("auto", "cpu"), precision=("no", "bf16"), validation=VALIDATION, fid_layer=(0, 64, 192, 768, 2048),
                 tracker=("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"))
 _least = dict(latent_dim=1, components=1, importance_samples=1, kl_samples=1, kmeans_epoch=0, epochs=1, warmup=0, patience=1, batch_size=1, seed=0,
               split_seed=0, fold=0, image_size=32, ll_samples=0, fid_images=2, expost_components=1, threads=1, lam=0, beta=0, labels=0, pretrain=0, labelled_batch=1, alpha=0)
@@ -163,7 +164,9 @@ def _check_config(c):
     with_labels = preset(c.dataset)["labels"] if c.labels is None else c.labels
     if c.pretrain and not with_labels: raise ValueError(f"pretrain={c.pretrain} has no effect without labels; set labels, or epochs")
     if getattr(c, ignored) != 1 and not (with_labels and ignored == "beta"): raise ValueError(f"{ignored}={getattr(c, ignored)} has no effect on {c.model}; set {used}")
-    if (c.fold or c.image_size) and dataset_name(c.dataset) not in FACE_SETS: raise ValueError(f"fold and image_size are of faces ({', '.join(FACE_SETS)}), not of {c.dataset}")
+    of_faces = c.fold or c.image_size or c.validation != "frames"
+    if of_faces and dataset_name(c.dataset) not in FACE_SETS: raise ValueError(
+        f"fold, image_size and validation are of faces ({', '.join(FACE_SETS)}), not of {c.dataset}")
     if not 0 < c.lr < math.inf: raise ValueError(f"lr={c.lr}; expected a positive number")
     if not c.dataset: raise ValueError(f"no dataset; expected one of {', '.join(known_names())}, a path to .npz, .npy or a folder of images, or \"arrays\"")
     if c.name is not None and (not c.name or c.name != os.path.basename(c.name) or c.name.startswith(".")): raise ValueError(
@@ -206,7 +209,8 @@ def _unused(cfg):
     parts = {
         _of_autoencoders: cfg.model != SUPERVISED, ("labelled_batch", "alpha"): cfg.labels, ("lam", "objective"): cs, ("beta",): not cs or cfg.labels,
         ("prior",): cfg.model == "MixtureCSRAE", ("importance_samples",): cfg.model == "IWAE", ("kl_samples",): not cs and kind != "normal",
-        ("components",): kind != "normal", ("prior_network", "learned_weights"): kind == "mog", ("kmeans_epoch",): free}
+        ("components",): kind != "normal", ("prior_network", "learned_weights"): kind == "mog", ("kmeans_epoch",): free,
+        ("validation",): cfg.validation != "frames"} # runs of version 0.1.0 do not have this field
     return [f for fields, used in parts.items() if not used for f in fields]
 
 def identity(cfg: Config) -> dict: # field: value
@@ -339,10 +343,10 @@ def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict]: # tensors 
 
 # %% ../nbs/09_training.ipynb #090037
 @contextmanager
-def _writing(path):
+def _writing(path, variable="CSRAE_RUNS"):
     "Turn an OSError of the body into one that says what to do."
     try: yield
-    except OSError as e: raise OSError(f"cannot write to {path} ({e.strerror or e}); free some space there, or name another folder in CSRAE_RUNS") from e
+    except OSError as e: raise OSError(f"cannot write to {path} ({e.strerror or e}); free some space there, or name another folder in {variable}") from e
 
 def _same_config(path, cfg):
     "ValueError if config.json in path is of another configuration, or no configuration."
@@ -595,7 +599,7 @@ def prepare_data(
 ) -> Dataset:
     "The data of a configuration, loaded if need be and checked against it; ValueError if they do not fit."
     if data is None and cfg.dataset == "arrays": raise ValueError('dataset="arrays" needs the arrays: fit(cfg, dict(x=..., y=...))')
-    if not isinstance(data, Dataset): data = load_data(cfg.dataset if data is None else data, cfg.likelihood, cfg.split_seed, cfg.fold, cfg.image_size)
+    if not isinstance(data, Dataset): data = load_data(cfg.dataset if data is None else data, cfg.likelihood, cfg.split_seed, cfg.fold, cfg.image_size, cfg.validation)
     if cfg.likelihood not in (None, data.likelihood): raise ValueError(f"the config says likelihood {cfg.likelihood}, the data {data.likelihood}")
     for split in SPLITS:
         if isinstance(x := getattr(data, f"x_{split}"), Tensor): make_likelihood(data.likelihood).check(x, f"x_{split}")

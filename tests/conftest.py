@@ -11,4 +11,5 @@ def sandbox(tmp_path_factory):
     startup = home/"ipython"/"profile_default"/"startup"
     startup.mkdir(parents=True)
     (startup/"shapes.ipy").write_text("%load_ext jaxtyping\n%jaxtyping.typechecker beartype.beartype\n")
+    os.environ.pop("CSRAE_CACHE", None) # beside the data
     os.environ |= {"CSRAE_RUNS": f"{home}/runs", "CSRAE_DATA": f"{home}/data", "IPYTHONDIR": f"{home}/ipython"}

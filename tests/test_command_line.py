@@ -123,6 +123,27 @@ def test_parameters_are_merged_as_papermill_merges_them(foreign, tmp_path):
     theirs, ours = (executed(nb, tmp_path/"out.ipynb", *given())[1]["parameters"] for nb in (foreign, train))
     assert ours == theirs == dict(name="7", lam=4, seed=10., likelihood=None, prior_network=True, beta=3.5e-05, model="2020-01-01")
 
+@pytest.mark.parametrize("text, value", [
+    ("None", None), ("1e-3", .001), ("1E3", 1000.), ("-1.5e3", -1500.), (".5e+2", 50.), ("2.e-1", .2), ("'1e-3'", "1e-3"), ('"None"', "None"), ("Nones", "Nones"), ("1e", "1e"),
+    ("e3", "e3"), ("1", 1), ("1.5", 1.5), ("null", None), ("True", True), ("2020-01-01", "2020-01-01"),
+])
+def test_yaml_reads_none_and_numbers_as_typed_parameters(text, value, tmp_path):
+    "By -y, -f and -b; what is not in quotes is what -p makes of it."
+    (tmp_path/"values.yaml").write_text(f"name: {text}", encoding="utf-8-sig")
+    for given in (["-y", f"{{name: {text}}}"], ["-f", tmp_path/"values.yaml"], ["-b", base64.b64encode(f"name: {text}".encode()).decode()]):
+        got = executed(train, tmp_path/"out.ipynb", *given)[1]["parameters"]["name"]
+        assert got == value and type(got) is type(value)
+
+@pytest.mark.parametrize("raw, says", [
+    ("name: caf\u00e9".encode("latin-1"), "values.yaml is not UTF-8"), (b"{lam: [", "values.yaml cannot be read as YAML"), (b"lam", "'lam'; expected YAML"), (b"lam: \0", "cannot be read as YAML"),
+    (None, "No such file"),
+])
+def test_a_parameter_file_that_cannot_be_read_is_named(raw, says, runs, tmp_path):
+    if raw is not None: (tmp_path/"values.yaml").write_bytes(raw)
+    result, call = executed(train, "-f", tmp_path/"values.yaml")
+    assert (result.exit_code, call) == (2, None) and result.output.startswith("Error: ") and says in result.output and result.output.count("\n") == 1
+    assert not runs.exists()
+
 @pytest.mark.parametrize("args, says", [
     (["-p", "lam", "-1"], "lam=-1.0; expected at least 0"),
     (["-p", "dataset", "mnits"], "expected one of digits"),
@@ -132,6 +153,7 @@ def test_parameters_are_merged_as_papermill_merges_them(foreign, tmp_path):
     (["-p", "batch_size", "5000"], "larger than the"),
     (["-p", "dataset", "arrays"], "arrays"),
     (["-y", "[lam]"], "of the form name: value"),
+    (["-y", "{lam: ["], "{lam: [ cannot be read as YAML"),
 ])
 @pytest.mark.parametrize("piped", [False, True])
 def test_refused(args, says, piped, runs, tmp_path, monkeypatch):

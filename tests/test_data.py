@@ -14,12 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 from scipy.io import loadmat, savemat
+from scipy.sparse import csr_array, csr_matrix
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import Dataset as TorchDataset
 
-from csrae_nb import data
+from csrae_nb import data, tables
 
 NAME = "t10k-labels-idx1-ubyte"
 CONTENT = struct.pack(">BBBBI", 0, 0, 8, 1, 6) + bytes(range(6))
@@ -418,6 +422,125 @@ def test_here_is_a_folder_with_a_name(pictures, monkeypatch):
     monkeypatch.chdir(folder)
     assert data.load_data(".").name == data.dataset_name(".") == "pictures" and data.load_data("cat").name == "cat" and data.is_source("cat")
     with pytest.raises(ValueError, match="'' is neither"): data.load_data("")
+
+
+def linked(folder, name, to):
+    "Move a sub-folder to another place, and leave a link."
+    to.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(folder/name, to)
+    (folder/name).symlink_to(to)
+
+
+def test_links_to_folders_and_files_are_followed(pictures, tmp_path):
+    "A folder of links has the images, classes and sums of what it links to."
+    folder, _ = pictures
+    before = data.load_data(folder)
+    linked(folder, "dog", tmp_path/"elsewhere"/"dog")
+    linked(folder/"cat", "00.png", tmp_path/"elsewhere"/"00.png")
+    after = data.load_data(folder)
+    assert after.x_train.equal(before.x_train) and after.y_train.equal(before.y_train) and after.sha256 == before.sha256
+
+
+def test_a_linked_split_is_that_split(pictures, tmp_path):
+    folder, add = pictures
+    for name in ("cat", "dog", "emu"): (folder/"train").mkdir(exist_ok=True); (folder/name).rename(folder/"train"/name)
+    for i in range(4): add(f"test/cat/{i}.png")
+    linked(folder, "test", tmp_path/"elsewhere")
+    assert [len(x) for x in (lambda d: (d.x_train, d.x_val, d.x_test))(data.load_data(folder))] == [27, 3, 4]
+
+
+def test_circles_of_links_end_and_hidden_things_stay_hidden(pictures, tmp_path):
+    folder, _ = pictures
+    for link, to in {"cat/self": folder/"cat", "cat/top": folder, "cat/above": tmp_path, "dog/.hidden": folder/"cat"}.items(): (folder/link).symlink_to(to)
+    (folder/"dog"/"cat").symlink_to(folder/"cat") # no circle: the same pictures in another class
+    assert len(data.read_folder(folder)[0]["x_train"]) == 40
+    (folder/"emu"/"round.png").symlink_to("round.png")
+    with pytest.raises(ValueError, match="round.png is a link to round.png, which leads nowhere"): data.read_folder(folder)
+
+
+def test_files_that_are_left_out_are_counted(pictures, recwarn):
+    folder, add = pictures
+    data.load_data(folder)
+    assert not recwarn.list
+    for i in range(3): add(f"cat/{i}.webp"); add(f"dog/{i}.tif")
+    (folder/"README").touch(); (folder/".DS_Store").touch()
+    with pytest.warns(UserWarning, match="3 .tif, 3 .webp, 1 without an ending left out, since only .png, .jpg, .jpeg, .bmp are read"): x = data.read_folder(folder)[0]["x_train"]
+    assert len(x) == 30
+
+
+# Data in memory ---------------------------------------------------------------------------------------------------
+
+X, Y = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32), np.arange(40) % 2
+
+
+class Listed(TorchDataset):
+    "A torch Dataset of the given items."
+    def __init__(self, items): self.items = items
+    def __len__(self): return len(self.items)
+    def __getitem__(self, i): return self.items[i]
+
+
+@pytest.mark.parametrize("given", [
+    pd.DataFrame(X, columns=[*"abc"]), csr_matrix(X), csr_array(X), torch.from_numpy(X).to_sparse(), Listed([*X]), TensorDataset(torch.from_numpy(X)),
+    dict(x=pd.DataFrame(X)), dict(x=csr_matrix(X)), X.tolist(),
+], ids=["frame", "sparse", "sparse_array", "sparse_tensor", "dataset", "tensors", "frame_by_name", "sparse_by_name", "lists"])
+def test_every_form_of_the_same_numbers_is_the_same_data(given):
+    d, same = data.load_data(given), data.load_data(X)
+    assert d.x_train.equal(same.x_train) and d.x_test.equal(same.x_test) and d.y_train is None and d.likelihood == "gaussian"
+
+
+@pytest.mark.parametrize("given", [
+    TensorDataset(torch.from_numpy(X), torch.from_numpy(Y)), Listed([*zip(X, Y)]), Listed([*zip(X.tolist(), Y.tolist())]), dict(x=pd.DataFrame(X), y=pd.Series(Y)),
+], ids=["tensors", "pairs", "lists", "series"])
+def test_labels_that_come_with_the_examples(given):
+    d, same = data.load_data(given), data.load_data(dict(x=X, y=Y))
+    assert d.x_val.equal(same.x_val) and d.y_val.equal(same.y_val)
+
+
+def test_a_dataset_of_pictures_as_torchvision_gives_them():
+    images = np.random.default_rng(0).integers(0, 256, (20, 4, 5, 3), dtype=np.uint8)
+    d = data.load_data(Listed([(Image.fromarray(x), i % 3) for i, x in enumerate(images)]))
+    assert d.likelihood == "discretized_logistic" and d.x_shape == (3, 4, 5) and d.x_val.equal(data.load_data(images).x_val)
+
+
+def test_a_table_of_several_types():
+    frame = pd.DataFrame(dict(a=pd.array([*range(20)], "Int64"), b=[True, False]*10, c=np.linspace(0, 1, 20)))
+    assert data.as_arrays(frame)["x"].dtype == float and data.as_arrays(frame)["x"][3].tolist() == pytest.approx([3, 0, 3/19])
+    with pytest.raises(ValueError, match="columns d, e hold no numbers: leave them out"): data.load_data(frame.assign(d="x", e=pd.Timestamp(0)))
+    frame.loc[3, "a"] = pd.NA
+    with pytest.raises(ValueError, match="x_train holds 1 values that are NaN"): data.load_data(dict(x_train=frame, x_val=frame[5:], x_test=frame[5:]))
+
+
+class Endless(IterableDataset):
+    def __iter__(self): return iter(X)
+
+
+@pytest.mark.parametrize("given, says", [
+    (None, "data of type builtins.NoneType"), (3, "data of type builtins.int"), (iter(X), "expected an array, a tensor"), (Endless(), "Endless; .* a torch Dataset that has a length"),
+    (DataLoader(TensorDataset(torch.from_numpy(X))), "DataLoader; .* a torch Dataset"), (data.load_data("digits"), "csrae_nb.data.Dataset; expected"),
+    (Listed([dict(x=x) for x in X]), "items of the Listed are dict, expected x or pairs"), (Listed([(x, 0, 0) for x in X]), "items of the Listed are 3, expected"),
+    (Listed([X[0], X[0, :2]]), "items of the Listed are not alike"), (Listed([]), "no x_train"), (csr_matrix((10**8, 10**8)), "GiB with its zeros, .* GiB are free"),
+    (dict(x=csr_matrix((10**8, 10**8))), "GiB with its zeros"),
+])
+def test_what_is_no_data_is_refused_by_its_type(given, says):
+    with pytest.raises(ValueError, match=says): data.load_data(given)
+
+
+def test_a_file_of_one_array_is_as_long_as_it_says(tmp_path):
+    np.save(tmp_path/"a.npy", X); raw = (tmp_path/"a.npy").read_bytes()
+    for damaged in (raw.replace(b"(40, 3)", b"(10, 3)"), raw + b"\0", raw[:-1]):
+        (tmp_path/"a.npy").write_bytes(damaged)
+        with pytest.raises(ValueError, match="a.npy does not hold plain arrays"): data.load_data(tmp_path/"a.npy")
+
+
+def test_tables_of_results_as_excel_saves_them(tmp_path):
+    "With a byte-order mark; in Latin-1 they are refused by name."
+    text, path = (Path(__file__).parents[1]/"results"/"table1_short.csv").read_text(encoding="utf-8"), tmp_path/"table.csv"
+    before = tables.read_rows(Path(__file__).parents[1]/"results"/"table1_short.csv")
+    path.write_text(text.replace("\n", "\r\n"), encoding="utf-8-sig", newline="")
+    assert before and tables.read_rows(path) == before
+    path.write_text(text + "caf\u00e9", encoding="latin-1")
+    with pytest.raises(ValueError, match="table.csv is not UTF-8 .* save it as UTF-8"): tables.read_rows(path)
 
 
 # The real files, where there are any ------------------------------------------------------------------------------
