@@ -496,15 +496,25 @@ def results_table(
     if not any(row["labels"] for row in rows): never |= {*WITH_LABELS}
     return [{k: v for k, v in row.items() if k not in never} for row in rows]
 
+# %% ../nbs/10_evaluation.ipynb #100151
 def _row(runs, all_metrics):
     "The row of runs that differ in the seed alone."
     seeds = " ".join(str(r["config"]["seed"]) for r in runs)
     cfg = Config(**{**runs[0]["config"], "seed": 0, "name": None, "device": "auto", "threads": 1, "tracker": None})
     row = {**_row_key(cfg), "seeds": seeds, **{k: runs[0]["metrics"].get(k) for k in ("images", "fid_layer")}}
     for m in all_metrics: row[f"{m}_mean"], row[f"{m}_se"] = _mean_se([r["metrics"].get(m) for r in runs])
-    if len({r["config"]["ll_samples"] for r in runs}) > 1: row |= dict(ll_samples=None, ll_mean=None, ll_se=None)   # estimates that do not compare
-    if len(runs) == 1: return {**row, "command": command(dataclasses.replace(cfg, seed=int(seeds)))}
-    return {**row, "command": f"for seed in {seeds}; do {command(cfg)} -p seed $seed; done"}
+    if len({r["config"]["ll_samples"] for r in runs}) > 1: row |= dict(ll_samples=None, ll_mean=None, ll_se=None)   # they do not compare
+    return {**row, "commit": _commits(runs), "command": _commands(cfg, seeds)}
+
+def _commits(runs):
+    "The commits that the numbers of some runs are of; a + if files differed from it."
+    known = {r.get("provenance", {}).get("commit") or "unknown" for r in runs}
+    return " ".join(sorted({c[:10] + "+"*c.endswith("+") for c in known}))
+
+def _commands(cfg, seeds):
+    "What makes the runs of a configuration with these seeds, as typed in a terminal."
+    if len(seeds.split()) == 1: return command(dataclasses.replace(cfg, seed=int(seeds)))
+    return f"for seed in {seeds}; do {command(cfg)} -p seed $seed; done"
 
 # %% ../nbs/10_evaluation.ipynb #100052
 def write_table(

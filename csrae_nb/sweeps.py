@@ -359,7 +359,9 @@ def sweep_table(
         rows += again if len(again) == len(seeds) and all(_as_full(r, old) for r in again) else [old]
     rows += [row for runs in here.values() for row in runs.values()]
     columns = dict.fromkeys(k for r in sorted(rows, key=len, reverse=True) for k in r)
-    return [{k: r.get(k) for k in columns} for r in rows]
+    filled = [k for k in columns if any(r.get(k) not in (None, "") for r in rows)]
+    filled.sort(key=("commit", "command").__contains__)                # these two are long, and come last
+    return [{k: r.get(k) for k in filled} for r in rows]
 
 def _as_full(row, old):
     "Whether a row of one run holds all that an older row holds, but for errors over seeds."

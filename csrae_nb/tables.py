@@ -49,7 +49,7 @@ _counts = ("components", "latent_dim", "samples", "epochs", "images", "fid_layer
 def _typed(column, text):
     "None for nothing, an int for a count, a float for another number, else the text."
     if not text: return None
-    try: return text if column == "seeds" else int(text) if column in _counts else float(text)
+    try: return text if column in ("seeds", "commit") else int(text) if column in _counts else float(text)
     except ValueError: return text
 
 def read_rows(
