@@ -360,7 +360,7 @@ def sweep_table(
     rows += [row for runs in here.values() for row in runs.values()]
     columns = dict.fromkeys(k for r in sorted(rows, key=len, reverse=True) for k in r)
     filled = [k for k in columns if any(r.get(k) not in (None, "") for r in rows)]
-    filled.sort(key=("commit", "command").__contains__)                # these two are long, and come last
+    filled.sort(key=lambda k: ("commit", "command").index(k) + 1 if k in ("commit", "command") else 0)     # long ones last
     return [{k: r.get(k) for k in filled} for r in rows]
 
 def _as_full(row, old):
