@@ -474,7 +474,7 @@ class NonFiniteLoss(ArithmeticError):
 
 def _check_finite(log, first, epoch, path):
     "NonFiniteLoss for the first row of log (loss, reconstruction, divergence) that is not finite."
-    bad = (~(log.abs() < 1e30).all(1)).nonzero() # weights that run away need not give NaN
+    bad = (~(log.abs() < 1e12).all(1)).nonzero() # weights that run away need not give NaN
     if len(bad):
         loss, rec, div = log[bad[0, 0]].tolist()
         raise NonFiniteLoss(f"epoch {epoch}, step {first + bad[0, 0].item() + 1}: loss {loss:g} = reconstruction {rec:g} and divergence {div:g}. "
