@@ -494,8 +494,8 @@ def check_finite(
     epoch: int, # counted from 1
     first: int = 0, # steps of the epoch before these
 ) -> None:
-    "NonFiniteLoss that names the first step whose loss or terms are not finite, or beyond 10³⁰."
-    bad = (~(log.abs() < 1e30).all(1)).nonzero()                       # weights that run away need not give NaN
+    "NonFiniteLoss that names the first step whose loss or terms are not finite, or beyond 10¹²."
+    bad = (~(log.abs() < 1e12).all(1)).nonzero()                       # weights that run away need not give NaN
     if len(bad) == 0: return
     step = bad[0, 0].item()
     loss, rec, div = log[step].tolist()
