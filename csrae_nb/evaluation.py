@@ -316,7 +316,11 @@ def frechet_distances(
     if n < 2: return none
     some = torch.randperm(len(data.x_test), generator=generator(0, "frechet images"))[:n].to(data.x_test.device)
     key = dict(data=real.sha256, likelihood=real.likelihood, split_seed=run.cfg.split_seed, n=n, features=features.name)
-    known = _cached(f"{real.name}-statistics", key, lambda: {k: v for k, v in vars(feature_statistics(features.of, (real.x_test[i] for i in some.split(500)))).items() if k != "n"})
+    if run.cfg.fold: key["fold"] = run.cfg.fold                        # of faces: other subjects are tested
+    def of_real():
+        found = feature_statistics(features.of, (real.x_test[i] for i in some.split(500)))
+        return dict(mean=found.mean, cov=found.cov)
+    known = _cached(f"{real.name}-statistics", key, of_real)
     binary, test = real.likelihood == "bernoulli" and not real.dynamic, data.fixed("test")
     def shown(x): return (x > 0.5).to(x.dtype) if binary else x
     def draw(source, g): return (shown(m.sample(min(500, n - i), g, prior=source)) for i in range(0, n, 500))
