@@ -964,6 +964,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'csrae_nb.training._record': ('nbs/training.html#_record', 'csrae_nb/training.py'),
                                    'csrae_nb.training._same_config': ('nbs/training.html#_same_config', 'csrae_nb/training.py'),
                                    'csrae_nb.training._same_run': ('nbs/training.html#_same_run', 'csrae_nb/training.py'),
+                                   'csrae_nb.training._state_of': ('nbs/training.html#_state_of', 'csrae_nb/training.py'),
                                    'csrae_nb.training._tracker': ('nbs/training.html#_tracker', 'csrae_nb/training.py'),
                                    'csrae_nb.training._train': ('nbs/training.html#_train', 'csrae_nb/training.py'),
                                    'csrae_nb.training._unpack': ('nbs/training.html#_unpack', 'csrae_nb/training.py'),

@@ -822,6 +822,7 @@ def load_data(
     if dataset in DATASETS: read, default = DATASETS[dataset]
     elif path.suffix.lower() in ARRAYS and path.is_file(): read, default = partial(read_arrays, path), None
     elif dataset and path.is_dir(): read, default = partial(read_folder, Path(os.path.abspath(path))), None
-    else: raise ValueError(f"dataset {str(dataset)!r} is neither one of {', '.join(known_names())} nor an existing .npz or .npy file or folder of images")
+    else: raise ValueError(f"unknown dataset {str(dataset)!r}; expected one of {', '.join(known_names())}, or an existing .npz "
+                           "or .npy file or folder of images")
     arrays, hashes = read()
     return from_arrays(arrays, likelihood or default, split_seed, dataset_name(dataset), hashes)

@@ -248,6 +248,7 @@ def _check_room(configs, data, device):
     if need > (free := _free_memory(device)): raise ValueError(f"{len(configs)} runs side by side need about "
         f"{need/2**30:.1f} GiB, {free/2**30:.1f} GiB are free; take fewer at a time (csrae-sweep --fleet-size)")
 
+# %% ../nbs/17_fleet.ipynb #170319
 def fit_fleet(
     configs: list[Config], # that differ in seed, lam and beta only
     data: Dataset | dict | None = None, # as in fit

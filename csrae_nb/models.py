@@ -63,9 +63,7 @@ class Autoencoder(Unchecked):
         rec, div = -self.likelihood.log_prob(x, self.decode(z)), self.divergence(q, p, z, generator)
         return Terms(self.total(rec, div, weight), rec, div)
 
-    def total(self, rec: Float[Tensor, "B"], div: Float[Tensor, "B"], weight: float = 1.) -> Float[Tensor, ""]:
-        "The number to minimise, of both terms."
-        return (rec + weight*self.lam*div).mean()
+    def total(self, rec, div, weight=1.): return (rec + weight*self.lam*div).mean()  # the number to minimise
 
     def forward(self, x, weight=1., generator=None) -> Terms: return self.loss(x, weight, generator)
 
@@ -74,9 +72,7 @@ class Autoencoder(Unchecked):
         "q(z|x), one Gaussian for each x."
         return self.posterior(self.likelihood.inputs(x))
 
-    def posterior(self, x: Float[Tensor, "B *X"]) -> GMM:
-        "q(z|x) of x in the units of the networks."
-        return self.encoder(x)
+    def posterior(self, x): return self.encoder(x)                     # of x in the units of the networks
 
     def decode(self, z: Float[Tensor, "B D"]) -> Float[Tensor, "B P *X"]:
         "Parameters of p(x|z)."

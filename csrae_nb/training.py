@@ -45,6 +45,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+# %% ../nbs/09_training.ipynb #090102
 from . import __version__
 from .data import FACE_SETS, SPLITS, VALIDATION, Dataset, LazyImages, dataset_name, known_names, load_data
 from .divergence import Share
@@ -401,13 +402,14 @@ def mean_terms(
     terms = [model.loss(xb, generator=generator) for xb in x.split(rows_at_once(x))]
     return tuple(torch.cat([getattr(t, k) for t in terms]).cpu().double().mean().item() for k in ("reconstruction", "divergence"))
 
-# %% ../nbs/09_training.ipynb #090044
+# %% ../nbs/09_training.ipynb #090144
 def check_rows(cfg: Config, *networks: nn.Module) -> None:
     "ValueError if networks normalise over a batch of one row."
     normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for net in networks for m in net.modules())
     if normed and cfg.batch_size == 1: raise ValueError(f"batch_size=1, and network {cfg.network} normalises over the batch; "
         "take 2 rows or more, better 20, or another network")
 
+# %% ../nbs/09_training.ipynb #090044
 @dataclass(frozen=True)
 class Task:
     "Training without labels; other tasks override what differs."
@@ -431,11 +433,8 @@ class Task:
         units = Units.read(about.get("units"))
         return make_model(self.cfg, tuple(about["x_shape"]), about["likelihood"], pseudo_inputs, units)
 
-    def start(self,
-        model: nn.Module,
-        run_first: Callable[[Config], "Run"], # fits another configuration on the same data, beside this run
-    ) -> None:
-        "Before the first epoch: weights that come from elsewhere than the seed."
+    def start(self, model: nn.Module, run_first: Callable[[Config], "Run"]) -> None:
+        "Before the first epoch: weights from elsewhere than the seed, such as a run of another configuration, fitted first."
 
     def begin(self, model: nn.Module, epoch: int) -> None:
         "What changes in the model from epoch to epoch."
@@ -726,6 +725,12 @@ def _same_run(file, meta, cfg, data):
     if identity(make_config(meta.get("config", {}))) != identity(cfg): raise ValueError(f"{file} is of another configuration; move it away to train anew")
     if meta.get("sha256") != data.sha256: raise ValueError(f"{file} is of other data; give this run another name")
 
+def _state_of(file, tensors, meta, model, opt, wanted):
+    "The best weights and the header's fields of a checkpoint, whose state goes into model and optimiser."
+    try: return _unpack(tensors, model, opt), {k: meta[k] for k in wanted}
+    except (KeyError, RuntimeError) as e: raise ValueError(
+        f"{file} is no checkpoint ({e}); move it away to start this run anew") from e
+
 # %% ../nbs/09_training.ipynb #090062
 class _Training:
     "The state of a run between two epochs: model, optimiser, best weights, and what goes into a checkpoint's header."
@@ -747,9 +752,7 @@ class _Training:
         "Go on from the checkpoint; ValueError if it is of another configuration or other data."
         tensors, meta = load_tensors(self.file)
         _same_run(self.file, meta, self.cfg, self.data)
-        try: self.best, self.meta = _unpack(tensors, self.model, self.opt), {k: meta[k] for k in self.meta}
-        except (KeyError, RuntimeError) as e: raise ValueError(
-            f"{self.file} is no checkpoint ({e}); move it away to start this run anew") from e
+        self.best, self.meta = _state_of(self.file, tensors, meta, self.model, self.opt, self.meta)
         self.meta["config"] = dataclasses.asdict(self.cfg)             # ll_samples, device and threads may differ now
 
     def save(self):
@@ -761,9 +764,7 @@ class _Training:
         self.saved = self.meta["epoch"]
         self.acc.wait_for_everyone()
 
-    def failed(self, error):
-        "The error of an epoch, with what is left of the run."
-        return NonFiniteLoss(f"{error}. The last good state, of epoch {self.saved}, is {self.file}")
+    def failed(self, error): return NonFiniteLoss(f"{error}. The last good state, of epoch {self.saved}, is {self.file}")
 
     @property
     def done(self): # patience counts from the end of the warm-up

@@ -67,12 +67,13 @@ def test_runs_with_other_labels_share_the_first_phase(digits):
     assert "-p pretrain 2" in command(resolve(DIGITS)) and command(first_phase(resolve(DIGITS))) == "papermill nbs/train.ipynb -p epochs 2 -p warmup 0 -p ll_samples 0 -p fid_images 50 -p expost_components 5".replace(" -p warmup 0", "")
 
 def test_a_first_phase_that_another_process_trains_is_waited_for(digits, monkeypatch):
-    calls, real = [], semisup.fit
+    calls, real = [], training.fit
     def busy(cfg, *args):
         calls.append(cfg.labels)
         if len(calls) == 1: raise training.RunLocked("busy")
         return real(cfg, *args)
-    monkeypatch.setattr(semisup, "fit", busy); monkeypatch.setattr(semisup.time, "sleep", lambda s: None)
+    monkeypatch.setattr(training, "fit", busy)
+    monkeypatch.setattr(semisup.time, "sleep", lambda s: None)
     fit(DIGITS, digits, progress=False); assert calls == [0., 0.]
 
 @pytest.mark.parametrize("network, shape", [("mlp", (8, 8)), ("faces", (3, 32, 32))])

@@ -13,7 +13,7 @@ root = Path(__file__).parents[1]
 train = root/"nbs"/"train.ipynb"
 program = Path(sysconfig.get_path("scripts"))/"papermill"
 short = ["-p", "epochs", "2", "-p", "warmup", "1", "-p", "ll_samples", "10"]
-files = {"config.json", "history.csv", "metrics.json", "model.safetensors", "samples.png", "train.ipynb"}
+files = {".lock", "config.json", "history.csv", "metrics.json", "model.safetensors", "samples.png", "train.ipynb"}
 
 @pytest.fixture(autouse=True)
 def runs(tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ def test_a_finished_run_is_loaded_from_another_folder(tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     assert torch.equal(weights(load_run(run.path)), weights(run))
     assert torch.equal(weights(Pretrained.from_pretrained(tmp_path/"model").run), weights(run))
-    with pytest.raises(ValueError, match="'photos' is neither one of digits"): prepare_data(resolve(run.cfg))
+    with pytest.raises(ValueError, match="unknown dataset 'photos'; expected one of digits"): prepare_data(resolve(run.cfg))
 
 def test_a_config_does_not_look_at_the_disk(monkeypatch):
     def looked(*args, **kw): raise AssertionError(f"it asked for {args}")
