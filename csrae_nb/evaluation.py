@@ -467,14 +467,17 @@ def complete_run(
     return measure(run, data, progress) if is_main_process() else {}
 
 # %% ../nbs/10_evaluation.ipynb #100050
-WITH_LABELS = ("network", "fold", "labels", "pretrain") # columns of a table that has runs with labels
+WITH_LABELS = ("network", "fold", "validation", "labels", "pretrain") # columns of a table that has runs with labels
 
 def _row_key(c):
     "What stands in a row besides the metrics and the seeds."
     kind, draws = prior_kind(c), {"IWAE": c.importance_samples, "MixtureVAE": c.kl_samples, "VampPriorVAE": c.kl_samples}
-    of_model = dict(prior=kind, components=1 if kind == "normal" else c.components, latent_dim=c.latent_dim, lam=divergence_weight(c), samples=draws.get(c.model, ""))
+    of_model = dict(prior=kind, components=1 if kind == "normal" else c.components, latent_dim=c.latent_dim,
+                    lam=divergence_weight(c), samples=draws.get(c.model, ""))
     if c.model == SUPERVISED: of_model = dict.fromkeys(of_model, "")
-    with_labels = dict(network=c.network, fold=c.fold, labels=c.labels, pretrain=c.pretrain) if c.labels else dict.fromkeys(WITH_LABELS)
+    with_labels = dict.fromkeys(WITH_LABELS)
+    if c.labels: with_labels |= dict(network=c.network, fold=c.fold, labels=c.labels, pretrain=c.pretrain)
+    if c.labels and c.validation != "frames": with_labels["validation"] = c.validation
     return dict(dataset=dataset_name(c.dataset), model=c.model, **of_model, **with_labels, epochs=c.epochs, ll_samples=c.ll_samples)
 
 def _mean_se(values):
