@@ -366,7 +366,10 @@ def open_run(
     path = runs_folder()/run_name(cfg) if folder is None else Path(folder)
     with _writing(path):
         path.mkdir(parents=True, exist_ok=True)
-        if not (path/"config.json").exists(): write_atomic(path/"config.json", json.dumps(dataclasses.asdict(resolve(cfg)), indent=1))
+        if not (file := path/"config.json").exists():
+            try: write_atomic(file, json.dumps(dataclasses.asdict(resolve(cfg)), indent=1))
+            except FileNotFoundError:                                  # whoever holds the lock removed the temporary file
+                if not file.exists(): raise
     _same_config(path, cfg)
     return path
 
@@ -493,8 +496,8 @@ def check_finite(
     epoch: int, # counted from 1
     first: int = 0, # steps of the epoch before these
 ) -> None:
-    "NonFiniteLoss that names the first step whose loss or terms are not finite, or beyond 10¹²."
-    bad = (~(log.abs() < 1e12).all(1)).nonzero()                       # weights that run away need not give NaN
+    "NonFiniteLoss that names the first step whose loss or terms are not finite, or beyond 10²⁰."
+    bad = (~(log.abs() < 1e20).all(1)).nonzero()                       # weights that run away need not give NaN
     if len(bad) == 0: return
     step = bad[0, 0].item()
     loss, rec, div = log[step].tolist()

@@ -421,7 +421,7 @@ def test_here_is_a_folder_with_a_name(pictures, monkeypatch):
     folder, _ = pictures
     monkeypatch.chdir(folder)
     assert data.load_data(".").name == data.dataset_name(".") == "pictures" and data.load_data("cat").name == "cat" and data.is_source("cat")
-    with pytest.raises(ValueError, match="'' is neither"): data.load_data("")
+    with pytest.raises(ValueError, match="unknown dataset ''; expected"): data.load_data("")
 
 
 def linked(folder, name, to):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from csrae_nb import training
-from csrae_nb.training import Config, fit, load_run, load_tensors, runs_folder
+from csrae_nb.training import Config, fit, load_run, load_tensors, resolve, runs_folder
 
 SHORT = dict(epochs=4, warmup=2)
 
@@ -131,3 +131,14 @@ def test_a_tracker_gets_the_history(monkeypatch):
         assert [e.step for e in events.Scalars(k)] == [1, 2, 3, 4]
         assert [e.value for e in events.Scalars(k)] == pytest.approx([r[k] for r in run.history], rel=1e-5)
     assert len(list((run.path/"tracker").glob("*/hparams.yml"))) == 2  # one a sitting
+
+def test_two_processes_that_open_a_run_at_once_both_find_it(monkeypatch, tmp_path):
+    "The faster one has the lock already, and has removed the temporary file of the slower one."
+    cfg, replace = Config(**SHORT), os.replace
+    def meanwhile(tmp, file):
+        shutil.copy(tmp, file)
+        with training.run_lock(tmp_path): pass
+        replace(tmp, file)
+    monkeypatch.setattr(os, "replace", meanwhile)
+    assert training.open_run(cfg, tmp_path) == tmp_path
+    assert training.make_config(json.loads((tmp_path/"config.json").read_text())) == resolve(cfg)
