@@ -99,12 +99,13 @@ def compared(
     labels: float, # the share
     models: tuple[str, ...] = ("MixtureCSRAE", "VampPriorVAE", "CNN"),
 ) -> str:
-    "Which of two models reads more, where their errors over seeds tell it."
+    "Which of two models reads more, where their errors over the same folds and seeds tell it."
     of = {face_model(r): r for r in rows if abs(r["labels"] - labels) < 1e-9 and face_model(r) in models}
     out = []
     for a, b in combinations([m for m in models if m in of], 2):
         gap, errors = of[a]["f1_mean"] - of[b]["f1_mean"], (of[a]["f1_se"], of[b]["f1_se"])
-        clear = None not in errors and abs(gap) > 2*math.hypot(*errors)
+        same = all(of[a][k] == of[b][k] for k in ("folds", "seeds"))
+        clear = same and None not in errors and abs(gap) > 2*math.hypot(*errors)
         out.append(f"{a} {'more' if gap > 0 else 'less'} than {b}" if clear else f"{a} and {b} not told apart")
     return f"{labels:.0%} of the labels: " + "; ".join(out)
 
