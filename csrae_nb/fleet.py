@@ -11,7 +11,8 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
 from copy import deepcopy
 
 import torch
@@ -98,7 +99,7 @@ def _part(value, r, like, transposed): v = value[r].T if transposed else value[r
 
 def _gather(fleet, opts, lr):
     "An optimiser of the fleet that goes on from the members'."
-    opt = torch.optim.Adam(fleet.parameters(), lr=lr, fused=True)
+    opt = torch.optim.Adam(fleet.parameters(), lr=lr, fused=True, capturable=next(fleet.parameters()).is_cuda)
     for stacked, parts, transposed in _pairs(fleet):
         states = [o.state.get(p) for o, p in zip(opts, parts)]
         if all(states): opt.state[stacked] = {"step": states[0]["step"].clone(), **{k: _join([s[k] for s in states], transposed).reshape(stacked.shape).contiguous() for k in ("exp_avg", "exp_avg_sq")}}
@@ -115,22 +116,89 @@ def _scatter(fleet, opt, opts, diverged=()):
             o.state[p] = {"step": state["step"].clone(), **{k: _part(state[k], r, p, transposed).clone(memory_format=torch.contiguous_format) for k in ("exp_avg", "exp_avg_sq")}}
 
 # %% ../nbs/17_fleet.ipynb #170015
-def _fleet_epoch(fleet, opt, ts, epoch, bar):
-    "One pass of all members over their own shuffled batches: loss, reconstruction and divergence, (steps, R, 3)."
-    cfg, data, device, R = ts[0].cfg, ts[0].data, ts[0].data.x_train.device, len(ts)
-    rows = torch.stack([task_of(t.cfg).rows(data, epoch) for t in ts], 1).to(device)                # (steps, R, B)
-    noise = [generator(t.cfg.seed, "noise", epoch, 0, device=device) for t in ts]
-    weight, log = warmup_weight(cfg, epoch), torch.zeros(len(rows), R, 3, device=device)
-    for i, batch in enumerate(rows):
-        x = torch.cat([data.draw(data.x_train[b], g) for b, g in zip(batch, noise)])
-        terms = fleet.loss(x, weight, Blocks(noise))
-        opt.zero_grad()
+class _Steps:
+    "Steps of a fleet that stays as it is; on a GPU the replays of one CUDA graph, but for the first few."
+    EAGER = 3                                                          # steps before the graph is recorded
+
+    def __init__(self, fleet, opt, data, shape, graphed, autocast=nullcontext):
+        self.fleet, self.opt, self.data, self.autocast = fleet, opt, data, autocast
+        self.graphed, self.left, self.graph = graphed, self.EAGER, None
+        device = data.x_train.device
+        self.noise = torch.Generator(device) if graphed else None
+        self.rows = torch.zeros(shape, dtype=torch.long, device=device)        # (R, B): where the graph looks for them
+        self.weight = torch.zeros((), dtype=fleet.lams.dtype, device=device)
+
+    def begin(self, seeds, epoch, weight):
+        "An epoch of members with these seeds."
+        device = self.data.x_train.device
+        if self.graphed: self.noise.manual_seed(generator(seeds, "noise", epoch).initial_seed())
+        else: self.noise = [generator(s, "noise", epoch, 0, device=device) for s in seeds]
+        if self.graphed: self.weight.fill_(weight)
+        else: self.weight = weight
+
+    def __call__(self, rows):
+        "A step on these rows of the training data, (R, B): loss, reconstruction and divergence, (R, 3)."
+        if not self.graphed: return self._step(rows)
+        self.rows.copy_(rows)
+        if self.graph is None and self.left: return self._aside()
+        if self.graph is None: self._record()
+        self.graph.replay()
+        return self.out
+
+    def _step(self, rows):
+        x, fleet, weight = self._draw(rows), self.fleet, self.weight
+        with self.autocast():                                          # which keeps what it has cast until its end
+            terms = fleet.loss(x, weight, self.noise if self.graphed else Blocks(self.noise))
+        self.opt.zero_grad()
         terms.loss.backward()
-        opt.step()
+        self.opt.step()
         rec, div = terms.reconstruction.detach(), terms.divergence.detach()
-        log[i] = torch.stack([fleet.totals(rec, div, weight), rec.view(R, -1).mean(1), div.view(R, -1).mean(1)], 1)
-        bar.update(R)
-    return log
+        means = [t.view(len(rows), -1).mean(1) for t in (rec, div)]
+        return torch.stack([fleet.totals(rec, div, weight), *means], 1)
+
+    def _draw(self, rows):
+        if self.graphed: return self.data.draw(self.data.x_train[rows.flatten()], self.noise)
+        return torch.cat([self.data.draw(self.data.x_train[b], g) for b, g in zip(rows, self.noise)])
+
+    def _aside(self):
+        "A step on a stream of its own, as is needed before a graph is recorded."
+        self.left -= 1
+        stream, main = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(main)
+        with torch.cuda.stream(stream): out = self._step(self.rows)
+        main.wait_stream(stream)
+        return out
+
+    def _record(self):
+        self.graph = torch.cuda.CUDAGraph()
+        self.graph.register_generator_state(self.noise)
+        self.opt.zero_grad()
+        with torch.cuda.graph(self.graph): self.out = self._step(self.rows)
+
+# %% ../nbs/17_fleet.ipynb #170215
+class _Together:
+    "Runs whose weights lie in one stack, until one of them leaves or is changed from outside."
+    def __init__(self, ts):
+        cfg, data = ts[0].cfg, ts[0].data
+        self.ts, self.opts, self.fleet = ts, [t.opt for t in ts], Fleet([t.model for t in ts])
+        self.opt = _gather(self.fleet, self.opts, cfg.lr)
+        shape = len(ts), cfg.batch_size
+        self.steps = _Steps(self.fleet, self.opt, data, shape, data.x_train.is_cuda, ts[0].acc.autocast)
+
+    def epoch(self, epoch, bar):
+        "One pass of all members over their own shuffled batches: loss, reconstruction and divergence, (steps, R, 3)."
+        ts, data, device = self.ts, self.ts[0].data, self.ts[0].data.x_train.device
+        rows = torch.stack([task_of(t.cfg).rows(data, epoch) for t in ts], 1).to(device)            # (steps, R, B)
+        self.steps.begin([t.cfg.seed for t in ts], epoch, warmup_weight(ts[0].cfg, epoch))
+        log = torch.zeros(len(rows), len(ts), 3, device=device)
+        for i, batch in enumerate(rows):
+            log[i] = self.steps(batch)
+            bar.update(len(ts))
+        return log
+
+    def give_back(self, diverged):
+        "Weights and optimiser states to the members, but for those (by their place) that diverged."
+        _scatter(self.fleet, self.opt, self.opts, diverged)
 
 @torch.no_grad()
 def _validate(fleet, ts):
@@ -170,18 +238,23 @@ def _diverged(log, ts, epoch):
         except NonFiniteLoss as e: errors[r] = e
     return errors
 
-def _epoch_together(ts, epoch, bar):
+def _place_all(ts):
+    "Free components of each run to the k-means clusters of its codes."
+    workers = len(ts) if ts[0].acc.device.type == "cuda" else 1       # where the processor has nothing else to do
+    with ThreadPoolExecutor(min(workers, os.cpu_count())) as pool:
+        for _ in pool.map(lambda t: _place_components(t.model, t.opt, t.data, t.cfg), ts): pass
+
+def _epoch_together(together, epoch, bar):
     "An epoch of runs of one architecture, trained and validated; the error of each that it ended, by run."
-    start, opts, fleet = time.perf_counter(), [t.opt for t in ts], Fleet([t.model for t in ts])
-    opt = _gather(fleet, opts, ts[0].cfg.lr)
-    with ts[0].acc.autocast(): log = _fleet_epoch(fleet, opt, ts, epoch, bar)
-    errors = _diverged(log, ts, epoch)
-    _scatter(fleet, opt, opts, errors)
+    start, ts = time.perf_counter(), together.ts
+    log = together.epoch(epoch, bar)
+    errors = _diverged(log.cpu(), ts, epoch)
+    together.give_back(errors)
     failed = {ts[r]: e for r, e in errors.items()}
-    trained = {t: log[:, r, 1:].mean(0).tolist() for r, t in enumerate(ts) if t not in failed}
+    means = log[:, :, 1:].mean(0).tolist()
+    trained = {t: means[r] for r, t in enumerate(ts) if t not in failed}
     if not trained: return failed
-    if epoch == ts[0].cfg.kmeans_epoch and _has_free_components(ts[0].model):
-        for t in trained: _place_components(t.model, t.opt, t.data, t.cfg)
+    if epoch == ts[0].cfg.kmeans_epoch and _has_free_components(ts[0].model): _place_all(list(trained))
     with ts[0].acc.autocast(): valid = _validate(Fleet([t.model for t in trained]), list(trained)).tolist()
     seconds = (time.perf_counter() - start)/len(ts)
     for (t, (rec, div)), (vrec, vdiv) in zip(trained.items(), valid):
@@ -193,12 +266,13 @@ def _epoch_together(ts, epoch, bar):
 # %% ../nbs/17_fleet.ipynb #170118
 def _train_together(ts, bar):
     "Train runs of one architecture until each is done; what became of each, None or the error that ended it."
-    failed, saved = {}, time.monotonic()
+    failed, saved, together = {}, time.monotonic(), None
     left = _finish_those_done(ts)
     while going := [t for t in left if not t.done and t not in failed]:
         epoch = min(t.meta["epoch"] for t in going) + 1
         now = [t for t in going if t.meta["epoch"] + 1 == epoch]       # others are ahead: they wait
-        failed |= {t: t.failed(e) for t, e in _epoch_together(now, epoch, bar).items()}
+        if together is None or together.ts != now or epoch == now[0].cfg.kmeans_epoch + 1: together = _Together(now)
+        failed |= {t: t.failed(e) for t, e in _epoch_together(together, epoch, bar).items()}
         left = [t for t in left if t not in failed]
         if time.monotonic() - saved > SAVE_EVERY or all(t.done for t in left):
             _save_together(left)

@@ -56,7 +56,7 @@ class Autoencoder(Unchecked):
         raise NotImplementedError(f"{type(self).__name__} must define divergence(q, p, z, generator)")
 
     @unchecked()
-    def loss(self, x: Float[Tensor, "B *X"], weight: float = 1., generator: torch.Generator | Draws | None = None) -> Terms:
+    def loss(self, x: Float[Tensor, "B *X"], weight: float | Float[Tensor, ""] = 1., generator: torch.Generator | Draws | None = None) -> Terms:
         "Eq. (13), negated: one draw of z for each x; `weight` scales λ."
         q, p = self.prior.jointly(self.posterior, self.likelihood.inputs(x))
         z = q.rsample(generator)
