@@ -44,7 +44,7 @@ def chance_f1(
     return [100*2*r/(1 + r) if r else None for r in rate]
 
 # %% ../nbs/16_action_units.ipynb #160016
-_not_model = ("fold", "seeds", "commit", "command", "name") # columns in which rows of one model may differ
+_not_model = ("fold", "images", "seeds", "commit", "command", "name") # columns in which rows of one model may differ
 
 def _mean_of_known(values):
     "The mean of what is not None; None of nothing."
