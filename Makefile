@@ -5,7 +5,7 @@ REQS   := settings.ini setup.py pyproject.toml .ci/constraints.txt
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test bench docs clean
+.PHONY: help demo test bench gpu docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
@@ -19,6 +19,9 @@ test: $(VENV)/.has-dev ## install, then run every notebook and test
 
 bench: $(VENV)/.has-bench ## time what is claimed to be fast, against pythae and plain forms
 	python -m bench
+
+gpu: ## on a GPU, with the python that is there: does it work, how fast is it, and tables of the paper; MINUTES=9 OUT=_gpu
+	$(PYTHON) -m bench.gpu --minutes $(or $(MINUTES),9) --out $(or $(OUT),_gpu) --sweeps sweeps/table1.toml sweeps/table2.toml sweeps/figure3.toml sweeps/figure4.toml
 
 docs: $(VENV)/.has-dev ## build the website into _docs (needs quarto, https://quarto.org)
 	@command -v quarto >/dev/null || { echo "quarto is not installed: see https://quarto.org/docs/get-started"; exit 1; }

@@ -21,7 +21,7 @@ import torch
 
 from csrae_nb.divergence import GMM, Draws, cs_divergence, naive_log_z
 from csrae_nb.evaluation import complete_run, finished_metrics, write_table
-from csrae_nb.fleet import _Steps, Fleet, fit_fleet, fleets, stackable, train_fleets
+from csrae_nb.fleet import _Graph, _Steps, Fleet, fit_fleet, fleets, stackable, train_fleets
 from csrae_nb.sweeps import _which, attempt, distinct, read_sweep, sweep_table
 from csrae_nb.training import (Config, _Training, command, fit, is_trained, load_run, make_model, resolve, run_name,
                                runs_folder)
@@ -89,7 +89,8 @@ def on_both(kind, network, steps):
         cfg = resolve(Config(dataset="other", network=network, latent_dim=8, components=10, **KINDS[kind]))
         a, b = (losses(cfg, network, d, steps) for d in ("cpu", DEVICE))
         apart = ((a - b).abs()/a.abs()).max().item()
-        bound = 1e-4 if network in ("mlp", "pinwheel") else 1e-2       # convolutions may use TF32
+        bound = 1e-4 if network in ("mlp", "pinwheel") else 1e-2       # convolutions use TF32
+        if kind == "IWAE": bound = 1e-3                                # its five draws weigh small differences
         assert apart < bound, f"losses {apart:.1e} apart, bound {bound}"
         return f"{apart:.1e} apart"
     return check
@@ -141,7 +142,7 @@ def replayed():
     "The graph's steps against the same steps one operation at a time."
     ends = []
     for eager in (3, 10**6):
-        with patch.object(_Steps, "EAGER", eager):
+        with patch.object(_Graph, "EAGER", eager):
             runs = fit_fleet([digits(seed=s, name=f"graph{eager}-{s}") for s in range(4)], progress=False)
         ends.append(torch.stack([weights(r) for r in runs]))
     apart = (ends[0] - ends[1]).abs().max().item()
@@ -168,9 +169,10 @@ def notebook():
 
 
 def smoke(job, small):
+    "Each check a row: whether it works, and what it says."
     steps = 5 if small else 50
     checks = {f"{kind}, mlp": on_both(kind, "mlp", steps) for kind in KINDS}
-    other = ("pinwheel",) if small else ("pinwheel", "residual", "faces", "resnet18")
+    other = ("pinwheel", "residual", "faces", "resnet18")
     checks |= {f"{kind}, {n}": on_both(kind, n, 5 if n != "pinwheel" else steps)
                for n in other for kind in ("VAE", "MixtureCSRAE mog", "MixtureCSRAE vamp")}
     checks |= {"killed and resumed": killed_and_resumed, "loaded on a processor": loads_on_a_processor,
@@ -179,7 +181,8 @@ def smoke(job, small):
                "IWAE": evaluated(model="IWAE"), "bf16": evaluated(precision="bf16"), "train.ipynb": notebook,
                "graph": replayed, "fleet in bf16": together("CSRAE", precision="bf16")}
     few = [k for k in KINDS if stackable(resolve(digits(**KINDS[k])))]
-    checks |= {f"fleet of {k}": together(k) for k in (few[:2] if small else few)}
+    checks |= {f"fleet of {k}": together(k) for k in few}
+    if small: checks = {k: checks[k] for k in ("VAE, mlp", "killed and resumed", "graph", "fleet in bf16")}
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, CSRAE_RUNS=folder):
         for name, check in checks.items():
             if job.left < 0: return
@@ -197,7 +200,7 @@ def synchronize():
     if CUDA: torch.cuda.synchronize()
 
 
-def seconds(f, least=.3):
+def seconds(f, least):
     "Seconds a call takes, after two calls."
     f()
     f()
@@ -212,7 +215,7 @@ def seconds(f, least=.3):
 
 def steps_a_second(job, small):
     from csrae_nb.data import load_data
-    n = 200 if small else 20_000
+    n = 400 if small else 20_000
     x = torch.rand(n, 28, 28, generator=torch.Generator().manual_seed(0)).round()
     data = load_data(dict(x=x), "bernoulli").to(DEVICE)
     kinds = [("VAE", {}), ("MixtureCSRAE mog", dict(components=100)), ("MixtureCSRAE mog", dict(components=400)),
@@ -249,7 +252,7 @@ def lone_speed(job, small):
     "Single runs as `fit` trains them, one operation at a time."
     x = torch.rand(400 if small else 20_000, 28, 28, generator=torch.Generator().manual_seed(0)).round()
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, CSRAE_RUNS=folder):
-        for kind, K in (("VAE", 10), ("MixtureCSRAE mog", 400)):
+        for kind, K in (("VAE", 10), ("MixtureCSRAE mog", 400))[:1 if small else 2]:
             runs = [fit(Config(dataset="arrays", network="mlp", latent_dim=40, components=min(K, len(x)//2), epochs=e, kmeans_epoch=0,
                                name=f"{kind}{e}", **KINDS[kind]), dict(x=x), progress=False) for e in (1, 2)]
             taken = runs[1].seconds - runs[0].seconds
@@ -258,7 +261,7 @@ def lone_speed(job, small):
 
 
 def overlap_speed(job, small):
-    for K in (100, 400) if small else (100, 400, 1000, 4000, 10_000):
+    for K in (50,) if small else (100, 400, 1000, 4000, 10_000):
         g = torch.Generator().manual_seed(0)
         q = [torch.randn(K, 40, generator=g).to(DEVICE).requires_grad_(), torch.rand(K, 40, generator=g).add(.1).to(DEVICE).requires_grad_()]
         logw = torch.full((K,), -torch.log(torch.tensor(float(K)))).to(DEVICE)
@@ -271,13 +274,13 @@ def overlap_speed(job, small):
             terms = [(naive_log_z(*u, *v) + 2*logw[0]).logsumexp((0, 1)) for u, v in ((a, b), (a, a), (b, b))]
             torch.autograd.grad(-terms[0] + (terms[1] + terms[2])/2, q)
         for block in (22, 25, 28) if CUDA else (25,):
-            with patch("csrae_nb.divergence.GPU_BLOCK", 2**block): job.add(what=f"D_CS, blocks of 2^{block}", K=K, ms=1e3*seconds(ours))
-        if K <= 4000: job.add(what="D_CS, plain", K=K, ms=1e3*seconds(plain))
+            with patch("csrae_nb.divergence.GPU_BLOCK", 2**block): job.add(what=f"D_CS, blocks of 2^{block}", K=K, ms=1e3*seconds(ours, .01 if small else .3))
+        if K <= 4000: job.add(what="D_CS, plain", K=K, ms=1e3*seconds(plain, .01 if small else .3))
 
 
 def image_speed(job, small):
     for network, shape in (("residual", (3, 32, 32)), ("faces", (3, 96, 96)), ("faces", (3, 224, 224))):
-        if small and shape[1] > 32: continue
+        if small and shape[1] != 96: continue
         cfg = resolve(Config(dataset="other", network=network, model="CSRAE", latent_dim=40))
         for how in ("single", "tf32", "bf16") if CUDA else ("single",):
             model = make_model(cfg, shape, "discretized_logistic").to(DEVICE).train()
@@ -376,7 +379,7 @@ def tables(files, out, until, jobs, size, trainers):
             if time.monotonic() - told > 30:
                 done, told = {t.name: t.write() for t in every}, time.monotonic()
                 print(f"{told - start:.0f} s", done, f"{len(under_way)} under way, {len(failed)} failed", flush=True)
-            time.sleep(.2)
+            time.sleep(.1)
         print({t.name: t.write() for t in every}, "failed:", failed, flush=True)
         for p in training: p.kill()
         for p in list(pool._processes.values()): p.kill()
@@ -385,7 +388,7 @@ def tables(files, out, until, jobs, size, trainers):
         for f in sorted(log.glob("runs*.log"))[:2]: print(f.read_text()[-1500:])
 
 
-def main():
+def main(words=None):
     p = argparse.ArgumentParser("python -m bench.gpu", description=__doc__)
     p.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all, in this order)")
     p.add_argument("--out", type=Path, default=Path("_gpu"), help="folder of the tables (default: _gpu)")
@@ -395,7 +398,7 @@ def main():
     p.add_argument("--jobs", type=int, default=max(1, os.cpu_count()*3//4), help="processes that evaluate")
     p.add_argument("--fleet-size", type=int, default=64, help="runs trained together, at most")
     p.add_argument("--small", action="store_true", help="sizes of a test, which run anywhere")
-    a = p.parse_args()
+    a = p.parse_args(words)
     if unknown := set(a.parts) - set(PARTS): p.error(f"unknown part {', '.join(unknown)}; expected {', '.join(PARTS)}")
     until, out = time.monotonic() + 60*a.minutes, a.out
     out.mkdir(parents=True, exist_ok=True)

@@ -115,65 +115,73 @@ def _scatter(fleet, opt, opts, diverged=()):
             p.copy_(_part(stacked, r, p, transposed))
             o.state[p] = {"step": state["step"].clone(), **{k: _part(state[k], r, p, transposed).clone(memory_format=torch.contiguous_format) for k in ("exp_avg", "exp_avg_sq")}}
 
-# %% ../nbs/17_fleet.ipynb #170015
-class _Steps:
-    "Steps of a fleet that stays as it is; on a GPU the replays of one CUDA graph, but for the first few."
-    EAGER = 3                                                          # steps before the graph is recorded
+# %% ../nbs/17_fleet.ipynb #170114
+class _Graph:
+    "A function without arguments, whose operations on a GPU are recorded in one of its calls, and then replayed."
+    EAGER = 3                                                          # calls before that, as torch asks for
 
-    def __init__(self, fleet, opt, data, shape, graphed, autocast=nullcontext):
-        self.fleet, self.opt, self.data, self.autocast = fleet, opt, data, autocast
-        self.graphed, self.left, self.graph = graphed, self.EAGER, None
-        device = data.x_train.device
-        self.noise = torch.Generator(device) if graphed else None
-        self.rows = torch.zeros(shape, dtype=torch.long, device=device)        # (R, B): where the graph looks for them
-        self.weight = torch.zeros((), dtype=fleet.lams.dtype, device=device)
+    def __init__(self, f, noise): # noise: the generator of all that it draws
+        self.f, self.noise, self.calls, self.graph, self.stream = f, noise, 0, None, torch.cuda.Stream()
 
-    def begin(self, seeds, epoch, weight):
-        "An epoch of members with these seeds."
-        device = self.data.x_train.device
-        if self.graphed: self.noise.manual_seed(generator(seeds, "noise", epoch).initial_seed())
-        else: self.noise = [generator(s, "noise", epoch, 0, device=device) for s in seeds]
-        if self.graphed: self.weight.fill_(weight)
-        else: self.weight = weight
-
-    def __call__(self, rows):
-        "A step on these rows of the training data, (R, B): loss, reconstruction and divergence, (R, 3)."
-        if not self.graphed: return self._step(rows)
-        self.rows.copy_(rows)
-        if self.graph is None and self.left: return self._aside()
+    def __call__(self):
+        self.calls += 1
+        if self.calls <= self.EAGER: return self._aside()
         if self.graph is None: self._record()
         self.graph.replay()
         return self.out
 
-    def _step(self, rows):
-        x, fleet, weight = self._draw(rows), self.fleet, self.weight
-        with self.autocast():                                          # which keeps what it has cast until its end
-            terms = fleet.loss(x, weight, self.noise if self.graphed else Blocks(self.noise))
-        self.opt.zero_grad()
-        terms.loss.backward()
-        self.opt.step()
-        rec, div = terms.reconstruction.detach(), terms.divergence.detach()
-        means = [t.view(len(rows), -1).mean(1) for t in (rec, div)]
-        return torch.stack([fleet.totals(rec, div, weight), *means], 1)
-
-    def _draw(self, rows):
-        if self.graphed: return self.data.draw(self.data.x_train[rows.flatten()], self.noise)
-        return torch.cat([self.data.draw(self.data.x_train[b], g) for b, g in zip(rows, self.noise)])
-
     def _aside(self):
-        "A step on a stream of its own, as is needed before a graph is recorded."
-        self.left -= 1
-        stream, main = torch.cuda.Stream(), torch.cuda.current_stream()
-        stream.wait_stream(main)
-        with torch.cuda.stream(stream): out = self._step(self.rows)
-        main.wait_stream(stream)
+        "A call on a stream of its own."
+        main = torch.cuda.current_stream()
+        self.stream.wait_stream(main)
+        with torch.cuda.stream(self.stream): out = self.f()
+        main.wait_stream(self.stream)
         return out
 
     def _record(self):
         self.graph = torch.cuda.CUDAGraph()
         self.graph.register_generator_state(self.noise)
+        with torch.cuda.graph(self.graph): self.out = self.f()
+
+# %% ../nbs/17_fleet.ipynb #170015
+class _Steps:
+    "Steps of a fleet that stays as it is; on a GPU the replays of one graph."
+    def __init__(self, fleet, opt, data, shape, graphed, autocast=nullcontext):
+        self.fleet, self.opt, self.data, self.autocast = fleet, opt, data, autocast
+        device, self.graph = data.x_train.device, None
+        if not graphed: return
+        self.rows = torch.zeros(shape, dtype=torch.long, device=device)        # (R, B): where the graph looks for them
+        self.weight = torch.zeros((), dtype=fleet.lams.dtype, device=device)
+        self.noise = torch.Generator(device)
+        self.graph = _Graph(lambda: self.step(self.rows), self.noise)
+
+    def begin(self, seeds, epoch, weight):
+        "An epoch of members with these seeds."
+        if self.graph:
+            self.noise.manual_seed(generator(seeds, "noise", epoch).initial_seed())
+            self.weight.fill_(weight)
+        else:
+            self.noise = [generator(s, "noise", epoch, 0, device=self.data.x_train.device) for s in seeds]
+            self.weight = weight
+
+    def __call__(self, rows):
+        "A step on these rows of the training data, (R, B): loss, reconstruction and divergence, (R, 3)."
+        if not self.graph: return self.step(rows)
+        self.rows.copy_(rows)
+        return self.graph()
+
+    def step(self, rows):
+        data, fleet = self.data, self.fleet
         self.opt.zero_grad()
-        with torch.cuda.graph(self.graph): self.out = self._step(self.rows)
+        if self.graph: x = data.draw(data.x_train[rows.flatten()], self.noise)
+        else: x = torch.cat([data.draw(data.x_train[b], g) for b, g in zip(rows, self.noise)])
+        with self.autocast():                                          # which keeps what it has cast until its end
+            terms = fleet.loss(x, self.weight, self.noise if self.graph else Blocks(self.noise))
+        terms.loss.backward()
+        self.opt.step()
+        rec, div = terms.reconstruction.detach(), terms.divergence.detach()
+        means = [t.view(len(rows), -1).mean(1) for t in (rec, div)]
+        return torch.stack([fleet.totals(rec, div, self.weight), *means], 1)
 
 # %% ../nbs/17_fleet.ipynb #170215
 class _Together:

@@ -59,3 +59,10 @@ def test_a_kill_while_checkpoints_are_written_leaves_one_epoch(monkeypatch):
     assert epochs() == [0, 0, 1]
     fleet._agree([*runs_folder().iterdir()])
     assert epochs() == [0, 0, 0] and not list(runs_folder().glob("*/*before*"))
+
+def test_a_fleet_in_bf16_casts_its_weights_in_each_step():
+    "Within one autocast a weight is cast once, and what the optimiser makes of it afterwards is not seen."
+    fields = dict(precision="bf16", lr=.05, kmeans_epoch=0, epochs=2)
+    together = fit_fleet([config(f"t{s}", seed=s, **fields) for s in range(2)], dict(x=X), progress=False)
+    alone = [fit(config(f"a{s}", seed=s, **fields), dict(x=X), progress=False) for s in range(2)]
+    for a, b in zip(together, alone): assert a.history[-1]["criterion"] == pytest.approx(b.history[-1]["criterion"], rel=1e-3)
