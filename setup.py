@@ -1,17 +1,21 @@
 "The package's metadata: everything here comes from settings.ini."
+
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 ini = ConfigParser(delimiters=["="], interpolation=None)
-ini.read(here/"settings.ini", encoding="utf-8")
+ini.read(here / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
 
-def lines(text): return [l.strip() for l in text.splitlines() if l.strip()]
+
+def lines(text):
+    return [l.strip() for l in text.splitlines() if l.strip()]
+
 
 extras = {name: lines(text) for name, text in ini["extras"].items() if name not in ini.defaults()}
-extras["dev"] = sorted({req for reqs in extras.values() for req in reqs}) # dev contains every other extra
+extras["dev"] = sorted({req for reqs in extras.values() for req in reqs})  # dev contains every other extra
 
 entry_points = {}
 for group, point in (line.split(":", 1) for line in lines(cfg["entry_points"])):
@@ -20,7 +24,7 @@ for group, point in (line.split(":", 1) for line in lines(cfg["entry_points"])):
 setup(
     version=cfg["version"],
     description=cfg["description"],
-    long_description=(here/"README.md").read_text(encoding="utf-8"),
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author=cfg["author"],
     license=cfg["license"],

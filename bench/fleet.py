@@ -1,4 +1,5 @@
 "Runs side by side on a CPU, where the arithmetic takes the time and little is to be won."
+
 import os
 import tempfile
 from itertools import count
@@ -14,10 +15,21 @@ from .training import STEPS, config, images
 
 def works():
     data, number, M = load_data(images(), "bernoulli"), count(), 4
-    def runs(): n = next(number); return [config("CSRAE", components=None, seed=s, epochs=1, name=f"{n}-{s}") for s in range(M)]
+
+    def runs():
+        n = next(number)
+        return [config("CSRAE", components=None, seed=s, epochs=1, name=f"{n}-{s}") for s in range(M)]
+
     def elsewhere(f):
         def run():
-            with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, CSRAE_RUNS=folder): f()
+            with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, CSRAE_RUNS=folder):
+                f()
+
         return run
-    yield Work(f"{M} runs of CSRAE, {STEPS} steps each, with their files", elsewhere(lambda: fit_fleet(runs(), data, progress=False)),
-               {"one by one": (elsewhere(lambda: [fit(c, data, progress=False) for c in runs()]), None)}, rounds=5)
+
+    yield Work(
+        f"{M} runs of CSRAE, {STEPS} steps each, with their files",
+        elsewhere(lambda: fit_fleet(runs(), data, progress=False)),
+        {"one by one": (elsewhere(lambda: [fit(c, data, progress=False) for c in runs()]), None)},
+        rounds=5,
+    )

@@ -1,4 +1,5 @@
 "Training steps: ours as `fit` makes them, pythae's as its trainer makes them in a process of its own, and the bare matrix products."
+
 import tempfile
 from contextlib import nullcontext
 from copy import deepcopy
@@ -14,18 +15,32 @@ from csrae_nb.training import Config, _untrained, accelerator, cpu_threads, prog
 from .interleaved import Elsewhere, Work
 from .pythae_models import like, trainer
 
-STEPS, B, SHAPE, BEFORE = 16, 100, (28, 28), 64                        # BEFORE: epochs before the clock starts
+STEPS, B, SHAPE, BEFORE = 16, 100, (28, 28), 64  # BEFORE: epochs before the clock starts
 
 
 def images():
     "scikit-learn's digits as black and white images of MNIST's size; an epoch of them has STEPS steps."
-    grey = torch.tensor(load_digits().images[:, None], dtype=torch.float32)/16
-    x = (interpolate(grey, SHAPE, mode="bilinear")[:, 0] > .5).float()
-    return dict(x_train=x[:STEPS*B], x_val=x[STEPS*B:][:B], x_test=x[STEPS*B:])
+    grey = torch.tensor(load_digits().images[:, None], dtype=torch.float32) / 16
+    x = (interpolate(grey, SHAPE, mode="bilinear")[:, 0] > 0.5).float()
+    return dict(x_train=x[: STEPS * B], x_val=x[STEPS * B :][:B], x_test=x[STEPS * B :])
 
 
 def config(model, **fields):
-    return resolve(Config(**dict(dataset="arrays", network="mlp", model=model, latent_dim=40, components=400, batch_size=B, warmup=0, likelihood="bernoulli") | fields))
+    return resolve(
+        Config(
+            **dict(
+                dataset="arrays",
+                network="mlp",
+                model=model,
+                latent_dim=40,
+                components=400,
+                batch_size=B,
+                warmup=0,
+                likelihood="bernoulli",
+            )
+            | fields
+        )
+    )
 
 
 def epoch(cfg, data, flush=True):
@@ -33,48 +48,84 @@ def epoch(cfg, data, flush=True):
     with accelerator(cfg) as acc:
         model, opt = _untrained(cfg, data, acc.device)
         net = acc.prepare(model)
+
     def run():
         with cpu_threads(1), progress_bar(False) as bar:
             torch.set_flush_denormal(flush)
             train_epoch(acc, net, opt, data, cfg, 1, bar)
+
     return run, model
 
 
 def epoch_of_pythae(model, x, epochs, tuned):
     "One epoch of pythae's trainer as a function, after some that are not timed; tuned: with what `fit` sets for its process."
     theirs = trainer(like(model, SHAPE), x, tempfile.mkdtemp())
+
     def run():
-        with cpu_threads(1) if tuned else nullcontext(): theirs.train_step(1)
-    for _ in range(epochs): run()
+        with cpu_threads(1) if tuned else nullcontext():
+            theirs.train_step(1)
+
+    for _ in range(epochs):
+        run()
     return run
 
 
 def matrix_products(model):
     "The products of matrices that a step cannot do without: forward, and gradients of weights and of inputs."
-    sizes = [(m.in_features, m.out_features) for net in (model.encoder, model.decoder) for m in net.modules() if isinstance(m, Linear)]
-    triples = [(torch.randn(B, i), torch.randn(i, o), torch.randn(B, o), n == 0) for n, (i, o) in enumerate(sizes)]
+    sizes = [
+        (m.in_features, m.out_features)
+        for net in (model.encoder, model.decoder)
+        for m in net.modules()
+        if isinstance(m, Linear)
+    ]
+    triples = [
+        (torch.randn(B, i), torch.randn(i, o), torch.randn(B, o), n == 0) for n, (i, o) in enumerate(sizes)
+    ]
+
     def run():
         for _ in range(STEPS):
             for x, w, g, first in triples:
-                x @ w; x.T @ g
-                if not first: g @ w.T                                  # nobody asks for the gradient of the images
+                x @ w
+                x.T @ g
+                if not first:
+                    g @ w.T  # nobody asks for the gradient of the images
+
     return run
 
 
 def works():
     data, kept = load_data(images(), "bernoulli"), "ours, subnormal numbers kept"
-    for epochs, when in ((0, "first"), (BEFORE, f"after {BEFORE*STEPS:,}")):
+    for epochs, when in ((0, "first"), (BEFORE, f"after {BEFORE * STEPS:,}")):
+
         def prepared(model, flush=True, **fields):
-            run, m = epoch(config(model, **fields), data, flush); untrained = deepcopy(m)
-            for _ in range(epochs): run()
+            run, m = epoch(config(model, **fields), data, flush)
+            untrained = deepcopy(m)
+            for _ in range(epochs):
+                run()
             return run, untrained
+
         def others(of, untrained, aim, *args, **fields):
-            def elsewhere(tuned): return Elsewhere(epoch_of_pythae, untrained, data.x_train, epochs, tuned)
+            def elsewhere(tuned):
+                return Elsewhere(epoch_of_pythae, untrained, data.x_train, epochs, tuned)
+
             theirs = {of: (elsewhere(False), aim), f"{of}, with our settings": (elsewhere(True), None)}
             return theirs | ({kept: (prepared(*args, flush=False, **fields)[0], None)} if epochs else {})
+
         vae, untrained = prepared("VAE")
-        yield Work(f"{STEPS} training steps, {when}: VAE", vae, others("pythae", untrained, 1.5, "VAE") | {"matrix products alone": (matrix_products(untrained), 1/1.8)})
+        yield Work(
+            f"{STEPS} training steps, {when}: VAE",
+            vae,
+            others("pythae", untrained, 1.5, "VAE")
+            | {"matrix products alone": (matrix_products(untrained), 1 / 1.8)},
+        )
         vamp, untrained = prepared("MixtureCSRAE", prior="vamp")
-        yield Work(f"{STEPS} training steps, {when}: MixtureCSRAE vamp K=400", vamp, others("pythae's VAMP", untrained, 2.2, "MixtureCSRAE", prior="vamp"), rounds=7)
+        yield Work(
+            f"{STEPS} training steps, {when}: MixtureCSRAE vamp K=400",
+            vamp,
+            others("pythae's VAMP", untrained, 2.2, "MixtureCSRAE", prior="vamp"),
+            rounds=7,
+        )
         mog, _ = prepared("MixtureCSRAE")
-        yield Work(f"{STEPS} training steps, {when}: MixtureCSRAE mog K=400", mog, {"our VAE": (vae, 1/3.2)})
+        yield Work(
+            f"{STEPS} training steps, {when}: MixtureCSRAE mog K=400", mog, {"our VAE": (vae, 1 / 3.2)}
+        )

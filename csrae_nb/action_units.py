@@ -21,15 +21,18 @@ from .tables import markdown_table, read_paper, where
 from .training import SUPERVISED
 
 # %% ../nbs/16_action_units.ipynb #160007
-FACE_TABLES = {7: "DISFA", 8: "FERA2015"} # of the paper: F1 by AU
+FACE_TABLES = {7: "DISFA", 8: "FERA2015"}  # of the paper: F1 by AU
+
 
 def paper_f1(
-    table: int, # 7 or 8
-) -> dict[tuple[str, float], dict[str, float]]: # (model, labels): F1 of each AU, and "mean", as printed
+    table: int,  # 7 or 8
+) -> dict[tuple[str, float], dict[str, float]]:  # (model, labels): F1 of each AU, and "mean", as printed
     "The F1 of a printed table, in percent."
     rows, out = where(read_paper(), table=table), {}
-    for r in rows: out.setdefault((r["model"], r["labels"]), {})[r["answer"]] = r["mean"]
+    for r in rows:
+        out.setdefault((r["model"], r["labels"]), {})[r["answer"]] = r["mean"]
     return out
+
 
 def recomputed(f1: dict[str, float]) -> float:
     "The mean over AUs, of their own numbers."
@@ -37,29 +40,39 @@ def recomputed(f1: dict[str, float]) -> float:
 
 # %% ../nbs/16_action_units.ipynb #160010
 def chance_f1(
-    y: Int[Tensor, "n L"], # answers of the test frames
-) -> list[float | None]: # L, in percent; None where nobody says yes
+    y: Int[Tensor, "n L"],  # answers of the test frames
+) -> list[float | None]:  # L, in percent; None where nobody says yes
     "F1 of a yes to everything."
     rate = y.double().mean(0).tolist()
-    return [100*2*r/(1 + r) if r else None for r in rate]
+    return [100 * 2 * r / (1 + r) if r else None for r in rate]
 
 # %% ../nbs/16_action_units.ipynb #160016
-_not_model = ("fold", "images", "seeds", "commit", "command", "name") # columns in which rows of one model may differ
+_not_model = (
+    "fold",
+    "images",
+    "seeds",
+    "commit",
+    "command",
+    "name",
+)  # columns in which rows of one model may differ
+
 
 def _mean_of_known(values):
     "The mean of what is not None; None of nothing."
     known = [v for v in values if v is not None]
     return mean(known) if known else None
 
+
 def _together(seeds, column):
     "Mean and standard error over seeds, each a list of rows, of the mean over a seed's folds."
     values = [v for rows in seeds if (v := _mean_of_known(r.get(f"{column}_mean") for r in rows)) is not None]
-    error = stdev(values)/len(values)**.5 if len(values) > 1 else None
+    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
     return {f"{column}_mean": _mean_of_known(values), f"{column}_se": error}
 
+# %% ../nbs/16_action_units.ipynb #160216
 def over_folds(
-    rows: Iterable[dict], # of one run each
-) -> list[dict]: # a row a model and share of labels, with the means and errors of all f1 columns
+    rows: Iterable[dict],  # of one run each
+) -> list[dict]:  # a row a model and share of labels, with the means and errors of all f1 columns
     "F1 of each AU averaged over the folds, then over the seeds; of the seeds, those with most folds."
     groups = {}
     for r in rows:
@@ -80,23 +93,32 @@ def face_model(row: dict) -> str:
     "What the paper calls the model of a row."
     return {"resnet18": "ResNet18"}.get(row["network"], "CNN") if row["model"] == SUPERVISED else row["model"]
 
+
 def f1_table(
-    rows: list[dict], # of over_folds
-    answers: tuple[str, ...], # names of the AUs
-    chance: list[float | None], # of each
-) -> str: # Markdown
+    rows: list[dict],  # of over_folds
+    answers: tuple[str, ...],  # names of the AUs
+    chance: list[float | None],  # of each
+) -> str:  # Markdown
     "F1 by AU and on average, in percent, the average with its error over seeds; the first row is chance."
-    def cell(v, error=None): return "–" if v is None else f"{v:.1f}" + (f" ± {error:.1f}" if error is not None else "")
-    lines = [["a yes to everything", "0 %", "", *map(cell, chance), cell(mean(v for v in chance if v is not None))]]
+
+    def cell(v, error=None):
+        return "–" if v is None else f"{v:.1f}" + (f" ± {error:.1f}" if error is not None else "")
+
+    lines = [
+        ["a yes to everything", "0 %", "", *map(cell, chance), cell(mean(v for v in chance if v is not None))]
+    ]
     for r in sorted(rows, key=lambda r: (r["model"] == SUPERVISED, face_model(r), r["labels"])):
         runs = f"{r['folds']} × {len(r['seeds'].split())}"
         each = [cell(r.get(f"f1_{a}_mean")) for a in answers]
-        lines.append([face_model(r), f"{r['labels']:.0%}", runs, *each, f"**{cell(r['f1_mean'], r['f1_se'])}**"])
+        lines.append(
+            [face_model(r), f"{r['labels']:.0%}", runs, *each, f"**{cell(r['f1_mean'], r['f1_se'])}**"]
+        )
     return markdown_table(["model", "labels", "folds × seeds", *answers, "mean"], lines)
 
+# %% ../nbs/16_action_units.ipynb #160316
 def compared(
-    rows: list[dict], # of over_folds
-    labels: float, # the share
+    rows: list[dict],  # of over_folds
+    labels: float,  # the share
     models: tuple[str, ...] = ("MixtureCSRAE", "VampPriorVAE", "CNN"),
 ) -> str:
     "Which of two models reads more, where their errors over the same folds and seeds tell it."
@@ -105,20 +127,33 @@ def compared(
     for a, b in combinations([m for m in models if m in of], 2):
         gap, errors = of[a]["f1_mean"] - of[b]["f1_mean"], (of[a]["f1_se"], of[b]["f1_se"])
         same = all(of[a][k] == of[b][k] for k in ("folds", "seeds"))
-        clear = same and None not in errors and abs(gap) > 2*math.hypot(*errors)
-        out.append(f"{a} {'more' if gap > 0 else 'less'} than {b}" if clear else f"{a} and {b} not told apart")
+        clear = same and None not in errors and abs(gap) > 2 * math.hypot(*errors)
+        out.append(
+            f"{a} {'more' if gap > 0 else 'less'} than {b}" if clear else f"{a} and {b} not told apart"
+        )
     return f"{labels:.0%} of the labels: " + "; ".join(out)
 
 # %% ../nbs/16_action_units.ipynb #160019
 def plot_f1(
-    rows: list[dict], # of over_folds
+    rows: list[dict],  # of over_folds
     answers: tuple[str, ...],
     chance: list[float | None],
 ) -> Figure:
     "F1 by AU: a bar a row, and chance as a line."
-    fig, ax = plt.subplots(figsize=(9, 3), layout="constrained"); at, width = np.arange(len(answers)), .8/max(1, len(rows))
-    for i, r in enumerate(rows): ax.bar(at + (i - (len(rows) - 1)/2)*width, [r.get(f"f1_{a}_mean") or 0 for a in answers], width, label=f"{face_model(r)}, {r['labels']:.0%}")
+    fig, ax = plt.subplots(figsize=(9, 3), layout="constrained")
+    at, width = np.arange(len(answers)), 0.8 / max(1, len(rows))
+    for i, r in enumerate(rows):
+        ax.bar(
+            at + (i - (len(rows) - 1) / 2) * width,
+            [r.get(f"f1_{a}_mean") or 0 for a in answers],
+            width,
+            label=f"{face_model(r)}, {r['labels']:.0%}",
+        )
     for x, c in zip(at, chance):
-        if c is not None: ax.plot([x - .45, x + .45], [c, c], "k--", lw=1, label="a yes to everything" if x == 0 else None)
-    ax.set(xticks=at, xticklabels=answers, ylabel="F1, %"); ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+        if c is not None:
+            ax.plot(
+                [x - 0.45, x + 0.45], [c, c], "k--", lw=1, label="a yes to everything" if x == 0 else None
+            )
+    ax.set(xticks=at, xticklabels=answers, ylabel="F1, %")
+    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return fig

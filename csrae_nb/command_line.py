@@ -15,41 +15,53 @@ from functools import wraps
 from pathlib import Path
 
 # %% ../nbs/90_command_line.ipynb #900006
-def project_of(notebook: str | Path) -> Path | None: # None: not ours
+def project_of(notebook: str | Path) -> Path | None:  # None: not ours
     "The folder above the `nbs/` a notebook lies in, if it is this project's."
     try:
         path, ini = Path(notebook).resolve(), ConfigParser(interpolation=None)
-        if path.suffix != ".ipynb" or path.parent.name != "nbs": return None
+        if path.suffix != ".ipynb" or path.parent.name != "nbs":
+            return None
         root = path.parents[1]
-        ini.read(root/"settings.ini", encoding="utf-8")
+        ini.read(root / "settings.ini", encoding="utf-8")
         return root if ini.get("DEFAULT", "lib_name", fallback=None) == "csrae_nb" else None
-    except Exception: return None # a damaged settings.ini, a path that is none: somebody else's
+    except Exception:
+        return None  # a damaged settings.ini, a path that is none: somebody else's
 
 # %% ../nbs/90_command_line.ipynb #900108
 def _from_yaml(text, where):
     "What a YAML text says, with None and numbers such as 1e-3. ValueError that says where it cannot be read."
     import yaml
     from papermill.iorw import NoDatesSafeLoader
-    class Loader(NoDatesSafeLoader): pass
+
+    class Loader(NoDatesSafeLoader):
+        pass
+
     Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("None$"), "N")
     number = r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(number), "-+.0123456789")
-    try: return yaml.load(text, Loader=Loader)
-    except yaml.YAMLError as e: raise ValueError(f"{where} cannot be read as YAML: {' '.join(str(e).split())}") from e
+    try:
+        return yaml.load(text, Loader=Loader)
+    except yaml.YAMLError as e:
+        raise ValueError(f"{where} cannot be read as YAML: {' '.join(str(e).split())}") from e
+
 
 def _from_file(path):
     "What a YAML file says. ValueError if it is no YAML, or not written in UTF-8."
     from papermill.iorw import papermill_io
-    try: text = papermill_io.read(path, [".json", ".yaml", ".yml"])
-    except UnicodeDecodeError as e: raise ValueError(f"{path} is not UTF-8 ({e}): save it as UTF-8") from e
+
+    try:
+        text = papermill_io.read(path, [".json", ".yaml", ".yml"])
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 ({e}): save it as UTF-8") from e
     return _from_yaml(text, path)
 
 # %% ../nbs/90_command_line.ipynb #900009
 def given_parameters(
-    options: dict, # papermill's own, by name
-) -> dict: # name: value
+    options: dict,  # papermill's own, by name
+) -> dict:  # name: value
     "The parameters of a papermill command, merged as papermill merges them. ValueError for what cannot be read."
     from papermill.cli import _resolve_type
+
     parts = [
         *(_from_yaml(base64.b64decode(text), "base64") for text in options["parameters_base64"]),
         *map(_from_file, options["parameters_file"]),
@@ -57,105 +69,139 @@ def given_parameters(
         {k: _resolve_type(v) for k, v in options["parameters"]},
         dict(options["parameters_raw"]),
     ]
-    if bad := [p for p in parts if not isinstance(p, dict | None)]: raise ValueError(
-        f"parameters {bad[0]!r}; expected YAML of the form name: value")
+    if bad := [p for p in parts if not isinstance(p, dict | None)]:
+        raise ValueError(f"parameters {bad[0]!r}; expected YAML of the form name: value")
     return {k: v for part in parts for k, v in (part or {}).items()}
 
 # %% ../nbs/90_command_line.ipynb #900012
 def check_names(
     notebook: str | Path,
-    values: dict, # name: value
+    values: dict,  # name: value
 ) -> None:
     "ValueError for a parameter that the notebook's parameters cell does not have."
     from papermill import inspect_notebook
+
     known = inspect_notebook(notebook) if values else {}
-    if unknown := [k for k in values if k not in known]: raise ValueError(f"unknown parameter {', '.join(map(repr, unknown))}; "
-        + (f"the known ones are {', '.join(known)}" if known else f"{Path(notebook).name} has none"))
+    if unknown := [k for k in values if k not in known]:
+        raise ValueError(
+            f"unknown parameter {', '.join(map(repr, unknown))}; "
+            + (f"the known ones are {', '.join(known)}" if known else f"{Path(notebook).name} has none")
+        )
 
 # %% ../nbs/90_command_line.ipynb #900015
 def train_output(
-    values: dict, # parameters of train.ipynb
-    cwd: str | Path | None = None, # where the notebook will run, from which paths to data start; None: here
+    values: dict,  # parameters of train.ipynb
+    cwd: str | Path | None = None,  # where the notebook will run, from which paths to data start; None: here
 ) -> Path:
     "The executed notebook of a run, in its folder, which is made; ValueError or OSError if there can be no such run."
     from papermill.utils import chdir
     from csrae_nb.training import prepare_data, make_config, open_run, resolve
+
     cfg = resolve(make_config(values))
-    with chdir(cwd): prepare_data(cfg, None)
-    return open_run(cfg)/"train.ipynb"
+    with chdir(cwd):
+        prepare_data(cfg, None)
+    return open_run(cfg) / "train.ipynb"
 
 # %% ../nbs/90_command_line.ipynb #900018
 def fill_in(
-    ctx, # click.Context of a papermill command, parsed
+    ctx,  # click.Context of a papermill command, parsed
 ) -> None:
     "Give a papermill command on a notebook of this project its output path; ValueError or OSError if it cannot be run."
     o = ctx.params
-    if not (root := project_of(o["notebook_path"] or "-")) or o["help_notebook"] or o["prepare_only"]: return
-    if not (notebook := Path(o["notebook_path"])).is_file(): raise ValueError(
-        f"no notebook {notebook}; there are {', '.join(sorted(p.name for p in (root/'nbs').glob('*.ipynb')))}")
+    if not (root := project_of(o["notebook_path"] or "-")) or o["help_notebook"] or o["prepare_only"]:
+        return
+    if not (notebook := Path(o["notebook_path"])).is_file():
+        raise ValueError(
+            f"no notebook {notebook}; there are {', '.join(sorted(p.name for p in (root / 'nbs').glob('*.ipynb')))}"
+        )
     values = given_parameters(o)
     check_names(notebook, values)
     _hand_over(o, values)
-    os.environ["CSRAE_RUNS"] = os.path.abspath(os.environ.get("CSRAE_RUNS") or root/"_runs")
-    if o["output_path"]: return
+    os.environ["CSRAE_RUNS"] = os.path.abspath(os.environ.get("CSRAE_RUNS") or root / "_runs")
+    if o["output_path"]:
+        return
     path = train_output(values, o["cwd"]) if notebook.name == "train.ipynb" else _other_output(notebook.name)
-    o["output_path"] = str(path).replace("{", "{{").replace("}", "}}") # papermill takes it for a template
+    o["output_path"] = str(path).replace("{", "{{").replace("}", "}}")  # papermill takes it for a template
     _show_messages(o)
-    if notebook.name == "train.ipynb": ctx.call_on_close(lambda: _report(path.parent))
+    if notebook.name == "train.ipynb":
+        ctx.call_on_close(lambda: _report(path.parent))
 
 # %% ../nbs/90_command_line.ipynb #900020
 def _other_output(name):
     "Where an executed notebook goes that is not a run."
-    folder = Path(os.environ["CSRAE_RUNS"])/"_notebooks"
-    try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise OSError(f"cannot write to {folder} ({e.strerror}); name another folder in CSRAE_RUNS") from e
-    return folder/name
+    folder = Path(os.environ["CSRAE_RUNS"]) / "_notebooks"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise OSError(f"cannot write to {folder} ({e.strerror}); name another folder in CSRAE_RUNS") from e
+    return folder / name
+
 
 def _hand_over(options, values):
     "Let papermill find the merged parameters, as YAML, in place of their sources."
     import yaml
+
     options |= dict.fromkeys(("parameters_base64", "parameters_file", "parameters", "parameters_raw"), ())
     options["parameters_yaml"] = (yaml.safe_dump(values),) if values else ()
 
+
 def _show_messages(options):
     "Let what the notebook prints appear where papermill was started, its progress bars as wide as the terminal, in place of papermill's own."
-    if options["progress_bar"] is None: options["progress_bar"] = False
+    if options["progress_bar"] is None:
+        options["progress_bar"] = False
     for name, stream in dict(stdout_file=sys.stdout, stderr_file=sys.stderr).items():
-        if options[name] is None: options[name] = stream
-    if sys.stderr.isatty() and (width := os.get_terminal_size(sys.stderr.fileno()).columns): os.environ.setdefault("TQDM_NCOLS", str(width))
+        if options[name] is None:
+            options[name] = stream
+    if sys.stderr.isatty() and (width := os.get_terminal_size(sys.stderr.fileno()).columns):
+        os.environ.setdefault("TQDM_NCOLS", str(width))
 
+# %% ../nbs/90_command_line.ipynb #900120
 def _report(folder):
     "Say where the run is, unless it failed."
     import click
-    if isinstance(sys.exc_info()[1], click.exceptions.Exit | None): # click ends a success by Exit
+
+    if isinstance(sys.exc_info()[1], click.exceptions.Exit | None):  # click ends a success by Exit
         shown = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else folder
-        print(f"run: {shown}/ ({', '.join(sorted(p.name for p in folder.iterdir() if not p.name.startswith('.')))})")
+        print(
+            f"run: {shown}/ ({', '.join(sorted(p.name for p in folder.iterdir() if not p.name.startswith('.')))})"
+        )
 
 # %% ../nbs/90_command_line.ipynb #900022
 def open_door() -> None:
     "Let papermill's command pass through fill_in; once, and only if there is a click to do it with."
     try:
         from click import Command, UsageError
+
         original = Command.parse_args
-    except (ImportError, AttributeError): return
-    if hasattr(original, "opens_csrae_nb"): return
+    except (ImportError, AttributeError):
+        return
+    if hasattr(original, "opens_csrae_nb"):
+        return
+
     @wraps(original)
     def parse_args(self, ctx, args):
         rest = original(self, ctx, args)
         if getattr(self.callback, "__module__", None) == "papermill.cli" and not ctx.resilient_parsing:
-            try: fill_in(ctx)
-            except (ValueError, OSError) as e: raise UsageError(str(e)) from e
+            try:
+                fill_in(ctx)
+            except (ValueError, OSError) as e:
+                raise UsageError(str(e)) from e
         return rest
+
     parse_args.opens_csrae_nb = True
     Command.parse_args = parse_args
+
 
 open_door()
 
 # %% ../nbs/90_command_line.ipynb #900024
 class CSRAEEngine:
     "papermill's standard engine under another name."
+
     def __getattr__(self, name):
         from papermill.engines import NBClientEngine
+
         return getattr(NBClientEngine, name)
+
 
 engine = CSRAEEngine()

@@ -38,6 +38,8 @@ from jaxtyping import Float, Int
 from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy.sparse import issparse
 from torch import Tensor
+
+# %% ../nbs/08_data.ipynb #080202
 from torch.utils.data import Dataset as TorchDataset
 from tqdm import tqdm
 
@@ -47,82 +49,103 @@ from .pinwheel import make_pinwheel
 
 # %% ../nbs/08_data.ipynb #080005
 SPLITS = ("train", "val", "test")
-BINARISATION_SEED = 28 # of `Dataset.fixed`; any number would do, but every model must meet the same one
+BINARISATION_SEED = 28  # of `Dataset.fixed`; any number would do, but every model must meet the same one
+
 
 @dataclass(frozen=True)
 class LazyImages:
     "Stands for a tensor of images that are too many for memory."
-    read: Callable[[np.ndarray], Tensor] # row numbers (B,) to images (B, *X)
-    n: int # number of images
-    x_shape: tuple[int, ...] # of one image
-    device: torch.device | str = "cpu" # where the images go
+
+    read: Callable[[np.ndarray], Tensor]  # row numbers (B,) to images (B, *X)
+    n: int  # number of images
+    x_shape: tuple[int, ...]  # of one image
+    device: torch.device | str = "cpu"  # where the images go
 
     @property
-    def shape(self) -> tuple[int, ...]: return (self.n, *self.x_shape)
+    def shape(self) -> tuple[int, ...]:
+        return (self.n, *self.x_shape)
 
-    def __len__(self): return self.n
+    def __len__(self):
+        return self.n
 
-    def __getitem__(self, rows: Tensor | slice) -> Tensor: # (B, *X)
+    def __getitem__(self, rows: Tensor | slice) -> Tensor:  # (B, *X)
         "Images by their row numbers, read now."
         return self.read(np.arange(self.n)[rows.cpu() if isinstance(rows, Tensor) else rows]).to(self.device)
 
-    def split(self, rows: int) -> Iterator[Tensor]: # each (rows, *X), but for the last
+    def split(self, rows: int) -> Iterator[Tensor]:  # each (rows, *X), but for the last
         "All images in blocks, one in memory at a time."
-        return (self[i:i + rows] for i in range(0, self.n, rows))
+        return (self[i : i + rows] for i in range(0, self.n, rows))
 
-    def to(self, device: torch.device | str) -> "LazyImages": return replace(self, device=device)
+    def to(self, device: torch.device | str) -> "LazyImages":
+        return replace(self, device=device)
 
 # %% ../nbs/08_data.ipynb #080007
 @dataclass(frozen=True)
 class Dataset:
     "Examples in three splits, in the range of their likelihood."
-    name: str # a name of `DATASETS`, or of a file or folder
-    x_train: Float[Tensor, "n *X"] | LazyImages # to train on
-    x_val: Float[Tensor, "v *X"] | LazyImages # to stop early and to choose by
-    x_test: Float[Tensor, "t *X"] | LazyImages # to report
-    y_train: Int[Tensor, "n *L"] | None # class of each example, or its row of answers; -1: not known
+
+    name: str  # a name of `DATASETS`, or of a file or folder
+    x_train: Float[Tensor, "n *X"] | LazyImages  # to train on
+    x_val: Float[Tensor, "v *X"] | LazyImages  # to stop early and to choose by
+    x_test: Float[Tensor, "t *X"] | LazyImages  # to report
+    y_train: Int[Tensor, "n *L"] | None  # class of each example, or its row of answers; -1: not known
     y_val: Int[Tensor, "v *L"] | None
     y_test: Int[Tensor, "t *L"] | None
-    likelihood: str # a key of `LIKELIHOODS`
-    dynamic: bool # x holds probabilities of pixels that are drawn anew in each epoch
-    sha256: dict[str, str] # what was read: name of a file or an array -> its SHA-256
-    classes: tuple[str, ...] = field(default=(), kw_only=True) # names of the classes, by number
-    units: Units | None = field(default=None, kw_only=True) # of the networks; None: those of x
+    likelihood: str  # a key of `LIKELIHOODS`
+    dynamic: bool  # x holds probabilities of pixels that are drawn anew in each epoch
+    sha256: dict[str, str]  # what was read: name of a file or an array -> its SHA-256
+    classes: tuple[str, ...] = field(default=(), kw_only=True)  # names of the classes, by number
+    units: Units | None = field(default=None, kw_only=True)  # of the networks; None: those of x
 
     @property
-    def x_shape(self) -> tuple[int, ...]: # e.g. (28, 28)
+    def x_shape(self) -> tuple[int, ...]:  # e.g. (28, 28)
         "Shape of one example."
         return tuple(self.x_train.shape[1:])
 
     @property
     def answers(self) -> tuple[str, ...]:
         "Names of the questions, where a label is a row of answers."
-        return tuple(map(str, range(self.y_train.shape[1]))) if self.y_train is not None and self.y_train.ndim > 1 else ()
+        return (
+            tuple(map(str, range(self.y_train.shape[1])))
+            if self.y_train is not None and self.y_train.ndim > 1
+            else ()
+        )
 
-    def draw(self, x: Float[Tensor, "B *X"], generator: torch.Generator | None = None) -> Float[Tensor, "B *X"]:
+    def draw(
+        self, x: Float[Tensor, "B *X"], generator: torch.Generator | None = None
+    ) -> Float[Tensor, "B *X"]:
         "What a model sees of x in training: a fresh binarisation of dynamic data, any other data as they are."
         return torch.bernoulli(x, generator=generator) if self.dynamic else x
 
-    def fixed(self, split: str) -> Float[Tensor, "N *X"] | LazyImages: # the same in every run and for every model
+    def fixed(
+        self, split: str
+    ) -> Float[Tensor, "N *X"] | LazyImages:  # the same in every run and for every model
         "The split as models are judged on it: dynamic data binarised once, by a fixed seed. ValueError for an unknown split."
-        if split not in SPLITS: raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
+        if split not in SPLITS:
+            raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
         x, seed = getattr(self, f"x_{split}"), BINARISATION_SEED + SPLITS.index(split)
         return self.draw(x.cpu(), torch.Generator().manual_seed(seed)).to(x.device)
 
     def to(self, device: torch.device | str) -> "Dataset":
         "The same data on another device."
-        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, (Tensor, LazyImages))})
+        return replace(
+            self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, (Tensor, LazyImages))}
+        )
 
 # %% ../nbs/08_data.ipynb #080507
-def names_of_labels(data: Dataset) -> tuple[str, ...]: # of classes, by number, or of questions; without labels none
+def names_of_labels(
+    data: Dataset,
+) -> tuple[str, ...]:  # of classes, by number, or of questions; without labels none
     "What the labels of a data set are called."
     y = data.y_train
-    if y is None or y.ndim > 1: return data.answers
+    if y is None or y.ndim > 1:
+        return data.answers
     return data.classes or tuple(map(str, range(int(y.max()) + 1)))
+
 
 def labelled_rows(
     data: Dataset,
-    split: str, # train, val or test
+    split: str,  # train, val or test
 ) -> Int[Tensor, "m"]:
     "Rows of a split whose label is known, every answer of it."
     y = getattr(data, f"y_{split}")
@@ -131,117 +154,156 @@ def labelled_rows(
 # %% ../nbs/08_data.ipynb #080011
 def is_binary(x: np.ndarray) -> bool:
     "Whether all values are 0 or 1."
-    if x.dtype.kind in "bu": return bool(x.max(initial=0) <= 1) # much faster
+    if x.dtype.kind in "bu":
+        return bool(x.max(initial=0) <= 1)  # much faster
     return bool(((x == 0) | (x == 1)).all())
 
+
 def default_likelihood(
-    xs: list[np.ndarray], # the examples of all splits: uint8 or float
-) -> str: # a key of `LIKELIHOODS`
+    xs: list[np.ndarray],  # the examples of all splits: uint8 or float
+) -> str:  # a key of `LIKELIHOODS`
     "The likelihood that the values call for, by the table above."
-    if all(map(is_binary, xs)): return "bernoulli"
+    if all(map(is_binary, xs)):
+        return "bernoulli"
     return "discretized_logistic" if xs[0].dtype == np.uint8 else "gaussian"
 
 # %% ../nbs/08_data.ipynb #080013
 def scaled(
-    x: np.ndarray, # uint8 or float
-    likelihood: str, # a key of `LIKELIHOODS`
-    binary: bool, # levels 0 and 1, not 0 to 255
-) -> Float[Tensor, "..."]: # float32
+    x: np.ndarray,  # uint8 or float
+    likelihood: str,  # a key of `LIKELIHOODS`
+    binary: bool,  # levels 0 and 1, not 0 to 255
+) -> Float[Tensor, "..."]:  # float32
     "The values in the range of the likelihood, by the table above."
-    with np.errstate(over="ignore"): t = torch.from_numpy(x.astype(np.float32)) # a copy; what overflows is refused below
-    if x.dtype == np.uint8 and not binary: t /= 255
-    if x.dtype == np.uint8 and likelihood == "discretized_logistic": t -= 0.5
+    with np.errstate(over="ignore"):
+        t = torch.from_numpy(x.astype(np.float32))  # a copy; what overflows is refused below
+    if x.dtype == np.uint8 and not binary:
+        t /= 255
+    if x.dtype == np.uint8 and likelihood == "discretized_logistic":
+        t -= 0.5
     return t
 
 # %% ../nbs/08_data.ipynb #080614
-ROOM = (.1, 10.) # least standard deviation of some column, largest root mean square of any, without units
+ROOM = (0.1, 10.0)  # least standard deviation of some column, largest root mean square of any, without units
+
 
 def column_units(
-    x: Float[Tensor, "n *X"], # training examples: rows of numbers, or pictures
-) -> Units | None: # None: they are near 1 as they are
+    x: Float[Tensor, "n *X"],  # training examples: rows of numbers, or pictures
+) -> Units | None:  # None: they are near 1 as they are
     "Mean and standard deviation of each column, of pictures of all values, where their scale is far from 1."
     columns = x if x.ndim == 2 else x.reshape(-1, 1)
-    mean = sum(b.double().sum(0) for b in columns.split(10_000))/len(columns)
-    std = (sum((b.double() - mean).square().sum(0) for b in columns.split(10_000))/len(columns)).sqrt()
+    mean = sum(b.double().sum(0) for b in columns.split(10_000)) / len(columns)
+    std = (sum((b.double() - mean).square().sum(0) for b in columns.split(10_000)) / len(columns)).sqrt()
     size = (mean**2 + std**2).sqrt()
-    if size.max() <= ROOM[1] and std.max() >= ROOM[0]: return None
-    largest = torch.where(std.max() > 0, std.max(), 1.)
-    return Units(mean.float(), torch.where(std > 1e-6*size, std, largest).float())
+    if size.max() <= ROOM[1] and std.max() >= ROOM[0]:
+        return None
+    largest = torch.where(std.max() > 0, std.max(), 1.0)
+    return Units(mean.float(), torch.where(std > 1e-6 * size, std, largest).float())
 
 # %% ../nbs/08_data.ipynb #080016
 def channels_first(
-    x: np.ndarray, # examples
-) -> np.ndarray: # contiguous
+    x: np.ndarray,  # examples
+) -> np.ndarray:  # contiguous
     "Pictures (N, H, W, 1 or 3) as (N, 1 or 3, H, W); anything else as it is."
     last = x.ndim == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3)
     return np.ascontiguousarray(np.moveaxis(x, -1, 1) if last else x)
 
 # %% ../nbs/08_data.ipynb #080019
 def cut_splits(
-    arrays: dict[str, np.ndarray], # x_train, and any of the other five
-    seed: int, # chooses who goes where
-) -> dict[str, np.ndarray]: # with x_val and x_test
+    arrays: dict[str, np.ndarray],  # x_train, and any of the other five
+    seed: int,  # chooses who goes where
+) -> dict[str, np.ndarray]:  # with x_val and x_test
     "The missing ones of validation and test, a tenth of the training examples each. ValueError if there are too few."
     missing = [s for s in SPLITS[1:] if f"x_{s}" not in arrays]
-    if not missing: return arrays
-    n, tenth = len(arrays["x_train"]), max(1, len(arrays["x_train"])//10)
-    if n <= tenth*len(missing): raise ValueError(f"x_train has {n} examples, too few to cut {' and '.join(missing)} from it")
+    if not missing:
+        return arrays
+    n, tenth = len(arrays["x_train"]), max(1, len(arrays["x_train"]) // 10)
+    if n <= tenth * len(missing):
+        raise ValueError(f"x_train has {n} examples, too few to cut {' and '.join(missing)} from it")
     order = np.random.default_rng(seed).permutation(n)
-    rows = {s: order[i*tenth:(i + 1)*tenth] for i, s in enumerate(missing)} | {"train": order[tenth*len(missing):]}
-    return arrays | {f"{a}_{s}": arrays[f"{a}_train"][r] for a in "xy" if f"{a}_train" in arrays for s, r in rows.items()}
+    rows = {s: order[i * tenth : (i + 1) * tenth] for i, s in enumerate(missing)} | {
+        "train": order[tenth * len(missing) :]
+    }
+    return arrays | {
+        f"{a}_{s}": arrays[f"{a}_train"][r] for a in "xy" if f"{a}_train" in arrays for s, r in rows.items()
+    }
 
 # %% ../nbs/08_data.ipynb #080022
 def _numpy(name, x):
-    try: return np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x)
-    except ValueError as e: raise ValueError(f"{name} is no array: {e}") from e # e.g. lists of unequal length
+    try:
+        return np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x)
+    except ValueError as e:
+        raise ValueError(f"{name} is no array: {e}") from e  # e.g. lists of unequal length
+
 
 def _examples(name, x):
     x = _numpy(name, x)
-    if x.dtype.kind in "biu" and is_binary(x): x = x.astype(np.uint8, copy=False)
-    if x.dtype != np.uint8 and x.dtype.kind != "f": raise ValueError(
-        f"{name} has dtype {x.dtype}, expected uint8 (grey levels 0 to 255), a float type, or zeros and ones: cast it to what it means")
-    if x.ndim < 2 or x.size == 0: raise ValueError(f"{name} has shape {x.shape}, expected (examples, values, ...), none of them 0")
+    if x.dtype.kind in "biu" and is_binary(x):
+        x = x.astype(np.uint8, copy=False)
+    if x.dtype != np.uint8 and x.dtype.kind != "f":
+        raise ValueError(
+            f"{name} has dtype {x.dtype}, expected uint8 (grey levels 0 to 255), a float type, or zeros and ones: cast it to what it means"
+        )
+    if x.ndim < 2 or x.size == 0:
+        raise ValueError(f"{name} has shape {x.shape}, expected (examples, values, ...), none of them 0")
     return x
 
 # %% ../nbs/08_data.ipynb #080622
 def _filled(y):
     "Text, or what a table holds: numbers where there is nothing else, NaN for no label; else text, '' for none."
-    if y.dtype.kind != "O": y = y.astype(str)
+    if y.dtype.kind != "O":
+        y = y.astype(str)
     none = np.array([v is None or str(v) in ("", "nan", "<NA>") for v in y.flat], bool).reshape(y.shape)
     numbers = y.dtype.kind == "O" and all(isinstance(v, Real) for v in y[~none])
-    if numbers: return np.where(none, np.nan, y).astype(float)
+    if numbers:
+        return np.where(none, np.nan, y).astype(float)
     return np.where(none, "", y.astype(str))
+
 
 def _whole(name, y):
     "Floats as integers, -1 for NaN; ValueError for one that is no whole number."
     y = np.where(np.isnan(y), -1, y)
-    if (odd := y[~(abs(y) < 2**53) | (y != np.round(y))]).size: raise ValueError(
-        f"{name} holds {odd[0]:g}; classes are whole numbers or text, answers 0 or 1: cut numbers into classes first")
+    if (odd := y[~(abs(y) < 2**53) | (y != np.round(y))]).size:
+        raise ValueError(
+            f"{name} holds {odd[0]:g}; classes are whole numbers or text, answers 0 or 1: cut numbers into classes first"
+        )
     return y.astype(np.int64)
 
+# %% ../nbs/08_data.ipynb #080922
 def _labels(name, y):
     "Classes, as integers (-1: none) or text ('': none), or rows of answers, as integers."
     y = given = _numpy(name, y)
-    if y.ndim == 2 and y.shape[1] == 1: y = y[:, 0]
-    if y.ndim == 1 and y.dtype.kind == "b": y = y.astype(str)
-    if y.dtype.kind in "OSU": y = _filled(y)
-    if y.dtype.kind == "f": y = _whole(name, y)
-    if y.dtype.kind in "biu": y = y.astype(np.int64)
+    if y.ndim == 2 and y.shape[1] == 1:
+        y = y[:, 0]
+    if y.ndim == 1 and y.dtype.kind == "b":
+        y = y.astype(str)
+    if y.dtype.kind in "OSU":
+        y = _filled(y)
+    if y.dtype.kind == "f":
+        y = _whole(name, y)
+    if y.dtype.kind in "biu":
+        y = y.astype(np.int64)
     answers = y.ndim == 2 and y.shape[1] > 1 and y.dtype.kind == "i" and bool((abs(y) <= 1).all())
-    if answers or y.ndim == 1 and y.dtype.kind in "iU": return y
-    raise ValueError(f"{name} has dtype {given.dtype} and shape {given.shape}, expected a vector of classes (whole "
-                     "numbers or text), one an example, or a matrix of answers (1, 0, or -1 where one is not known)")
+    if answers or y.ndim == 1 and y.dtype.kind in "iU":
+        return y
+    raise ValueError(
+        f"{name} has dtype {given.dtype} and shape {given.shape}, expected a vector of classes (whole "
+        "numbers or text), one an example, or a matrix of answers (1, 0, or -1 where one is not known)"
+    )
 
 # %% ../nbs/08_data.ipynb #080722
 def numbered(
-    labels: dict[str, np.ndarray], # of the splits, as `check_arrays` gives them
-) -> tuple[dict[str, np.ndarray], tuple[str, ...]]: # numbers, -1 for no label; names of the classes
+    labels: dict[str, np.ndarray],  # of the splits, as `check_arrays` gives them
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:  # numbers, -1 for no label; names of the classes
     "Classes by number; answers as they are, without names. ValueError for labels that are -1 and 1 only."
-    if not labels: return labels, ()
+    if not labels:
+        return labels, ()
     values = np.unique(np.concatenate([y.ravel() for y in labels.values()]))
-    if values.tolist() == [-1, 1]: raise ValueError(
-        "the labels are -1 and 1, and -1 means that a label is not known; where it is a class, or a no, write 0 for it")
-    if any(y.ndim > 1 for y in labels.values()): return labels, ()
+    if values.tolist() == [-1, 1]:
+        raise ValueError(
+            "the labels are -1 and 1, and -1 means that a label is not known; where it is a class, or a no, write 0 for it"
+        )
+    if any(y.ndim > 1 for y in labels.values()):
+        return labels, ()
     none = "" if values.dtype.kind == "U" else -1
     names = values[values != none]
     numbers = {k: np.where(y == none, -1, np.searchsorted(names, y)) for k, y in labels.items()}
@@ -251,29 +313,41 @@ def numbered(
 def _check_keys(arrays):
     known = [f"{a}_{s}" for a in "xy" for s in SPLITS]
     unknown = [str(k) for k in arrays if k not in ("x", "y", *known)]
-    if unknown: raise ValueError(f"unknown array {', '.join(unknown)}; known are {', '.join(known)}, and x, y to be split")
+    if unknown:
+        raise ValueError(
+            f"unknown array {', '.join(unknown)}; known are {', '.join(known)}, and x, y to be split"
+        )
     for a in "xy":
-        if a in arrays and f"{a}_train" in arrays: raise ValueError(f"both {a} and {a}_train given; {a} is short for {a}_train, keep one")
-    if not {"x", "x_train"} & arrays.keys(): raise ValueError(f"no x_train (or x) among the arrays {', '.join(arrays) or '(none)'}")
+        if a in arrays and f"{a}_train" in arrays:
+            raise ValueError(f"both {a} and {a}_train given; {a} is short for {a}_train, keep one")
+    if not {"x", "x_train"} & arrays.keys():
+        raise ValueError(f"no x_train (or x) among the arrays {', '.join(arrays) or '(none)'}")
 
+# %% ../nbs/08_data.ipynb #080123
 def _check_fit(arrays):
     kinds = {k: v for k, v in arrays.items() if k[0] == "y"}
     for k, v in kinds.items():
         name, y = next(iter(kinds.items()))
-        if (v.shape[1:], v.dtype.kind) != (y.shape[1:], y.dtype.kind): raise ValueError(
-            f"{k} has labels of dtype {v.dtype} and shape {v.shape}, {name} of {y.dtype} and {y.shape}: use one kind")
+        if (v.shape[1:], v.dtype.kind) != (y.shape[1:], y.dtype.kind):
+            raise ValueError(
+                f"{k} has labels of dtype {v.dtype} and shape {v.shape}, {name} of {y.dtype} and {y.shape}: use one kind"
+            )
     first = arrays["x_train"]
     for k, v in arrays.items():
         x = arrays.get(f"x{k[1:]}")
-        if x is None: raise ValueError(f"{k} given without x{k[1:]}")
-        if len(v) != len(x): raise ValueError(f"{k} has {len(v):,} labels, x{k[1:]} has {len(x):,} examples")
-        if x.shape[1:] != first.shape[1:]: raise ValueError(f"{k} has examples of shape {x.shape[1:]}, x_train of {first.shape[1:]}")
-        if (x.dtype == np.uint8) != (first.dtype == np.uint8): raise ValueError(f"{k} is {x.dtype}, x_train is {first.dtype}: use one kind")
+        if x is None:
+            raise ValueError(f"{k} given without x{k[1:]}")
+        if len(v) != len(x):
+            raise ValueError(f"{k} has {len(v):,} labels, x{k[1:]} has {len(x):,} examples")
+        if x.shape[1:] != first.shape[1:]:
+            raise ValueError(f"{k} has examples of shape {x.shape[1:]}, x_train of {first.shape[1:]}")
+        if (x.dtype == np.uint8) != (first.dtype == np.uint8):
+            raise ValueError(f"{k} is {x.dtype}, x_train is {first.dtype}: use one kind")
 
 # %% ../nbs/08_data.ipynb #080024
 def check_arrays(
-    arrays: Mapping, # anything numpy can read: arrays, tensors, lists; None is no array
-) -> dict[str, np.ndarray]: # under full names; examples uint8 or float, labels int64 or text
+    arrays: Mapping,  # anything numpy can read: arrays, tensors, lists; None is no array
+) -> dict[str, np.ndarray]:  # under full names; examples uint8 or float, labels int64 or text
     "The arrays, checked one by one and against each other. ValueError that names the array, what it is and what was expected."
     arrays = {k: v for k, v in arrays.items() if v is not None}
     _check_keys(arrays)
@@ -283,17 +357,17 @@ def check_arrays(
     return arrays
 
 # %% ../nbs/08_data.ipynb #080028
-def sha256(data: bytes) -> str: # hexadecimal
+def sha256(data: bytes) -> str:  # hexadecimal
     "SHA-256 of bytes."
     return hashlib.sha256(data).hexdigest()
 
 # %% ../nbs/08_data.ipynb #080029
 def from_arrays(
-    arrays: Mapping, # `x` or `x_train`, and any of `x_val, x_test, y_train, y_val, y_test`
-    likelihood: str | None = None, # a key of `LIKELIHOODS`; None: by the values
-    split_seed: int = 0, # chooses the splits that are missing
-    name: str = "arrays", # of the data set
-    hashes: dict[str, str] | None = None, # of the files they were read from; None: of the arrays
+    arrays: Mapping,  # `x` or `x_train`, and any of `x_val, x_test, y_train, y_val, y_test`
+    likelihood: str | None = None,  # a key of `LIKELIHOODS`; None: by the values
+    split_seed: int = 0,  # chooses the splits that are missing
+    name: str = "arrays",  # of the data set
+    hashes: dict[str, str] | None = None,  # of the files they were read from; None: of the arrays
 ) -> Dataset:
     "A `Dataset` from arrays. ValueError for arrays that do not fit each other or the likelihood."
     arrays = check_arrays(arrays)
@@ -303,20 +377,27 @@ def from_arrays(
     likelihood, binary = likelihood or default_likelihood(xs), all(map(is_binary, xs))
     x = {f"x_{s}": scaled(v, likelihood, binary) for s, v in zip(SPLITS, xs)}
     labels, classes = numbered({k: v for k, v in arrays.items() if k[0] == "y" and v is not None})
-    y = dict.fromkeys(f"y_{s}" for s in SPLITS) | {k: torch.from_numpy(v) for k, v in labels.items() if (v >= 0).any()}
-    for k, v in x.items(): make_likelihood(likelihood).check(v, k)
+    y = dict.fromkeys(f"y_{s}" for s in SPLITS) | {
+        k: torch.from_numpy(v) for k, v in labels.items() if (v >= 0).any()
+    }
+    for k, v in x.items():
+        make_likelihood(likelihood).check(v, k)
     units = column_units(x["x_train"]) if likelihood == "gaussian" else None
     dynamic = likelihood == "bernoulli" and not binary
-    return Dataset(name, **x, **y, likelihood=likelihood, dynamic=dynamic, sha256=hashes, classes=classes, units=units)
+    return Dataset(
+        name, **x, **y, likelihood=likelihood, dynamic=dynamic, sha256=hashes, classes=classes, units=units
+    )
 
 # %% ../nbs/08_data.ipynb #080033
-def read_digits() -> tuple[dict, None]: # arrays; no file
+def read_digits() -> tuple[dict, None]:  # arrays; no file
     "scikit-learn's bundled 8×8 digits, grey levels in [0, 1]."
     from sklearn.datasets import load_digits
-    digits = load_digits()
-    return dict(x=digits.images/16, y=digits.target), None
 
-def read_pinwheel() -> tuple[dict, None]: # arrays; no file
+    digits = load_digits()
+    return dict(x=digits.images / 16, y=digits.target), None
+
+
+def read_pinwheel() -> tuple[dict, None]:  # arrays; no file
     "4,000 / 1,000 / 1,000 points of the pinwheel (§4.1), the same every time."
     generator = torch.Generator().manual_seed(0)
     sizes = dict(train=4000, val=1000, test=1000)
@@ -325,171 +406,288 @@ def read_pinwheel() -> tuple[dict, None]: # arrays; no file
 
 # %% ../nbs/08_data.ipynb #080038
 def read_idx(
-    raw: bytes, # a whole file, unzipped
-) -> np.ndarray: # uint8
+    raw: bytes,  # a whole file, unzipped
+) -> np.ndarray:  # uint8
     "The array in an idx file of unsigned bytes. ValueError for another file, or one of the wrong length."
-    start = 4 + 4*int.from_bytes(raw[3:4], "big") # of the data
-    if raw[:3] != b"\0\0\x08" or len(raw) < start: raise ValueError(
-        f"it begins with {raw[:4].hex(' ') or 'nothing'}, expected 00 00 08 and a whole header")
-    shape = struct.unpack(f">{start//4 - 1}I", raw[4:start])
+    start = 4 + 4 * int.from_bytes(raw[3:4], "big")  # of the data
+    if raw[:3] != b"\0\0\x08" or len(raw) < start:
+        raise ValueError(
+            f"it begins with {raw[:4].hex(' ') or 'nothing'}, expected 00 00 08 and a whole header"
+        )
+    shape = struct.unpack(f">{start // 4 - 1}I", raw[4:start])
     size = start + math.prod(shape)
-    if len(raw) != size: raise ValueError(f"it has {len(raw):,} bytes, its header {shape} asks for {size:,}")
+    if len(raw) != size:
+        raise ValueError(f"it has {len(raw):,} bytes, its header {shape} asks for {size:,}")
     return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
 
 # %% ../nbs/08_data.ipynb #080041
 def _even_text(raw, columns):
     "The digits of a text in which each is followed by one blank or newline; None for another text."
-    if len(raw) % (2*columns): return None
-    text = np.frombuffer(raw, np.uint8).reshape(-1, 2*columns)
+    if len(raw) % (2 * columns):
+        return None
+    text = np.frombuffer(raw, np.uint8).reshape(-1, 2 * columns)
     even = (text[:, 1:-1:2] == ord(" ")).all() and (text[:, -1] == ord("\n")).all()
     return text[:, ::2] - ord("0") if even else None
 
+
 def read_amat(
-    raw: bytes, # a whole file, unzipped
-    columns: int = 784, # pixels a line
-) -> np.ndarray: # (lines, columns) of 0 and 1, uint8
+    raw: bytes,  # a whole file, unzipped
+    columns: int = 784,  # pixels a line
+) -> np.ndarray:  # (lines, columns) of 0 and 1, uint8
     "The images in an amat file. ValueError for anything but lines of `columns` zeros and ones."
-    raw = raw.removeprefix(codecs.BOM_UTF8) # some editors put it before a text
+    raw = raw.removeprefix(codecs.BOM_UTF8)  # some editors put it before a text
     x = _even_text(raw, columns)
-    try: x = np.loadtxt(io.BytesIO(raw), np.float32, comments=None, ndmin=2) if x is None else x
-    except ValueError as e: raise ValueError(f"not all of its lines hold {columns} numbers") from e
-    if x.shape[1] != columns or not is_binary(x): raise ValueError(f"expected lines of {columns} zeros and ones")
+    try:
+        x = np.loadtxt(io.BytesIO(raw), np.float32, comments=None, ndmin=2) if x is None else x
+    except ValueError as e:
+        raise ValueError(f"not all of its lines hold {columns} numbers") from e
+    if x.shape[1] != columns or not is_binary(x):
+        raise ValueError(f"expected lines of {columns} zeros and ones")
     return x.astype(np.uint8)
 
 # %% ../nbs/08_data.ipynb #080044
 _MATRIX, _ZIPPED = 14, 15
-_TYPES = {*range(1, 8), 9, 12, 13, _MATRIX, _ZIPPED, 16, 17, 18} # of elements in a .mat file
+_TYPES = {*range(1, 8), 9, 12, 13, _MATRIX, _ZIPPED, 16, 17, 18}  # of elements in a .mat file
+
 
 def _check_tags(raw, order, in_matrix=False):
     "ValueError for a tag that says what cannot be, struct.error for half a tag, zlib.error for what cannot be unzipped."
     at = 0
     while at < len(raw):
         kind, size = struct.unpack_from(f"{order}II", raw, at)
-        small, kind = kind >> 16, kind & 0xffff # a small element has its size here, and its content within the tag
-        body = raw[at + 8:at + 8 + size]
-        if kind not in _TYPES: raise ValueError(f"an element of type {kind}")
-        if not small and len(body) < size: raise ValueError(f"an element of {size:,} bytes, of which there are {len(body):,}")
-        if in_matrix and at == 0 and (small, kind, size) != (0, 6, 8): raise ValueError("a matrix that does not begin with its flags")
-        if kind == _MATRIX and not small: _check_tags(body, order, True)
-        if kind == _ZIPPED and not small: _check_tags(memoryview(zlib.decompress(body)), order)
+        small, kind = (
+            kind >> 16,
+            kind & 0xFFFF,
+        )  # a small element has its size here, and its content within the tag
+        body = raw[at + 8 : at + 8 + size]
+        if kind not in _TYPES:
+            raise ValueError(f"an element of type {kind}")
+        if not small and len(body) < size:
+            raise ValueError(f"an element of {size:,} bytes, of which there are {len(body):,}")
+        if in_matrix and at == 0 and (small, kind, size) != (0, 6, 8):
+            raise ValueError("a matrix that does not begin with its flags")
+        if kind == _MATRIX and not small:
+            _check_tags(body, order, True)
+        if kind == _ZIPPED and not small:
+            _check_tags(memoryview(zlib.decompress(body)), order)
         at += 8 if small else 8 + size + (-size % 8 if kind != _ZIPPED else 0)
 
+# %% ../nbs/08_data.ipynb #080144
 def read_mat(
-    raw: bytes, # a whole file
-) -> dict[str, np.ndarray]: # by name
+    raw: bytes,  # a whole file
+) -> dict[str, np.ndarray]:  # by name
     "The arrays in a .mat file (version 7.2 or older). ValueError for another file."
     from scipy.io import loadmat
+
     try:
-        if 0 not in raw[:4]: _check_tags(memoryview(raw)[128:], "<" if raw[126:128] == b"IM" else ">") # else version 4, without tags
+        if 0 not in raw[:4]:
+            _check_tags(
+                memoryview(raw)[128:], "<" if raw[126:128] == b"IM" else ">"
+            )  # else version 4, without tags
         return {k: v for k, v in loadmat(io.BytesIO(raw)).items() if not k.startswith("__")}
-    except Exception as e: raise ValueError(f"scipy cannot read it as a .mat file ({type(e).__name__}: {e})") from e
+    except Exception as e:
+        raise ValueError(f"scipy cannot read it as a .mat file ({type(e).__name__}: {e})") from e
 
 # %% ../nbs/08_data.ipynb #080047
-BATCHES = *(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin" # 10,000 records each
-RECORD = 1 + 3*32*32 # bytes
+BATCHES = *(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"  # 10,000 records each
+RECORD = 1 + 3 * 32 * 32  # bytes
+
 
 def read_records(
-    raw: bytes, # a whole file
-) -> np.ndarray: # (records, 3073), uint8: the label, then the picture's values
+    raw: bytes,  # a whole file
+) -> np.ndarray:  # (records, 3073), uint8: the label, then the picture's values
     "The records in a bin file of CIFAR-10. ValueError for another file."
-    if not raw or len(raw) % RECORD: raise ValueError(f"it has {len(raw):,} bytes, expected a multiple of {RECORD:,}")
+    if not raw or len(raw) % RECORD:
+        raise ValueError(f"it has {len(raw):,} bytes, expected a multiple of {RECORD:,}")
     x = np.frombuffer(raw, np.uint8).reshape(-1, RECORD)
-    if x[:, 0].max() > 9: raise ValueError(f"it has labels up to {x[:, 0].max()}, expected 0 to 9")
+    if x[:, 0].max() > 9:
+        raise ValueError(f"it has labels up to {x[:, 0].max()}, expected 0 to 9")
     return x
 
+
 def read_batches(
-    raw: bytes, # a whole tar archive, unzipped
-) -> np.ndarray: # (records, 3073), those of the six files one after the other
+    raw: bytes,  # a whole tar archive, unzipped
+) -> np.ndarray:  # (records, 3073), those of the six files one after the other
     "The records in CIFAR-10's archive. ValueError for another archive."
     with tarfile.open(fileobj=io.BytesIO(raw)) as tar:
         members = {Path(m.name).name: m for m in tar if m.isfile()}
         missing = [b for b in BATCHES if b not in members]
-        if missing: raise ValueError(f"the archive lacks {', '.join(missing)}")
+        if missing:
+            raise ValueError(f"the archive lacks {', '.join(missing)}")
         return np.concatenate([read_records(tar.extractfile(members[b]).read()) for b in BATCHES])
 
 # %% ../nbs/08_data.ipynb #080051
 @dataclass(frozen=True)
 class PublicFile:
     "A file of a public distribution."
-    shape: tuple[int, ...] | dict[str, tuple[int, ...]] # of the array in it, or of those it must hold, by name
-    sha256: str | None # of its content, unzipped; None: not known
-    urls: tuple[str, ...] # where it can be had, tried in this order
-    download_sha256: str | None # of what the URLs give; None: not known
+
+    shape: (
+        tuple[int, ...] | dict[str, tuple[int, ...]]
+    )  # of the array in it, or of those it must hold, by name
+    sha256: str | None  # of its content, unzipped; None: not known
+    urls: tuple[str, ...]  # where it can be had, tried in this order
+    download_sha256: str | None  # of what the URLs give; None: not known
+
 
 def _mnist(name, shape, content, zipped):
-    mirrors = "https://ossci-datasets.s3.amazonaws.com/mnist", "https://storage.googleapis.com/cvdf-datasets/mnist"
+    mirrors = (
+        "https://ossci-datasets.s3.amazonaws.com/mnist",
+        "https://storage.googleapis.com/cvdf-datasets/mnist",
+    )
     return name, PublicFile(shape, content, tuple(f"{m}/{name}.gz" for m in mirrors), zipped)
+
 
 def _binarized(name, shape, content):
     url = f"http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/{name}"
     return name, PublicFile(shape, content, (url,), content)
 
-_chardata = dict(data=(784, 24_345), target=(50, 24_345), testdata=(784, 8_070), testtarget=(50, 8_070)) # columns are images
-_silhouettes = {f"{split}_{a}": (n, columns) for split, n in (("train", 4_100), ("val", 2_264), ("test", 2_307))
-                for a, columns in (("data", 784), ("labels", 1))}
+
+_chardata = dict(
+    data=(784, 24_345), target=(50, 24_345), testdata=(784, 8_070), testtarget=(50, 8_070)
+)  # columns are images
+
+# %% ../nbs/08_data.ipynb #080151
+_silhouettes = {
+    f"{split}_{a}": (n, columns)
+    for split, n in (("train", 4_100), ("val", 2_264), ("test", 2_307))
+    for a, columns in (("data", 784), ("labels", 1))
+}
 
 # %% ../nbs/08_data.ipynb #080052
-CHARDATA, SILHOUETTES, CIFAR10 = "chardata.mat", "caltech101_silhouettes_28_split1.mat", "cifar-10-binary.tar.gz"
-FILES = dict([
-    _mnist("train-images-idx3-ubyte", (60_000, 28, 28), "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-           "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"),
-    _mnist("train-labels-idx1-ubyte", (60_000,), "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-           "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"),
-    _mnist("t10k-images-idx3-ubyte", (10_000, 28, 28), "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-           "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"),
-    _mnist("t10k-labels-idx1-ubyte", (10_000,), "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-           "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"),
-    _binarized("binarized_mnist_train.amat", (50_000, 784), "ad693b29f94c14277b095f5238ddefbbdaaae0939789dd2f4f0205278cee3e4d"),
-    _binarized("binarized_mnist_test.amat", (10_000, 784), "e6687bfea3f820c174f33b7865140b2a2dd2930ef786f35d45795fc193b5ab2c"),
-    (CHARDATA, PublicFile(_chardata, None, (f"https://github.com/yburda/iwae/raw/master/datasets/OMNIGLOT/{CHARDATA}",), None)),
-    (SILHOUETTES, PublicFile(_silhouettes, None, (f"https://people.cs.umass.edu/~marlin/data/{SILHOUETTES}",), None)),
-    (CIFAR10, PublicFile((60_000, RECORD), None, (f"https://www.cs.toronto.edu/~kriz/{CIFAR10}",),
-                         "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd")),
-    *((name, PublicFile((10_000, RECORD), None, (), None)) for name in BATCHES), # they come in the archive
-])
+CHARDATA, SILHOUETTES, CIFAR10 = (
+    "chardata.mat",
+    "caltech101_silhouettes_28_split1.mat",
+    "cifar-10-binary.tar.gz",
+)
+
+# %% ../nbs/08_data.ipynb #080152
+FILES = dict(
+    [
+        _mnist(
+            "train-images-idx3-ubyte",
+            (60_000, 28, 28),
+            "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+            "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+        ),
+        _mnist(
+            "train-labels-idx1-ubyte",
+            (60_000,),
+            "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+            "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+        ),
+        _mnist(
+            "t10k-images-idx3-ubyte",
+            (10_000, 28, 28),
+            "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+            "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+        ),
+        _mnist(
+            "t10k-labels-idx1-ubyte",
+            (10_000,),
+            "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+            "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+        ),
+        _binarized(
+            "binarized_mnist_train.amat",
+            (50_000, 784),
+            "ad693b29f94c14277b095f5238ddefbbdaaae0939789dd2f4f0205278cee3e4d",
+        ),
+        _binarized(
+            "binarized_mnist_test.amat",
+            (10_000, 784),
+            "e6687bfea3f820c174f33b7865140b2a2dd2930ef786f35d45795fc193b5ab2c",
+        ),
+        (
+            CHARDATA,
+            PublicFile(
+                _chardata,
+                None,
+                (f"https://github.com/yburda/iwae/raw/master/datasets/OMNIGLOT/{CHARDATA}",),
+                None,
+            ),
+        ),
+        (
+            SILHOUETTES,
+            PublicFile(
+                _silhouettes, None, (f"https://people.cs.umass.edu/~marlin/data/{SILHOUETTES}",), None
+            ),
+        ),
+        (
+            CIFAR10,
+            PublicFile(
+                (60_000, RECORD),
+                None,
+                (f"https://www.cs.toronto.edu/~kriz/{CIFAR10}",),
+                "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+            ),
+        ),
+        *(
+            (name, PublicFile((10_000, RECORD), None, (), None)) for name in BATCHES
+        ),  # they come in the archive
+    ]
+)
 
 # %% ../nbs/08_data.ipynb #080055
 def data_folder() -> Path:
     "Where public files are kept: the environment variable `CSRAE_DATA`, or pooch's cache folder for csrae_nb."
-    if os.environ.get("CSRAE_DATA"): return Path(os.environ["CSRAE_DATA"]).expanduser()
+    if os.environ.get("CSRAE_DATA"):
+        return Path(os.environ["CSRAE_DATA"]).expanduser()
     from pooch import os_cache
+
     return Path(os_cache("csrae_nb"))
+
 
 def _can_write(folder):
     "Whether files can be put into a folder, which may have to be made."
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
+
 def cache_folder() -> Path:
     "Where what is made from data is kept: `CSRAE_CACHE`, or the data folder, or, if that cannot be written, pooch's cache folder."
-    if os.environ.get("CSRAE_CACHE"): return Path(os.environ["CSRAE_CACHE"]).expanduser()
-    if _can_write(folder := data_folder()): return folder
+    if os.environ.get("CSRAE_CACHE"):
+        return Path(os.environ["CSRAE_CACHE"]).expanduser()
+    if _can_write(folder := data_folder()):
+        return folder
     from pooch import os_cache
+
     return Path(os_cache("csrae_nb"))
 
+# %% ../nbs/08_data.ipynb #080155
 def find_file(
-    name: str, # a key of `FILES`
-) -> Path | None: # None if it is not there
+    name: str,  # a key of `FILES`
+) -> Path | None:  # None if it is not there
     "A public file in the data folder, zipped or not."
-    places = [data_folder()/place/f"{name}{end}" for place in ("", "MNIST/raw", "cifar-10-batches-bin") for end in ("", ".gz")]
+    places = [
+        data_folder() / place / f"{name}{end}"
+        for place in ("", "MNIST/raw", "cifar-10-batches-bin")
+        for end in ("", ".gz")
+    ]
     return next((p for p in places if p.is_file()), None)
 
 # %% ../nbs/08_data.ipynb #080056
 def _content(raw):
     return gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
 
+
 def _shapes(arrays):
     return ", ".join(f"{k} {shape}" for k, shape in arrays.items()) or "no arrays"
+
 
 def _parsed(name, content):
     "The array in a public file's content, or its arrays by name. ValueError for other shapes than the public file's."
     readers = {".amat": read_amat, ".mat": read_mat, ".bin": read_records, ".tar.gz": read_batches}
-    x, want = next((read for end, read in readers.items() if name.endswith(end)), read_idx)(content), FILES[name].shape
+    x, want = (
+        next((read for end, read in readers.items() if name.endswith(end)), read_idx)(content),
+        FILES[name].shape,
+    )
     if isinstance(x, np.ndarray):
-        if x.shape != want: raise ValueError(f"it holds an array of {x.shape}, expected {want}")
+        if x.shape != want:
+            raise ValueError(f"it holds an array of {x.shape}, expected {want}")
     elif not want.items() <= (got := {k: v.shape for k, v in x.items()}).items():
         raise ValueError(f"it holds {_shapes(got)}; expected {_shapes(want)}")
     return x
+
 
 def _reason(e):
     "What an exception says, and its kind where that does not go without saying."
@@ -498,37 +696,61 @@ def _reason(e):
 # %% ../nbs/08_data.ipynb #080057
 def _fetch(name, url):
     from pooch import HTTPDownloader, retrieve
+
     known = FILES[name].download_sha256
-    path = Path(retrieve(url, known and f"sha256:{known}", Path(url).name, data_folder(), downloader=HTTPDownloader(progressbar=True)))
-    if known: return path
-    try: _parsed(name, _content(path.read_bytes()))
-    except Exception as e: # decoders raise what they like
+    path = Path(
+        retrieve(
+            url,
+            known and f"sha256:{known}",
+            Path(url).name,
+            data_folder(),
+            downloader=HTTPDownloader(progressbar=True),
+        )
+    )
+    if known:
+        return path
+    try:
+        _parsed(name, _content(path.read_bytes()))
+    except Exception as e:  # decoders raise what they like
         path.unlink()
         raise ValueError(f"what it gave is another file: {_reason(e)}") from e
     return path
 
+# %% ../nbs/08_data.ipynb #080157
 def download(
-    name: str, # a key of `FILES`
-) -> Path: # in the data folder
+    name: str,  # a key of `FILES`
+) -> Path:  # in the data folder
     "Fetch a public file. FileNotFoundError that says what was tried, and where to put the file by hand."
     failed = []
     for url in FILES[name].urls:
-        try: return _fetch(name, url)
-        except (OSError, ValueError) as e: # what requests raises is an OSError; ValueError: the sum or the content is wrong
+        try:
+            return _fetch(name, url)
+        except (
+            OSError,
+            ValueError,
+        ) as e:  # what requests raises is an OSError; ValueError: the sum or the content is wrong
             failed.append(f"\n  {url}: {type(e).__name__}: {e}")
-    raise FileNotFoundError(f"{name} is not in {data_folder()} and could not be downloaded:{''.join(failed)}\nGet it from there "
-                            f"by other means and put it into that folder (CSRAE_DATA names another), or try again later.")
+    raise FileNotFoundError(
+        f"{name} is not in {data_folder()} and could not be downloaded:{''.join(failed)}\nGet it from there "
+        f"by other means and put it into that folder (CSRAE_DATA names another), or try again later."
+    )
 
 # %% ../nbs/08_data.ipynb #080061
 def read_file(
-    name: str, # a key of `FILES`
-) -> tuple[np.ndarray | dict[str, np.ndarray], dict[str, str]]: # its array or arrays; name and SHA-256 of the file that was read
+    name: str,  # a key of `FILES`
+) -> tuple[
+    np.ndarray | dict[str, np.ndarray], dict[str, str]
+]:  # its array or arrays; name and SHA-256 of the file that was read
     "A public file, downloaded if need be. ValueError if it is damaged, a warning if it is not the public one."
     path = find_file(name) or download(name)
     raw = path.read_bytes()
-    try: content = _content(raw); x = _parsed(name, content)
-    except Exception as e: raise ValueError( # decoders raise what they like
-        f"{path} is damaged or another file: {_reason(e)}. Delete it and load again to download it, or put an intact copy there.") from e
+    try:
+        content = _content(raw)
+        x = _parsed(name, content)
+    except Exception as e:
+        raise ValueError(  # decoders raise what they like
+            f"{path} is damaged or another file: {_reason(e)}. Delete it and load again to download it, or put an intact copy there."
+        ) from e
     if (known := FILES[name].sha256) and sha256(content) != known:
         warnings.warn(f"{path} has the right format and size but differs from the public file")
     return x, {path.name: sha256(raw)}
@@ -537,28 +759,31 @@ def read_file(
 def _table5(a, train, test):
     return {f"{a}_train": train[:45_000], f"{a}_val": train[45_000:50_000], f"{a}_test": test}
 
+
 def _mnist_part(part):
     (x, h), (y, hy) = read_file(f"{part}-images-idx3-ubyte"), read_file(f"{part}-labels-idx1-ubyte")
     return x, y, h | hy
 
-def read_mnist() -> tuple[dict, dict[str, str]]: # arrays; sums of the four files
+
+def read_mnist() -> tuple[dict, dict[str, str]]:  # arrays; sums of the four files
     "MNIST's grey images, 45,000 / 5,000 / 10,000 (Table 5)."
     (x, y, h), (xt, yt, ht) = _mnist_part("train"), _mnist_part("t10k")
     return _table5("x", x, xt) | _table5("y", y, yt), h | ht
 
-def read_static_mnist() -> tuple[dict, dict[str, str]]: # arrays; sums of the two files
+
+def read_static_mnist() -> tuple[dict, dict[str, str]]:  # arrays; sums of the two files
     "Larochelle and Murray's binarised MNIST, 45,000 / 5,000 / 10,000 (Table 5), without labels."
     (x, h), (xt, ht) = read_file("binarized_mnist_train.amat"), read_file("binarized_mnist_test.amat")
     return _table5("x", x.reshape(-1, 28, 28), xt.reshape(-1, 28, 28)), h | ht
 
 # %% ../nbs/08_data.ipynb #080071
 def upright(
-    x: np.ndarray, # (N, 28, 28), drawings on 0
-    *more: np.ndarray, # further drawings, stored like x
-) -> list[np.ndarray]: # x and more
+    x: np.ndarray,  # (N, 28, 28), drawings on 0
+    *more: np.ndarray,  # further drawings, stored like x
+) -> list[np.ndarray]:  # x and more
     "Drawings put on their feet: transposed if those in x are on average wider than high."
     ink = x > 0.5
-    lying = ink.any(1).sum() > ink.any(2).sum() # columns with ink, rows with ink
+    lying = ink.any(1).sum() > ink.any(2).sum()  # columns with ink, rows with ink
     return [a.transpose(0, 2, 1) if lying else a for a in (x, *more)]
 
 # %% ../nbs/08_data.ipynb #080072
@@ -566,11 +791,19 @@ def _omniglot_split(arrays):
     "The arrays of chardata.mat, 23,128 / 1,217 / 8,070."
     images = (arrays[k].T.astype(np.float32).reshape(-1, 28, 28) for k in ("data", "testdata"))
     (x, x_test), y = upright(*images), arrays["target"].argmax(0)
-    order = np.random.RandomState(123).permutation(24_345) # the old generator: its numbers never change
+    order = np.random.RandomState(123).permutation(24_345)  # the old generator: its numbers never change
     train, val = order[:23_128], order[23_128:]
-    return dict(x_train=x[train], y_train=y[train], x_val=x[val], y_val=y[val], x_test=x_test, y_test=arrays["testtarget"].argmax(0))
+    return dict(
+        x_train=x[train],
+        y_train=y[train],
+        x_val=x[val],
+        y_val=y[val],
+        x_test=x_test,
+        y_test=arrays["testtarget"].argmax(0),
+    )
 
-def read_omniglot() -> tuple[dict, dict[str, str]]: # arrays; sum of the file
+
+def read_omniglot() -> tuple[dict, dict[str, str]]:  # arrays; sum of the file
     "Burda's Omniglot, grey images, 23,128 / 1,217 / 8,070 (Table 5); the label is the alphabet."
     arrays, hashes = read_file(CHARDATA)
     return _omniglot_split(arrays), hashes
@@ -578,14 +811,18 @@ def read_omniglot() -> tuple[dict, dict[str, str]]: # arrays; sum of the file
 # %% ../nbs/08_data.ipynb #080077
 def _silhouette(x):
     "Images of the public file, upright and with 1 for the object."
-    if not is_binary(x): raise ValueError(f"{SILHOUETTES} ranges from {x.min()} to {x.max()}, expected only zeros and ones")
+    if not is_binary(x):
+        raise ValueError(f"{SILHOUETTES} ranges from {x.min()} to {x.max()}, expected only zeros and ones")
     return 1 - x.astype(np.uint8).reshape(-1, 28, 28).transpose(0, 2, 1)
 
-def read_caltech101() -> tuple[dict, dict[str, str]]: # arrays; sum of the file
+
+def read_caltech101() -> tuple[dict, dict[str, str]]:  # arrays; sum of the file
     "Marlin's Caltech101 Silhouettes, split 1, 4,100 / 2,264 / 2,307 (Table 5); binary, 1 is the object; labels 0 to 100."
     arrays, hashes = read_file(SILHOUETTES)
-    return ({f"x_{s}": _silhouette(arrays[f"{s}_data"]) for s in SPLITS}
-            | {f"y_{s}": arrays[f"{s}_labels"].ravel().astype(np.int64) - 1 for s in SPLITS}), hashes
+    return (
+        {f"x_{s}": _silhouette(arrays[f"{s}_data"]) for s in SPLITS}
+        | {f"y_{s}": arrays[f"{s}_labels"].ravel().astype(np.int64) - 1 for s in SPLITS}
+    ), hashes
 
 # %% ../nbs/08_data.ipynb #080083
 def _cifar10_split(x):
@@ -593,36 +830,47 @@ def _cifar10_split(x):
     images, labels = x[:, 1:].reshape(-1, 3, 32, 32), x[:, 0]
     return _table5("x", images[:50_000], images[50_000:]) | _table5("y", labels[:50_000], labels[50_000:])
 
-def read_cifar10() -> tuple[dict, dict[str, str]]: # arrays; sums of the archive or of the six files
+
+def read_cifar10() -> tuple[dict, dict[str, str]]:  # arrays; sums of the archive or of the six files
     "CIFAR-10's colour images, 45,000 / 5,000 / 10,000 (Table 5), from its binary version."
     missing = [name for name in BATCHES if not find_file(name)]
-    if find_file(CIFAR10) or len(missing) == len(BATCHES): # the archive
+    if find_file(CIFAR10) or len(missing) == len(BATCHES):  # the archive
         x, hashes = read_file(CIFAR10)
         return _cifar10_split(x), hashes
-    if missing: raise FileNotFoundError(f"{', '.join(missing)} not in {data_folder()}, where other batches of CIFAR-10 are: "
-                                        f"put the missing there too, or the whole archive {CIFAR10}")
+    if missing:
+        raise FileNotFoundError(
+            f"{', '.join(missing)} not in {data_folder()}, where other batches of CIFAR-10 are: "
+            f"put the missing there too, or the whole archive {CIFAR10}"
+        )
     xs, hashes = zip(*map(read_file, BATCHES))
     return _cifar10_split(np.concatenate(xs)), {k: v for h in hashes for k, v in h.items()}
 
 # %% ../nbs/08_data.ipynb #080088
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp") # endings of the files that a folder is read for
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp")  # endings of the files that a folder is read for
+
 
 def _some(items, n=3):
     "The first few items in words."
     return ", ".join(items[:n]) + (f" and {len(items) - n:,} more" if len(items) > n else "")
 
+
 def files_below(
     folder: Path,
-    above: tuple[Path, ...] = (), # the folders on the way here, as they are called without links
-) -> Iterator[Path]: # hidden ones aside
+    above: tuple[Path, ...] = (),  # the folders on the way here, as they are called without links
+) -> Iterator[Path]:  # hidden ones aside
     "All files below a folder and the folders that it links to, circles aside. ValueError for a link that leads nowhere."
     here = folder.resolve()
-    if any(a.is_relative_to(here) for a in above): return # a circle
+    if any(a.is_relative_to(here) for a in above):
+        return  # a circle
     for p in sorted(folder.iterdir()):
-        if p.name.startswith("."): continue
-        if p.is_dir(): yield from files_below(p, (*above, here))
-        elif p.is_file(): yield p
-        elif p.is_symlink(): raise ValueError(f"{p} is a link to {os.readlink(p)}, which leads nowhere: mend it or remove it")
+        if p.name.startswith("."):
+            continue
+        if p.is_dir():
+            yield from files_below(p, (*above, here))
+        elif p.is_file():
+            yield p
+        elif p.is_symlink():
+            raise ValueError(f"{p} is a link to {os.readlink(p)}, which leads nowhere: mend it or remove it")
 
 # %% ../nbs/08_data.ipynb #080388
 def _others(files):
@@ -630,45 +878,74 @@ def _others(files):
     kinds = Counter(f.suffix.lower() or "without an ending" for f in files if f.suffix.lower() not in IMAGES)
     return ", ".join(f"{n:,} {kind}" for kind, n in sorted(kinds.items()))
 
+
 def _image_files(folder):
     "Paths of the images below a folder, relative to it, in a fixed order. A warning counts other files; ValueError if there are none."
     files = [p.relative_to(folder) for p in files_below(folder)]
-    images, others, known = [f for f in files if f.suffix.lower() in IMAGES], _others(files), ", ".join(IMAGES)
-    if not images: raise ValueError(f"{folder} holds no images ({known}) among its {len(files):,} files{others and f': {others}'}")
-    if others: warnings.warn(f"{folder}: {others} left out, since only {known} are read; convert the pictures among them")
+    images, others, known = (
+        [f for f in files if f.suffix.lower() in IMAGES],
+        _others(files),
+        ", ".join(IMAGES),
+    )
+    if not images:
+        raise ValueError(
+            f"{folder} holds no images ({known}) among its {len(files):,} files{others and f': {others}'}"
+        )
+    if others:
+        warnings.warn(
+            f"{folder}: {others} left out, since only {known} are read; convert the pictures among them"
+        )
     return sorted(images, key=Path.as_posix)
 
 # %% ../nbs/08_data.ipynb #080089
 def _arrange(folder, files):
     "Split of each file, and class or None. ValueError for files beside the splits or the classes."
-    splits, inner = ["train"]*len(files), [f.parts[:-1] for f in files]
+    splits, inner = ["train"] * len(files), [f.parts[:-1] for f in files]
     if any(p[:1] == ("train",) for p in inner):
         stray = [str(f) for f, p in zip(files, inner) if p[:1] not in {(s,) for s in SPLITS}]
-        if stray: raise ValueError(f"{folder} has a folder train, so its images belong in train, val or test; {len(stray):,} do not: {_some(stray)}")
+        if stray:
+            raise ValueError(
+                f"{folder} has a folder train, so its images belong in train, val or test; {len(stray):,} do not: {_some(stray)}"
+            )
         splits, inner = [p[0] for p in inner], [p[1:] for p in inner]
     names = [p[0] if p else None for p in inner]
     stray = [str(f) for f, name in zip(files, names) if name is None]
-    if 0 < len(stray) < len(files): raise ValueError(
-        f"{len(stray):,} of {len(files):,} images in {folder} lie beside the class folders {_some(sorted({*names} - {None}))}: {_some(stray)}")
+    if 0 < len(stray) < len(files):
+        raise ValueError(
+            f"{len(stray):,} of {len(files):,} images in {folder} lie beside the class folders {_some(sorted({*names} - {None}))}: {_some(stray)}"
+        )
     return splits, names
 
 # %% ../nbs/08_data.ipynb #080090
 def _decoded(raw):
     "One image: (H, W) if grey, else (H, W, 3); uint8."
     with Image.open(io.BytesIO(raw), formats=("PNG", "JPEG", "BMP")) as image:
-        if image.mode[0] in "IF": raise ValueError(f"its mode {image.mode} has more than 8 bits a pixel")
+        if image.mode[0] in "IF":
+            raise ValueError(f"its mode {image.mode} has more than 8 bits a pixel")
         grey = image.mode in ("1", "L", "LA")
         return np.asarray(ImageOps.exif_transpose(image).convert("L" if grey else "RGB"))
 
+# %% ../nbs/08_data.ipynb #080190
 def _decode_all(folder, files):
     "The images, and a SHA-256 of their names and contents. ValueError that names those that cannot be read."
     images, bad, digest = [], [], hashlib.sha256()
-    for f in tqdm(files, folder.name, unit=" images", delay=2, leave=False): # a bar if it takes longer than 2 s
-        try: raw = (folder/f).read_bytes(); images.append(_decoded(raw))
-        except UnidentifiedImageError: bad.append(f"{f} (no PNG, JPEG or BMP)"); continue
-        except Exception as e: bad.append(f"{f} ({str(e) or type(e).__name__})"); continue # decoders raise what they like
+    for f in tqdm(
+        files, folder.name, unit=" images", delay=2, leave=False
+    ):  # a bar if it takes longer than 2 s
+        try:
+            raw = (folder / f).read_bytes()
+            images.append(_decoded(raw))
+        except UnidentifiedImageError:
+            bad.append(f"{f} (no PNG, JPEG or BMP)")
+            continue
+        except Exception as e:
+            bad.append(f"{f} ({str(e) or type(e).__name__})")
+            continue  # decoders raise what they like
         digest.update(f"{f.as_posix()}\0{len(raw)}\0".encode() + raw)
-    if bad: raise ValueError(f"{len(bad):,} of {len(files):,} images in {folder} cannot be read: {_some(bad)}. Replace or remove them.")
+    if bad:
+        raise ValueError(
+            f"{len(bad):,} of {len(files):,} images in {folder} cannot be read: {_some(bad)}. Replace or remove them."
+        )
     return images, digest.hexdigest()
 
 # %% ../nbs/08_data.ipynb #080091
@@ -677,15 +954,20 @@ def _stacked(folder, files, images):
     sizes = [f"{x.shape[1]}×{x.shape[0]}" for x in images]
     usual, n = Counter(sizes).most_common(1)[0]
     odd = [f"{f} ({size})" for f, size in zip(files, sizes) if size != usual]
-    if odd: raise ValueError(f"{len(odd):,} of {len(files):,} images in {folder} are not {usual} (width×height) like the other {n:,}: "
-                             f"{_some(odd)}. Bring all to one size.")
-    if any(x.ndim == 3 for x in images): return np.stack([x.transpose(2, 0, 1) if x.ndim == 3 else np.stack([x]*3) for x in images])
+    if odd:
+        raise ValueError(
+            f"{len(odd):,} of {len(files):,} images in {folder} are not {usual} (width×height) like the other {n:,}: "
+            f"{_some(odd)}. Bring all to one size."
+        )
+    if any(x.ndim == 3 for x in images):
+        return np.stack([x.transpose(2, 0, 1) if x.ndim == 3 else np.stack([x] * 3) for x in images])
     x = np.stack(images)
-    return x//255 if ((x == 0) | (x == 255)).all() else x
+    return x // 255 if ((x == 0) | (x == 255)).all() else x
+
 
 def read_folder(
-    path: Path, # of the folder
-) -> tuple[dict, dict[str, str]]: # arrays; name of the folder and SHA-256 of the names and contents in it
+    path: Path,  # of the folder
+) -> tuple[dict, dict[str, str]]:  # arrays; name of the folder and SHA-256 of the names and contents in it
     "The images in a folder, by the rules above. ValueError that names what does not fit."
     files = _image_files(path)
     splits, names = _arrange(path, files)
@@ -696,75 +978,96 @@ def read_folder(
     return {f"{a}_{s}": v[r] for a, v in arrays.items() for s, r in rows.items() if r}, {path.name: digest}
 
 # %% ../nbs/08_data.ipynb #080101
-DATASETS = {                                        # name: how to read it, its likelihood
-    "digits": (read_digits, "bernoulli"),           # 8×8, dynamically binarised; no download
-    "pinwheel": (read_pinwheel, "gaussian"),        # 2-D points; no download
-    "mnist": (read_mnist, "bernoulli"),             # 28×28, dynamically binarised; 12 MB
-    "static_mnist": (read_static_mnist, "bernoulli"), # 28×28, binary; no labels; 94 MB
-    "omniglot": (read_omniglot, "bernoulli"),       # 28×28, dynamically binarised
-    "caltech101": (read_caltech101, "bernoulli"),   # 28×28, binary
-    "cifar10": (read_cifar10, "discretized_logistic"), # 3×32×32; 170 MB
+DATASETS = {  # name: how to read it, its likelihood
+    "digits": (read_digits, "bernoulli"),  # 8×8, dynamically binarised; no download
+    "pinwheel": (read_pinwheel, "gaussian"),  # 2-D points; no download
+    "mnist": (read_mnist, "bernoulli"),  # 28×28, dynamically binarised; 12 MB
+    "static_mnist": (read_static_mnist, "bernoulli"),  # 28×28, binary; no labels; 94 MB
+    "omniglot": (read_omniglot, "bernoulli"),  # 28×28, dynamically binarised
+    "caltech101": (read_caltech101, "bernoulli"),  # 28×28, binary
+    "cifar10": (read_cifar10, "discretized_logistic"),  # 3×32×32; 170 MB
 }
 
 # %% ../nbs/08_data.ipynb #080103
 def read_arrays(
-    path: Path, # .npz, or .npy
-) -> tuple[dict, dict[str, str]]: # arrays, that of an .npy as `x`; name and SHA-256 of the file
+    path: Path,  # .npz, or .npy
+) -> tuple[dict, dict[str, str]]:  # arrays, that of an .npy as `x`; name and SHA-256 of the file
     "The arrays in a file of numpy's. ValueError if it is damaged, of another kind, or holds Python objects."
     raw = path.read_bytes()
     file = io.BytesIO(raw)
     try:
         a = np.load(file, allow_pickle=False)
         arrays = {"x": a} if isinstance(a, np.ndarray) else {k: a[k] for k in a.files}
-        if isinstance(a, np.ndarray) and file.read(1): raise ValueError("there is more than its header says")
-    except Exception as e: raise ValueError( # decoders raise what they like
-        f"{path} does not hold plain arrays (numpy: {str(e).split('. ')[0]}). It is cut off, of another kind, or holds Python objects "
-        "(pickles), which are never loaded: write it anew with np.savez or np.save from arrays of numbers.") from e
+        if isinstance(a, np.ndarray) and file.read(1):
+            raise ValueError("there is more than its header says")
+    except Exception as e:
+        raise ValueError(  # decoders raise what they like
+            f"{path} does not hold plain arrays (numpy: {str(e).split('. ')[0]}). It is cut off, of another kind, or holds Python objects "
+            "(pickles), which are never loaded: write it anew with np.savez or np.save from arrays of numbers."
+        ) from e
     return arrays, {path.name: sha256(raw)}
 
 # %% ../nbs/08_data.ipynb #080105
-ARRAYS = (".npz", ".npy") # endings of the files that hold arrays
-FACE_SETS = ("disfa", "fera2015", "faces_demo") # videos of faces, which the chapter on faces reads
-VALIDATION = ("frames", "subjects") # of faces: what is kept from training to validate on
+ARRAYS = (".npz", ".npy")  # endings of the files that hold arrays
+FACE_SETS = ("disfa", "fera2015", "faces_demo")  # videos of faces, which the chapter on faces reads
+VALIDATION = ("frames", "subjects")  # of faces: what is kept from training to validate on
+
 
 def known_names() -> tuple[str, ...]:
     "All names that `load_data` takes."
     return (*DATASETS, *FACE_SETS)
 
+
 def is_source(
-    dataset: str, # as in a configuration
+    dataset: str,  # as in a configuration
 ) -> bool:
     "Whether `dataset` is one of `known_names`, or can be a path: it ends like arrays, has a / in it, or is a folder here."
     path = Path(dataset).expanduser()
-    return dataset in known_names() or path.suffix.lower() in ARRAYS or bool(dataset) and ("/" in dataset or path.is_dir())
+    return (
+        dataset in known_names()
+        or path.suffix.lower() in ARRAYS
+        or bool(dataset)
+        and ("/" in dataset or path.is_dir())
+    )
+
 
 def dataset_name(
-    dataset: str | Path, # a name of `DATASETS`, or a path
+    dataset: str | Path,  # a name of `DATASETS`, or a path
 ) -> str:
     "What a data set is called: its own name, or the name of its file, without the ending, or folder."
-    if dataset in known_names(): return dataset
-    path = Path(os.path.abspath(Path(dataset).expanduser())) # "." has a name, too
+    if dataset in known_names():
+        return dataset
+    path = Path(os.path.abspath(Path(dataset).expanduser()))  # "." has a name, too
     return path.stem if path.suffix.lower() in ARRAYS else path.name
 
 # %% ../nbs/08_data.ipynb #080306
 def _frame_values(x):
     "The numbers in a pandas table. ValueError that names the columns that hold something else."
-    if odd := [str(c) for c, t in x.dtypes.items() if t.kind not in "biuf"]: raise ValueError(
-        f"the table's columns {_some(odd)} hold no numbers: leave them out, and give labels as dict(x=..., y=...)")
+    if odd := [str(c) for c, t in x.dtypes.items() if t.kind not in "biuf"]:
+        raise ValueError(
+            f"the table's columns {_some(odd)} hold no numbers: leave them out, and give labels as dict(x=..., y=...)"
+        )
     a = x.to_numpy()
-    return a if a.dtype.kind in "biuf" else x.to_numpy(dtype=float, na_value=math.nan) # of columns of several types
+    return (
+        a if a.dtype.kind in "biuf" else x.to_numpy(dtype=float, na_value=math.nan)
+    )  # of columns of several types
+
 
 def _written_out(x):
     "A sparse matrix or tensor with its zeros. ValueError if memory cannot hold it."
-    need = math.prod(x.shape)*(x.dtype.itemsize + 4) # and once more as float32
-    if need > (free := _free_memory(torch.device("cpu"))): raise ValueError(
-        f"a sparse matrix of shape {tuple(x.shape)} takes {need/2**30:,.1f} GiB with its zeros, {free/2**30:,.1f} GiB are free: "
-        "choose columns, or reduce it first (scikit-learn's TruncatedSVD)")
+    need = math.prod(x.shape) * (x.dtype.itemsize + 4)  # and once more as float32
+    if need > (free := _free_memory(torch.device("cpu"))):
+        raise ValueError(
+            f"a sparse matrix of shape {tuple(x.shape)} takes {need / 2**30:,.1f} GiB with its zeros, {free / 2**30:,.1f} GiB are free: "
+            "choose columns, or reduce it first (scikit-learn's TruncatedSVD)"
+        )
     return x.to_dense() if isinstance(x, Tensor) else x.toarray()
+
 
 def _plain(x):
     "A table or a sparse matrix as an array; anything else as it is."
-    if type(x).__module__.startswith("pandas") and x.ndim == 2: return _frame_values(x)
+    if type(x).__module__.startswith("pandas") and x.ndim == 2:
+        return _frame_values(x)
     return _written_out(x) if issparse(x) or isinstance(x, Tensor) and x.layout != torch.strided else x
 
 # %% ../nbs/08_data.ipynb #080406
@@ -772,41 +1075,57 @@ def _items(data):
     "The examples of a torch Dataset, with their labels if items are pairs. ValueError for other items."
     items = [data[i] for i in range(len(data))]
     items = [item if isinstance(item, (tuple, list)) else (item,) for item in items]
-    if odd := {len(item) for item in items} - {1, 2} or {type(item[0]).__name__ for item in items if isinstance(item[0], Mapping)}:
-        raise ValueError(f"items of the {type(data).__name__} are {_some(sorted(map(str, odd)))}, expected x or pairs (x, y)")
-    try: columns = [np.stack([_numpy("an item", part) for part in column]) for column in zip(*items, strict=True)]
-    except ValueError as e: raise ValueError(f"items of the {type(data).__name__} are not alike ({e}): bring all to one shape") from e
+    if odd := {len(item) for item in items} - {1, 2} or {
+        type(item[0]).__name__ for item in items if isinstance(item[0], Mapping)
+    }:
+        raise ValueError(
+            f"items of the {type(data).__name__} are {_some(sorted(map(str, odd)))}, expected x or pairs (x, y)"
+        )
+    try:
+        columns = [
+            np.stack([_numpy("an item", part) for part in column]) for column in zip(*items, strict=True)
+        ]
+    except ValueError as e:
+        raise ValueError(
+            f"items of the {type(data).__name__} are not alike ({e}): bring all to one shape"
+        ) from e
     return dict(zip("xy", columns))
 
+# %% ../nbs/08_data.ipynb #080906
 def as_arrays(
-    data: Any, # arrays by name, or one array, table, sparse matrix or torch Dataset
-) -> dict: # by the names of `check_arrays`
+    data: Any,  # arrays by name, or one array, table, sparse matrix or torch Dataset
+) -> dict:  # by the names of `check_arrays`
     "Data in memory as arrays. ValueError for a type that cannot be read, or for what it holds."
-    if isinstance(data, Mapping): return {k: _plain(v) for k, v in data.items()}
-    if isinstance(data, TorchDataset) and hasattr(data, "__len__"): return _items(data)
+    if isinstance(data, Mapping):
+        return {k: _plain(v) for k, v in data.items()}
+    if isinstance(data, TorchDataset) and hasattr(data, "__len__"):
+        return _items(data)
     x = _plain(data)
-    if not isinstance(x, (np.ndarray, Tensor, list, tuple)): raise ValueError(
-        f"data of type {type(data).__module__}.{type(data).__name__}; expected an array, a tensor, a list, a pandas table, a sparse "
-        "matrix, a torch Dataset that has a length, or arrays by name: dict(x=..., y=...)")
+    if not isinstance(x, (np.ndarray, Tensor, list, tuple)):
+        raise ValueError(
+            f"data of type {type(data).__module__}.{type(data).__name__}; expected an array, a tensor, a list, a pandas table, a sparse "
+            "matrix, a torch Dataset that has a length, or arrays by name: dict(x=..., y=...)"
+        )
     return dict(x=x)
 
 # %% ../nbs/08_data.ipynb #080706
-def read_text(
-    path: str | Path,
-) -> str: # without a byte-order mark
+def read_text(path: str | Path) -> str:  # without a byte-order mark
     "A text file in UTF-8. ValueError that names a file of another encoding."
-    try: return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e: raise ValueError(
-        f"{path} is not UTF-8 (byte {e.start + 1:,} is {e.object[e.start]:02x}): save it as UTF-8") from e
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(
+            f"{path} is not UTF-8 (byte {e.start + 1:,} is {e.object[e.start]:02x}): save it as UTF-8"
+        ) from e
 
 # %% ../nbs/08_data.ipynb #080107
 def load_data(
-    dataset: Any = "digits", # a name of `DATASETS`, a path to .npz, .npy or images, or data in memory, as above
-    likelihood: str | None = None, # a key of `LIKELIHOODS`; None: the data set's own, or by the values
-    split_seed: int = 0, # chooses the splits that the data do not come with
-    fold: int = 0, # of faces: whose subjects are the test
-    image_size: int | None = None, # of faces: pixels of a side; None: 224
-    validation: str = "frames", # of faces: one of `VALIDATION`
+    dataset: Any = "digits",  # a name of `DATASETS`, a path to .npz, .npy or images, or data in memory, as above
+    likelihood: str | None = None,  # a key of `LIKELIHOODS`; None: the data set's own, or by the values
+    split_seed: int = 0,  # chooses the splits that the data do not come with
+    fold: int = 0,  # of faces: whose subjects are the test
+    image_size: int | None = None,  # of faces: pixels of a side; None: 224
+    validation: str = "frames",  # of faces: one of `VALIDATION`
 ) -> Dataset:
     """Data by name, from a file or a folder of images, or from memory.
 
@@ -814,15 +1133,30 @@ def load_data(
     a tenth of the training examples. Pictures get their colours first. Zeros and ones get a Bernoulli likelihood, uint8 a discretized logistic (x/255 - 0.5),
     floats a Gaussian; under `likelihood="bernoulli"` grey levels are probabilities of pixels, drawn anew in each epoch. ValueError
     for an unknown name, a damaged file and arrays that do not fit; FileNotFoundError for a public file that cannot be had."""
-    if likelihood: make_likelihood(likelihood) # unknown: an error before any download
-    if not isinstance(dataset, (str, os.PathLike)): return from_arrays(as_arrays(dataset), likelihood, split_seed)
+    if likelihood:
+        make_likelihood(likelihood)  # unknown: an error before any download
+    if not isinstance(dataset, (str, os.PathLike)):
+        return from_arrays(as_arrays(dataset), likelihood, split_seed)
     path = Path(dataset).expanduser()
-    if dataset in FACE_SETS: return import_module("csrae_nb.faces").load_faces(
-        dataset, fold, image_size or 224, split_seed, likelihood or "discretized_logistic", validation=validation)
-    if dataset in DATASETS: read, default = DATASETS[dataset]
-    elif path.suffix.lower() in ARRAYS and path.is_file(): read, default = partial(read_arrays, path), None
-    elif dataset and path.is_dir(): read, default = partial(read_folder, Path(os.path.abspath(path))), None
-    else: raise ValueError(f"unknown dataset {str(dataset)!r}; expected one of {', '.join(known_names())}, or an existing .npz "
-                           "or .npy file or folder of images")
+    if dataset in FACE_SETS:
+        return import_module("csrae_nb.faces").load_faces(
+            dataset,
+            fold,
+            image_size or 224,
+            split_seed,
+            likelihood or "discretized_logistic",
+            validation=validation,
+        )
+    if dataset in DATASETS:
+        read, default = DATASETS[dataset]
+    elif path.suffix.lower() in ARRAYS and path.is_file():
+        read, default = partial(read_arrays, path), None
+    elif dataset and path.is_dir():
+        read, default = partial(read_folder, Path(os.path.abspath(path))), None
+    else:
+        raise ValueError(
+            f"unknown dataset {str(dataset)!r}; expected one of {', '.join(known_names())}, or an existing .npz "
+            "or .npy file or folder of images"
+        )
     arrays, hashes = read()
     return from_arrays(arrays, likelihood or default, split_seed, dataset_name(dataset), hashes)

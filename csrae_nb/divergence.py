@@ -22,74 +22,103 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.distributions import Categorical, Distribution, Independent, LowRankMultivariateNormal, MixtureSameFamily, MultivariateNormal, Normal
+from torch.distributions import (
+    Categorical,
+    Distribution,
+    Independent,
+    LowRankMultivariateNormal,
+    MixtureSameFamily,
+    MultivariateNormal,
+    Normal,
+)
 
 # %% ../nbs/01_divergence.ipynb #010204
 _looks = ContextVar("looks", default=True)
-_transforming = torch._C._are_functorch_transforms_active # inside of torch.func's grad, vmap, jvp, …
+_transforming = torch._C._are_functorch_transforms_active  # inside of torch.func's grad, vmap, jvp, …
+
 
 @contextmanager
 def unchecked():
     "Mixtures that are made inside, or by a function that this decorates, are taken as they are."
     token = _looks.set(False)
-    try: yield
-    finally: _looks.reset(token)
+    try:
+        yield
+    finally:
+        _looks.reset(token)
+
 
 def _can_look(t):
     "Whether values are to be checked, and are there to be."
     return not (t.is_meta or torch.compiler.is_compiling() or _transforming()) and _looks.get()
 
+# %% ../nbs/01_divergence.ipynb #010304
 def _check_shapes(g):
     "ValueError for a GMM whose shapes do not fit each other."
     w, m, v = (tuple(t.shape) for t in (g.logw, g.mu, g.var))
     fits = len(w) >= 1 and len(m) >= 2 and m[-2:] == v[-2:] and w[-1] == m[-2]
-    try: fits and g.batch_shape
-    except ValueError: fits = False
-    if not fits: raise ValueError(
-        f"a GMM needs logw (*B, N), mu (*B, N, D), var (*B, N, D); got logw {w}, mu {m}, var {v}")
+    try:
+        fits and g.batch_shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"a GMM needs logw (*B, N), mu (*B, N, D), var (*B, N, D); got logw {w}, mu {m}, var {v}"
+        )
+
 
 @torch.no_grad()
 def _check_weights(logw):
     "ValueError for log weights whose weights do not sum to one."
     off = (logw.logsumexp(-1).exp() - 1).flatten()
-    if (off.abs() <= 1e-3 + 4*torch.finfo(off.dtype).eps).all(): return
+    if (off.abs() <= 1e-3 + 4 * torch.finfo(off.dtype).eps).all():
+        return
     total = 1 + off[off.abs().argmax()]
-    raise ValueError(f"logw are the logs of weights that sum to one, but exp(logw) sums to {total:.4g}; "
-                     "give logits.log_softmax(-1), or the weights themselves to GMM.of_weights")
+    raise ValueError(
+        f"logw are the logs of weights that sum to one, but exp(logw) sums to {total:.4g}; "
+        "give logits.log_softmax(-1), or the weights themselves to GMM.of_weights"
+    )
 
+# %% ../nbs/01_divergence.ipynb #010404
 @torch.no_grad()
 def _check_positive(var):
     "ValueError for variances that are not above 0."
-    if not (var > 0).all(): raise ValueError(f"var are variances σ², above 0; the least of these is {var.min():.4g}")
+    if not (var > 0).all():
+        raise ValueError(f"var are variances σ², above 0; the least of these is {var.min():.4g}")
 
 # %% ../nbs/01_divergence.ipynb #010005
 @dataclass(frozen=True)
 class GMM:
     "Mixture of diagonal Gaussians, such as p(z) and q(z|x). ValueError for shapes, weights or variances that cannot be."
-    logw: Float[Tensor, "*#B N"] # log weights, normalised over N
-    mu: Float[Tensor, "*#B N D"] # means
-    var: Float[Tensor, "*#B N D"] # variances σ², never σ
+
+    logw: Float[Tensor, "*#B N"]  # log weights, normalised over N
+    mu: Float[Tensor, "*#B N D"]  # means
+    var: Float[Tensor, "*#B N D"]  # variances σ², never σ
 
     def __post_init__(self):
         _check_shapes(self)
-        if _can_look(self.logw): _check_weights(self.logw); _check_positive(self.var)
+        if _can_look(self.logw):
+            _check_weights(self.logw)
+            _check_positive(self.var)
 
     @classmethod
-    def gaussian(cls,
-        mu: Float[Tensor, "*#B D"], # mean
-        var: Float[Tensor, "*#B D"], # variance σ²
-    ) -> "GMM": # one component each
+    def gaussian(
+        cls,
+        mu: Float[Tensor, "*#B D"],  # mean
+        var: Float[Tensor, "*#B D"],  # variance σ²
+    ) -> "GMM":  # one component each
         "A batch of single Gaussians, such as the posterior of Eq. (17)."
         return cls(mu.new_zeros(*mu.shape[:-1], 1), mu[..., None, :], var[..., None, :])
 
     @classmethod
-    def of_weights(cls, weights: Float[Tensor, "*#B N"], mu: Tensor, var: Tensor) -> "GMM": # weights, not their logs
+    def of_weights(
+        cls, weights: Float[Tensor, "*#B N"], mu: Tensor, var: Tensor
+    ) -> "GMM":  # weights, not their logs
         "The mixture with these weights. One of 0 has gradient 0; that of its log would be infinite."
         none = weights == 0
         return cls(weights.masked_fill(none, 1).log().masked_fill(none, -math.inf), mu, var)
 
     @property
-    def batch_shape(self) -> tuple[int, ...]: # () for a single mixture
+    def batch_shape(self) -> tuple[int, ...]:  # () for a single mixture
         "Broadcast shape of the batch axes *B."
         w, m, v = self.logw.shape[:-1], self.mu.shape[:-2], self.var.shape[:-2]
         return w if w == m == v else np.broadcast_shapes(w, m, v)
@@ -101,29 +130,40 @@ class GMM:
 
     def to_distribution(self) -> MixtureSameFamily:
         "The same mixture as a `torch.distributions` object."
-        return MixtureSameFamily(Categorical(logits=self.logw), Independent(Normal(self.mu, self.var.sqrt()), 1))
+        return MixtureSameFamily(
+            Categorical(logits=self.logw), Independent(Normal(self.mu, self.var.sqrt()), 1)
+        )
 
 # %% ../nbs/01_divergence.ipynb #010109
 @dataclass(frozen=True)
 class FullGMM:
     "Mixture of Gaussians with full covariances. ValueError as for a GMM, or for covariances that are not positive definite."
-    logw: Float[Tensor, "*#B N"] # log weights, normalised over N
-    mu: Float[Tensor, "*#B N D"] # means
-    cov: Float[Tensor, "*#B N D D"] # covariances, positive definite
+
+    logw: Float[Tensor, "*#B N"]  # log weights, normalised over N
+    mu: Float[Tensor, "*#B N D"]  # means
+    cov: Float[Tensor, "*#B N D D"]  # covariances, positive definite
 
     def __post_init__(self):
-        with unchecked(): GMM(self.logw, self.mu, self.mu)             # these two fit each other
+        with unchecked():
+            GMM(self.logw, self.mu, self.mu)  # these two fit each other
         fits = self.cov.shape[-3:] == (*self.mu.shape[-2:], self.mu.shape[-1])
-        try: fits and self.batch_shape
-        except ValueError: fits = False
-        if not fits: raise ValueError(f"a FullGMM needs mu (*B, N, D), cov (*B, N, D, D); got mu {tuple(self.mu.shape)}, cov {tuple(self.cov.shape)}")
-        if not _can_look(self.logw): return
+        try:
+            fits and self.batch_shape
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"a FullGMM needs mu (*B, N, D), cov (*B, N, D, D); got mu {tuple(self.mu.shape)}, cov {tuple(self.cov.shape)}"
+            )
+        if not _can_look(self.logw):
+            return
         _check_weights(self.logw)
         failed = torch.linalg.cholesky_ex(self.cov.detach()).info
-        if failed.any(): raise ValueError("cov are covariance matrices, but some are not positive definite")
+        if failed.any():
+            raise ValueError("cov are covariance matrices, but some are not positive definite")
 
     @property
-    def batch_shape(self) -> tuple[int, ...]: # () for a single mixture
+    def batch_shape(self) -> tuple[int, ...]:  # () for a single mixture
         "Broadcast shape of the batch axes *B."
         return np.broadcast_shapes(self.logw.shape[:-1], self.mu.shape[:-2], self.cov.shape[:-3])
 
@@ -135,26 +175,46 @@ class FullGMM:
 
 # %% ../nbs/01_divergence.ipynb #010009
 def as_mixture(
-    d: GMM | FullGMM | Distribution, # a mixture, or a distribution that equals one
+    d: GMM | FullGMM | Distribution,  # a mixture, or a distribution that equals one
 ) -> GMM | FullGMM:
     "`d` itself, or the mixture of Gaussians that equals the distribution `d`; ValueError if none does."
-    if isinstance(d, GMM | FullGMM): return d
-    if isinstance(d, Normal): return GMM.gaussian(d.loc[..., None], d.scale[..., None]**2)
-    if isinstance(d, MultivariateNormal | LowRankMultivariateNormal): return FullGMM(d.loc.new_zeros(*d.loc.shape[:-1], 1), d.loc[..., None, :], d.covariance_matrix[..., None, :, :])
-    if isinstance(d, Independent) and not (n := d.reinterpreted_batch_ndims): return as_mixture(d.base_dist)
-    if isinstance(d, Independent) and isinstance(b := d.base_dist, Normal): return GMM.gaussian(b.loc.flatten(-n), b.scale.flatten(-n)**2)
+    if isinstance(d, GMM | FullGMM):
+        return d
+    if isinstance(d, Normal):
+        return GMM.gaussian(d.loc[..., None], d.scale[..., None] ** 2)
+    if isinstance(d, MultivariateNormal | LowRankMultivariateNormal):
+        return FullGMM(
+            d.loc.new_zeros(*d.loc.shape[:-1], 1), d.loc[..., None, :], d.covariance_matrix[..., None, :, :]
+        )
+    if isinstance(d, Independent) and not (n := d.reinterpreted_batch_ndims):
+        return as_mixture(d.base_dist)
+    if isinstance(d, Independent) and isinstance(b := d.base_dist, Normal):
+        return GMM.gaussian(b.loc.flatten(-n), b.scale.flatten(-n) ** 2)
     if isinstance(d, MixtureSameFamily):
-        c, logw = as_mixture(d.component_distribution), d.mixture_distribution.logits.log_softmax(-1)   # N sits last in the components' batch
-        return GMM(logw, c.mu.squeeze(-2), c.var.squeeze(-2)) if isinstance(c, GMM) else FullGMM(logw, c.mu.squeeze(-2), c.cov.squeeze(-3))
-    raise ValueError(f"a {type(d).__name__} is no mixture of Gaussians; expected Normal, Independent(Normal), MultivariateNormal "
-                     "or a MixtureSameFamily of one of these")
+        c, logw = (
+            as_mixture(d.component_distribution),
+            d.mixture_distribution.logits.log_softmax(-1),
+        )  # N sits last in the components' batch
+        return (
+            GMM(logw, c.mu.squeeze(-2), c.var.squeeze(-2))
+            if isinstance(c, GMM)
+            else FullGMM(logw, c.mu.squeeze(-2), c.cov.squeeze(-3))
+        )
+    raise ValueError(
+        f"a {type(d).__name__} is no mixture of Gaussians; expected Normal, Independent(Normal), MultivariateNormal "
+        "or a MixtureSameFamily of one of these"
+    )
 
+# %% ../nbs/01_divergence.ipynb #010309
 def as_gmm(
-    d: GMM | Distribution, # a GMM, or a distribution that equals one
+    d: GMM | Distribution,  # a GMM, or a distribution that equals one
 ) -> GMM:
     "The mixture with diagonal covariances that `d` is; ValueError if it is none."
-    if isinstance(g := as_mixture(d), GMM): return g
-    raise ValueError(f"a {type(d).__name__} has full covariances; expected diagonal ones: Normal, Independent(Normal) or a MixtureSameFamily of one of these")
+    if isinstance(g := as_mixture(d), GMM):
+        return g
+    raise ValueError(
+        f"a {type(d).__name__} has full covariances; expected diagonal ones: Normal, Independent(Normal) or a MixtureSameFamily of one of these"
+    )
 
 # %% ../nbs/01_divergence.ipynb #010012
 def naive_log_z(
@@ -164,181 +224,303 @@ def naive_log_z(
     tau2: Float[Tensor, "*#B M D"],
 ) -> Float[Tensor, "*B N M"]:
     "Eq. (5) by broadcasting, in log space; for N·M·D numbers."
-    s = var[..., :, None, :] + tau2[..., None, :, :]                   # (*B, N, M, D)
-    d = mu[..., :, None, :] - nu[..., None, :, :]                      # (*B, N, M, D)
-    return -0.5 * (d**2/s + (2*math.pi*s).log()).sum(-1)               # (*B, N, M)
+    s = var[..., :, None, :] + tau2[..., None, :, :]  # (*B, N, M, D)
+    d = mu[..., :, None, :] - nu[..., None, :, :]  # (*B, N, M, D)
+    return -0.5 * (d**2 / s + (2 * math.pi * s).log()).sum(-1)  # (*B, N, M)
 
 # %% ../nbs/01_divergence.ipynb #010014
 BLOCK = 2**18  # numbers (pairs × dimensions) held at once: what a CPU's cache takes
-GPU_BLOCK = 2**25 # not measured: fewer, larger launches
+GPU_BLOCK = 2**25  # not measured: fewer, larger launches
+
 
 def _blocks(mu, nu, same):
     "Slices (of P, of N, of M) of a (P, N, M) grid that hold about a block of numbers with their D dimensions; if same, only what is not below the diagonal."
     (P, N, D), M, block = mu.shape, nu.shape[1], BLOCK if mu.is_cpu else GPU_BLOCK
-    n = max(1, min(N, block // max(1, M*D))); p = max(1, block // max(1, n*M*D))
+    n = max(1, min(N, block // max(1, M * D)))
+    p = max(1, block // max(1, n * M * D))
     for i in range(0, P, p):
-        for j in range(0, N, n): yield slice(i, i+p), slice(j, j+n), slice(j if same else 0, M)
+        for j in range(0, N, n):
+            yield slice(i, i + p), slice(j, j + n), slice(j if same else 0, M)
 
 # %% ../nbs/01_divergence.ipynb #010015
 def _log_z(mu, var, nu, tau2, same):
     "log z of Eq. (5), block by block."
     out = mu.new_empty(*mu.shape[:2], nu.shape[1])
     for i, j, k in _blocks(mu, nu, same):
-        s = var[i, j, None] + tau2[i, None, k]                         # (p, n, m, D)
-        d = mu[i, j, None] - nu[i, None, k]                            # (p, n, m, D)
-        out[i, j, k] = block = d.square_().div_(s).add_(s.mul_(2*math.pi).log_()).sum(-1).mul_(-0.5)
-        if same: out[i, k, j] = block.mT
+        s = var[i, j, None] + tau2[i, None, k]  # (p, n, m, D)
+        d = mu[i, j, None] - nu[i, None, k]  # (p, n, m, D)
+        out[i, j, k] = block = d.square_().div_(s).add_(s.mul_(2 * math.pi).log_()).sum(-1).mul_(-0.5)
+        if same:
+            out[i, k, j] = block.mT
     return out
 
+# %% ../nbs/01_divergence.ipynb #010115
 def _log_z_gradients(mu, var, nu, tau2, g, same):
     "Gradients of mu, var, nu and tau2 from that of log z, block by block."
     gmu, gvar, gnu, gtau2 = (torch.zeros_like(t) for t in (mu, var, nu, tau2))
-    if same: g = (g + g.mT).triu(); g.diagonal(dim1=1, dim2=2).mul_(0.5)
+    if same:
+        g = (g + g.mT).triu()
+        g.diagonal(dim1=1, dim2=2).mul_(0.5)
     for i, j, k in _blocks(mu, nu, same):
         u, gb = (var[i, j, None] + tau2[i, None, k]).reciprocal_(), g[i, j, k, None]
         r = (mu[i, j, None] - nu[i, None, k]).mul_(u)
-        h = r.square().sub_(u).mul_(gb).mul_(0.5); r.mul_(gb)
-        gmu[i, j] = -r.sum(2); gnu[i, k] += r.sum(1)
-        gvar[i, j] = h.sum(2); gtau2[i, k] += h.sum(1)
+        h = r.square().sub_(u).mul_(gb).mul_(0.5)
+        r.mul_(gb)
+        gmu[i, j] = -r.sum(2)
+        gnu[i, k] += r.sum(1)
+        gvar[i, j] = h.sum(2)
+        gtau2[i, k] += h.sum(1)
     return gmu, gvar, gnu, gtau2
+
 
 def _plain_gradients(mu, var, nu, tau2, g):
     "The same, all at once and by operations that have derivatives."
     _check_memory(g.numel(), mu, mu.shape[2])
-    u = 1/(var[:, :, None] + tau2[:, None]); r = (mu[:, :, None] - nu[:, None])*u
-    h, r = 0.5*(r*r - u)*g[..., None], r*g[..., None]
+    u = 1 / (var[:, :, None] + tau2[:, None])
+    r = (mu[:, :, None] - nu[:, None]) * u
+    h, r = 0.5 * (r * r - u) * g[..., None], r * g[..., None]
     return -r.sum(2), h.sum(2), r.sum(1), h.sum(1)
 
 # %% ../nbs/01_divergence.ipynb #010017
-SKIP = 1e-12 # share of a row's largest gradient below which a pair is skipped
+SKIP = 1e-12  # share of a row's largest gradient below which a pair is skipped
 
-def _log_z_loops(mu, var, nu, tau2, constant, bits, out, same): # D a multiple of 4; nu and tau2 (P, D, M): the inner loop runs along a row
+# %% ../nbs/01_divergence.ipynb #010217
+def _log_z_loops(
+    mu, var, nu, tau2, constant, bits, out, same
+):  # D a multiple of 4; nu and tau2 (P, D, M): the inner loop runs along a row
     (P, N, D), M = mu.shape, nu.shape[2]
-    squares, products, powers, real, whole = np.empty(M, mu.dtype), bits.view(mu.dtype), np.empty_like(bits), mu.dtype.type, bits.dtype.type
-    fraction, least = (whole(23), real(1e-15)) if mu.itemsize == 4 else (whole(52), real(1e-140)) # bits after the leading one; the least that a product of two may be
-    products[:] = 1; one, rest, most, inf = bits[0], whole((1 << fraction) - 1), real(1/least), real(np.inf)
+    squares, products, powers, real, whole = (
+        np.empty(M, mu.dtype),
+        bits.view(mu.dtype),
+        np.empty_like(bits),
+        mu.dtype.type,
+        bits.dtype.type,
+    )
+    fraction, least = (
+        (whole(23), real(1e-15)) if mu.itemsize == 4 else (whole(52), real(1e-140))
+    )  # bits after the leading one; the least that a product of two may be
+    products[:] = 1
+    one, rest, most, inf = bits[0], whole((1 << fraction) - 1), real(1 / least), real(np.inf)
     for p in range(P):
         for n in range(N):
             first = n if same else 0
-            square, product, bit, power, row, odd = squares[first:], products[first:], bits[first:], powers[first:], out[p, n, first:], False
+            square, product, bit, power, row, odd = (
+                squares[first:],
+                products[first:],
+                bits[first:],
+                powers[first:],
+                out[p, n, first:],
+                False,
+            )
             square[:], product[:], power[:] = 0, 1, 0
             for d in range(0, D, 4):
-                a0, a1, a2, a3 = mu[p, n, d], mu[p, n, d+1], mu[p, n, d+2], mu[p, n, d+3]
-                b0, b1, b2, b3 = var[p, n, d], var[p, n, d+1], var[p, n, d+2], var[p, n, d+3]
-                x0, x1, x2, x3 = nu[p, d, first:], nu[p, d+1, first:], nu[p, d+2, first:], nu[p, d+3, first:]
-                y0, y1, y2, y3 = tau2[p, d, first:], tau2[p, d+1, first:], tau2[p, d+2, first:], tau2[p, d+3, first:]
+                a0, a1, a2, a3 = mu[p, n, d], mu[p, n, d + 1], mu[p, n, d + 2], mu[p, n, d + 3]
+                b0, b1, b2, b3 = var[p, n, d], var[p, n, d + 1], var[p, n, d + 2], var[p, n, d + 3]
+                x0, x1, x2, x3 = (
+                    nu[p, d, first:],
+                    nu[p, d + 1, first:],
+                    nu[p, d + 2, first:],
+                    nu[p, d + 3, first:],
+                )
+                y0, y1, y2, y3 = (
+                    tau2[p, d, first:],
+                    tau2[p, d + 1, first:],
+                    tau2[p, d + 2, first:],
+                    tau2[p, d + 3, first:],
+                )
                 for m in range(len(square)):
-                    r0, r1, r2, r3, s0, s1, s2, s3 = a0 - x0[m], a1 - x1[m], a2 - x2[m], a3 - x3[m], b0 + y0[m], b1 + y1[m], b2 + y2[m], b3 + y3[m]
-                    s01, s23 = s0*s1, s2*s3
+                    r0, r1, r2, r3, s0, s1, s2, s3 = (
+                        a0 - x0[m],
+                        a1 - x1[m],
+                        a2 - x2[m],
+                        a3 - x3[m],
+                        b0 + y0[m],
+                        b1 + y1[m],
+                        b2 + y2[m],
+                        b3 + y3[m],
+                    )
+                    s01, s23 = s0 * s1, s2 * s3
                     bad = (s0 < 0) | (s2 < 0) | (s01 < least) | (s23 < least) | (s01 > most) | (s23 > most)
-                    square[m] += inf if bad else ((r0*r0*s1 + r1*r1*s0)*s23 + (r2*r2*s3 + r3*r3*s2)*s01)/(s01*s23)
-                    product[m] *= s01*s23
-                for m in range(len(bit)):                              # the product is in [1, 2) again
+                    square[m] += (
+                        inf
+                        if bad
+                        else ((r0 * r0 * s1 + r1 * r1 * s0) * s23 + (r2 * r2 * s3 + r3 * r3 * s2) * s01)
+                        / (s01 * s23)
+                    )
+                    product[m] *= s01 * s23
+                for m in range(len(bit)):  # the product is in [1, 2) again
                     power[m] += (bit[m] - one) >> fraction
                     bit[m] = bit[m] & rest | one
-            for m in range(len(row)):                                  # log x = log √2 + 2 artanh y
-                y = (product[m] - math.sqrt(2))/(product[m] + math.sqrt(2)); y2 = y*y
-                log = (power[m] + 0.5)*math.log(2) + 2*y*(1 + y2*(1/3 + y2*(1/5 + y2*(1/7 + y2*(1/9 + y2*(1/11 + y2*(1/13 + y2*(1/15 + y2/17))))))))
-                row[m] = constant - (square[m] + log)/2
+            for m in range(len(row)):  # log x = log √2 + 2 artanh y
+                y = (product[m] - math.sqrt(2)) / (product[m] + math.sqrt(2))
+                y2 = y * y
+                log = (power[m] + 0.5) * math.log(2) + 2 * y * (
+                    1
+                    + y2
+                    * (
+                        1 / 3
+                        + y2
+                        * (
+                            1 / 5
+                            + y2
+                            * (1 / 7 + y2 * (1 / 9 + y2 * (1 / 11 + y2 * (1 / 13 + y2 * (1 / 15 + y2 / 17)))))
+                        )
+                    )
+                )
+                row[m] = constant - (square[m] + log) / 2
                 odd |= not abs(square[m]) < most
             if odd:
                 for m in range(len(row)):
-                    if abs(square[m]) < most: continue
-                    total = 0.
-                    for d in range(D): s, r = np.float64(var[p, n, d] + tau2[p, d, first+m]), np.float64(mu[p, n, d] - nu[p, d, first+m]); total += r*r/s + math.log(s)
-                    row[m] = constant - total/2
+                    if abs(square[m]) < most:
+                        continue
+                    total = 0.0
+                    for d in range(D):
+                        s, r = (
+                            np.float64(var[p, n, d] + tau2[p, d, first + m]),
+                            np.float64(mu[p, n, d] - nu[p, d, first + m]),
+                        )
+                        total += r * r / s + math.log(s)
+                    row[m] = constant - total / 2
             if same:
-                for m in range(len(row)): out[p, first+m, n] = row[m]
+                for m in range(len(row)):
+                    out[p, first + m, n] = row[m]
 
 # %% ../nbs/01_divergence.ipynb #010117
-def _gradient_loops(mu, var, nu, tau2, g, gmu, gvar, gnu, gtau2, same): # nu, tau2 and their gradients (P, D, M), as above
-    (P, N, D), M, one, half = mu.shape, nu.shape[2], mu.dtype.type(1), mu.dtype.type(.5)   # of the arrays' precision: a plain 1 would make all doubles
+def _gradient_loops(
+    mu, var, nu, tau2, g, gmu, gvar, gnu, gtau2, same
+):  # nu, tau2 and their gradients (P, D, M), as above
+    (P, N, D), M, one, half = (
+        mu.shape,
+        nu.shape[2],
+        mu.dtype.type(1),
+        mu.dtype.type(0.5),
+    )  # of the arrays' precision: a plain 1 would make all doubles
     weights, used = np.empty(M, mu.dtype), np.empty(M, np.int64)
     for p in range(P):
         for n in range(N):
             first, count = n if same else 0, 0
             w, top = weights[first:], mu.dtype.type(0)
             for m in range(len(w)):
-                w[m] = g[p, n, first+m] + g[p, first+m, n] if same and m else g[p, n, first+m]
-                if not abs(w[m]) <= top: top = abs(w[m])               # NaN, too
-            least = SKIP*top if top < np.inf else mu.dtype.type(0)
+                w[m] = g[p, n, first + m] + g[p, first + m, n] if same and m else g[p, n, first + m]
+                if not abs(w[m]) <= top:
+                    top = abs(w[m])  # NaN, too
+            least = SKIP * top if top < np.inf else mu.dtype.type(0)
             for m in range(len(w)):
-                if abs(w[m]) <= least: w[m] = 0                        # rather than some tiny number, which would be slow
-                else: used[count] = m; count += 1
-            if 16*count < len(w):                                      # few: pair by pair
+                if abs(w[m]) <= least:
+                    w[m] = 0  # rather than some tiny number, which would be slow
+                else:
+                    used[count] = m
+                    count += 1
+            if 16 * count < len(w):  # few: pair by pair
                 for m in used[:count]:
                     for d in range(D):
-                        u = one/(var[p, n, d] + tau2[p, d, first+m]); r = (mu[p, n, d] - nu[p, d, first+m])*u
-                        h, r = (r*r - u)*half*w[m], r*w[m]
-                        gmu[p, n, d] -= r; gvar[p, n, d] += h; gnu[p, d, first+m] += r; gtau2[p, d, first+m] += h
-            else:                                                      # many: all, along the row
+                        u = one / (var[p, n, d] + tau2[p, d, first + m])
+                        r = (mu[p, n, d] - nu[p, d, first + m]) * u
+                        h, r = (r * r - u) * half * w[m], r * w[m]
+                        gmu[p, n, d] -= r
+                        gvar[p, n, d] += h
+                        gnu[p, d, first + m] += r
+                        gtau2[p, d, first + m] += h
+            else:  # many: all, along the row
                 for d in range(D):
-                    a, b, nu_d, tau2_d, gnu_d, gtau2_d = mu[p, n, d], var[p, n, d], nu[p, d, first:], tau2[p, d, first:], gnu[p, d, first:], gtau2[p, d, first:]
+                    a, b, nu_d, tau2_d, gnu_d, gtau2_d = (
+                        mu[p, n, d],
+                        var[p, n, d],
+                        nu[p, d, first:],
+                        tau2[p, d, first:],
+                        gnu[p, d, first:],
+                        gtau2[p, d, first:],
+                    )
                     sum_r = sum_h = mu.dtype.type(0)
                     for m in range(len(w)):
-                        u = one/(b + tau2_d[m]); r = (a - nu_d[m])*u
-                        h, r = (r*r - u)*half*w[m], r*w[m]
-                        gnu_d[m] += r; gtau2_d[m] += h; sum_r += r; sum_h += h
-                    gmu[p, n, d] -= sum_r; gvar[p, n, d] += sum_h
+                        u = one / (b + tau2_d[m])
+                        r = (a - nu_d[m]) * u
+                        h, r = (r * r - u) * half * w[m], r * w[m]
+                        gnu_d[m] += r
+                        gtau2_d[m] += h
+                        sum_r += r
+                        sum_h += h
+                    gmu[p, n, d] -= sum_r
+                    gvar[p, n, d] += sum_h
 
 # %% ../nbs/01_divergence.ipynb #010018
-SMALL = 2**16 # numbers (pairs × dimensions) that are done before numba has started
+SMALL = 2**16  # numbers (pairs × dimensions) that are done before numba has started
+
 
 def _first_calls(log_z, gradient, kind):
     "Call both loops on a single pair: only then does numba read its cache, or compile."
     row, column, one = np.ones((1, 1, 4), kind), np.ones((1, 4, 1), kind), np.ones((1, 1, 1), kind)
-    log_z(row, row, column, column, 0., np.ones(1, f"i{one.itemsize}"), one, False)
+    log_z(row, row, column, column, 0.0, np.ones(1, f"i{one.itemsize}"), one, False)
     gradient(row, row, column, column, one, row, row, column, column, False)
+
 
 def _loops(kind, cached):
     "Both loops as numba compiles them for f4 or f8, ready to use."
     from numba import njit
+
     fast = {"contract", "reassoc", "nsz", "arcp"}
     make = njit(cache=cached, nogil=True, error_model="numpy", fastmath=fast)
     loops = make(unwrap(_log_z_loops)), make(unwrap(_gradient_loops))
-    try: _first_calls(*loops, kind)
-    except Exception as e: raise RuntimeError(
-        f"{type(e).__name__}: {e}, with files {loops[0].stats.cache_path}/*_loops-*.nb*") from e
+    try:
+        _first_calls(*loops, kind)
+    except Exception as e:
+        raise RuntimeError(
+            f"{type(e).__name__}: {e}, with files {loops[0].stats.cache_path}/*_loops-*.nb*"
+        ) from e
     return loops
 
+# %% ../nbs/01_divergence.ipynb #010118
 @cache
 def _compiled(kind):
     "Both loops, compiled by numba for f4 or f8; None without it."
-    try: return _loops(kind, cached=True)
-    except Exception as e: failed = e
-    if isinstance(failed, ModuleNotFoundError) and failed.name == "numba": return None
-    try: loops = _loops(kind, cached=False)
-    except Exception as e: return warnings.warn(
-        f"numba is installed but does not work ({e}); going on without it, more slowly")
-    warnings.warn(f"numba cannot use what it has compiled before ({failed}); "
-                  "it compiles anew each time until these files are removed")
+    try:
+        return _loops(kind, cached=True)
+    except Exception as e:
+        failed = e
+    if isinstance(failed, ModuleNotFoundError) and failed.name == "numba":
+        return None
+    try:
+        loops = _loops(kind, cached=False)
+    except Exception as e:
+        return warnings.warn(f"numba is installed but does not work ({e}); going on without it, more slowly")
+    warnings.warn(
+        f"numba cannot use what it has compiled before ({failed}); "
+        "it compiles anew each time until these files are removed"
+    )
     return loops
+
 
 def _for_loops(mu, nu):
     "Whether the loops are for these sizes and this device."
-    return mu.is_cpu and mu.dtype in (torch.float32, torch.float64) and mu.numel()*nu.shape[1] >= SMALL
+    return mu.is_cpu and mu.dtype in (torch.float32, torch.float64) and mu.numel() * nu.shape[1] >= SMALL
 
-def _arrays(*tensors): return [t.detach().contiguous().numpy() for t in tensors]
+
+def _arrays(*tensors):
+    return [t.detach().contiguous().numpy() for t in tensors]
 
 # %% ../nbs/01_divergence.ipynb #010205
 def _log_z_by_loops(mu, var, nu, tau2, same):
     "What _log_z does, by the loops if there are any."
-    if not (loops := _compiled(f"f{mu.itemsize}")): return _log_z(mu, var, nu, tau2, same)
+    if not (loops := _compiled(f"f{mu.itemsize}")):
+        return _log_z(mu, var, nu, tau2, same)
     (P, N, D), M = mu.shape, nu.shape[1]
-    means = [pad(t, (0, -D % 4)) for t in (mu, nu)]                   # a dimension of r = 0, s = 1 adds nothing
+    means = [pad(t, (0, -D % 4)) for t in (mu, nu)]  # a dimension of r = 0, s = 1 adds nothing
     variances = [pad(t, (0, -D % 4), value=0.5) for t in (var, tau2)]
     out, bits = mu.new_empty(P, N, M), np.empty(M, f"i{mu.itemsize}")
     sides = _arrays(means[0], variances[0], means[1].mT, variances[1].mT)
-    loops[0](*sides, -D/2*math.log(2*math.pi), bits, out.numpy(), same)
+    loops[0](*sides, -D / 2 * math.log(2 * math.pi), bits, out.numpy(), same)
     return out
+
 
 def _gradients_by_loops(mu, var, nu, tau2, g, same):
     "What _log_z_gradients does, by the loops if there are any."
-    if not (loops := _compiled(f"f{mu.itemsize}")): return _log_z_gradients(mu, var, nu, tau2, g, same)
+    if not (loops := _compiled(f"f{mu.itemsize}")):
+        return _log_z_gradients(mu, var, nu, tau2, g, same)
     rows = mu, var, nu.mT, tau2.mT
     gmu, gvar, gnu, gtau2 = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in rows)
     loops[1](*_arrays(*rows, g), *_arrays(gmu, gvar, gnu, gtau2), same)
     return gmu, gvar, gnu.mT, gtau2.mT
+
 
 def _untraced(f):
     "f, for torch.compile to call and not to look into: the loops are no operations of torch."
@@ -347,106 +529,144 @@ def _untraced(f):
 # %% ../nbs/01_divergence.ipynb #010019
 class _LogZ(torch.autograd.Function):
     "log z of Eq. (5) for (P, N, D) against (P, M, D), which may be the same."
+
     @staticmethod
     def forward(ctx, mu, var, nu, tau2, same):
-        ctx.save_for_backward(mu, var, nu, tau2); ctx.same = same
-        if _for_loops(mu, nu): return _untraced(_log_z_by_loops)(mu, var, nu, tau2, same)
+        ctx.save_for_backward(mu, var, nu, tau2)
+        ctx.same = same
+        if _for_loops(mu, nu):
+            return _untraced(_log_z_by_loops)(mu, var, nu, tau2, same)
         return _log_z(mu, var, nu, tau2, same)
 
     @staticmethod
     def backward(ctx, g):
         sides, same = ctx.saved_tensors, ctx.same
-        if torch.is_grad_enabled() or _transforming(): grads = _plain_gradients(*sides, g) # for a second derivative
-        elif _for_loops(sides[0], sides[2]): grads = _untraced(_gradients_by_loops)(*sides, g, same)
-        else: grads = _log_z_gradients(*sides, g, same)
+        if torch.is_grad_enabled() or _transforming():
+            grads = _plain_gradients(*sides, g)  # for a second derivative
+        elif _for_loops(sides[0], sides[2]):
+            grads = _untraced(_gradients_by_loops)(*sides, g, same)
+        else:
+            grads = _log_z_gradients(*sides, g, same)
         return (*grads, None) if not same else (grads[0] + grads[2], grads[1] + grads[3], None, None, None)
 
 # %% ../nbs/01_divergence.ipynb #010021
 def _outer_axes(batch, n):
     "How many of n batch axes, from the first, it takes to hold all of a batch that are not of length 1."
-    padded = (1,)*(n - len(batch)) + tuple(batch)
+    padded = (1,) * (n - len(batch)) + tuple(batch)
     return max([0, *(i for i, size in enumerate(padded, 1) if size != 1)])
+
 
 def _matrices(g, outer, inner):
     "Means and variances of g, expanded to the batch axes outer + inner, as (P, rows, D)."
     N, D = g.mu.shape[-2:]
-    return [t.expand(*outer, *inner, N, D).reshape(math.prod(outer), N*math.prod(inner), D) for t in (g.mu, g.var)]
+    return [
+        t.expand(*outer, *inner, N, D).reshape(math.prod(outer), N * math.prod(inner), D)
+        for t in (g.mu, g.var)
+    ]
 
 # %% ../nbs/01_divergence.ipynb #010022
 def _common_batch(q, p):
     "Broadcast batch shape of two mixtures; ValueError if D, the batches or the devices do not fit."
-    if q.mu.shape[-1] != p.mu.shape[-1]: raise ValueError(f"q has D={q.mu.shape[-1]}, p has D={p.mu.shape[-1]}: both must live in one space")
-    if len(devices := {str(t.device) for g in (q, p) for t in vars(g).values()}) > 1: raise ValueError(f"q and p are on {' and '.join(sorted(devices))}; move them to one device")
-    try: return np.broadcast_shapes(q.batch_shape, p.batch_shape)
-    except ValueError as e: raise ValueError(f"q has batch {tuple(q.batch_shape)}, p has {tuple(p.batch_shape)}: they do not broadcast") from e
+    if q.mu.shape[-1] != p.mu.shape[-1]:
+        raise ValueError(f"q has D={q.mu.shape[-1]}, p has D={p.mu.shape[-1]}: both must live in one space")
+    if len(devices := {str(t.device) for g in (q, p) for t in vars(g).values()}) > 1:
+        raise ValueError(f"q and p are on {' and '.join(sorted(devices))}; move them to one device")
+    try:
+        return np.broadcast_shapes(q.batch_shape, p.batch_shape)
+    except ValueError as e:
+        raise ValueError(
+            f"q has batch {tuple(q.batch_shape)}, p has {tuple(p.batch_shape)}: they do not broadcast"
+        ) from e
+
 
 def _free_memory(device):
     "Bytes that are free on a torch device."
     from psutil import virtual_memory
+
     return virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+
 
 def _check_memory(pairs, like, numbers=1):
     "ValueError if so many numbers a pair, and what a log-sum-exp and its gradient add to it, will not fit."
-    if (need := 3*pairs*numbers*like.element_size()) < 2**30: return
-    if need > (free := _free_memory(like.device)): raise ValueError(f"{pairs:,} pairs of components need about {need/2**30:,.0f} GiB, {free/2**30:.1f} GiB are free; use fewer components or a smaller batch")
+    if (need := 3 * pairs * numbers * like.element_size()) < 2**30:
+        return
+    if need > (free := _free_memory(like.device)):
+        raise ValueError(
+            f"{pairs:,} pairs of components need about {need / 2**30:,.0f} GiB, {free / 2**30:.1f} GiB are free; use fewer components or a smaller batch"
+        )
 
 # %% ../nbs/01_divergence.ipynb #010123
 def _full_log_z(q, p):
     "log z of Eq. (5) for full covariances, all pairs at once: D² numbers a pair."
     (N, D), M, B = q.mu.shape[-2:], p.mu.shape[-2], _common_batch(q, p)
-    _check_memory(math.prod(B)*N*M, q.mu, D*D)
+    _check_memory(math.prod(B) * N * M, q.mu, D * D)
     dtype = torch.promote_types(q.cov.dtype, p.cov.dtype)
-    L = torch.linalg.cholesky(q.cov[..., :, None, :, :].to(dtype) + p.cov[..., None, :, :, :].to(dtype))   # (*B, N, M, D, D)
+    L = torch.linalg.cholesky(
+        q.cov[..., :, None, :, :].to(dtype) + p.cov[..., None, :, :, :].to(dtype)
+    )  # (*B, N, M, D, D)
     d = (q.mu[..., :, None, :] - p.mu[..., None, :, :]).to(dtype).expand(*B, N, M, D)
     y = torch.linalg.solve_triangular(L.expand(*B, N, M, D, D), d[..., None], upper=False)[..., 0]
-    return -0.5*(y.square().sum(-1) + D*math.log(2*math.pi)) - L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return -0.5 * (y.square().sum(-1) + D * math.log(2 * math.pi)) - L.diagonal(dim1=-2, dim2=-1).log().sum(
+        -1
+    )
 
 # %% ../nbs/01_divergence.ipynb #010023
 def _plain_overlap(q, p, B):
     "What torch.func can transform: all pairs at once, by plain operations."
     N, M = q.mu.shape[-2], p.mu.shape[-2]
-    _check_memory(math.prod(B)*N*M, q.mu, q.mu.shape[-1])
+    _check_memory(math.prod(B) * N * M, q.mu, q.mu.shape[-1])
     return naive_log_z(q.mu, q.var, p.mu, p.var).expand(*B, N, M)
 
+# %% ../nbs/01_divergence.ipynb #010223
 def pairwise_log_overlap(
-    q: GMM | FullGMM | Distribution, # N components
-    p: GMM | FullGMM | Distribution, # M components, same D
-) -> Float[Tensor, "*B N M"]: # log z_{n,m}, unweighted
+    q: GMM | FullGMM | Distribution,  # N components
+    p: GMM | FullGMM | Distribution,  # M components, same D
+) -> Float[Tensor, "*B N M"]:  # log z_{n,m}, unweighted
     "log ∫ N(x | μₙ, σₙ²) N(x | νₘ, τₘ²) dx for all pairs of components, Eq. (5); ValueError if D, batches or devices do not fit, or memory is too small."
     same, q, p = q is p, as_mixture(q), as_mixture(p)
     B = _common_batch(q, p)
-    if FullGMM in (type(q), type(p)): return _full_log_z(FullGMM.of(q), FullGMM.of(p))
-    if same and q.mu.shape[-2] == 1: return (0*q.mu - 0.5*(4*math.pi*q.var).log()).sum(-1, keepdim=True).expand(*B, 1, 1)   # a Gaussian with itself
-    if _transforming(): return _plain_overlap(q, p, B)
+    if FullGMM in (type(q), type(p)):
+        return _full_log_z(FullGMM.of(q), FullGMM.of(p))
+    if same and q.mu.shape[-2] == 1:
+        return (
+            (0 * q.mu - 0.5 * (4 * math.pi * q.var).log()).sum(-1, keepdim=True).expand(*B, 1, 1)
+        )  # a Gaussian with itself
+    if _transforming():
+        return _plain_overlap(q, p, B)
     k = _outer_axes(p.batch_shape, len(B))
-    if _outer_axes(q.batch_shape, len(B)) < k: return pairwise_log_overlap(p, q).mT
-    sides = _matrices(q, B[:k], B[k:]) + _matrices(p, B[:k], (1,)*len(B[k:]))
+    if _outer_axes(q.batch_shape, len(B)) < k:
+        return pairwise_log_overlap(p, q).mT
+    sides = _matrices(q, B[:k], B[k:]) + _matrices(p, B[:k], (1,) * len(B[k:]))
     dtype = reduce(torch.promote_types, (t.dtype for t in sides))
-    _check_memory(sides[0][..., 0].numel()*sides[2].shape[1], sides[0])
+    _check_memory(sides[0][..., 0].numel() * sides[2].shape[1], sides[0])
     return _LogZ.apply(*(t.to(dtype) for t in sides), same).view(*B, q.mu.shape[-2], p.mu.shape[-2])
 
 # %% ../nbs/01_divergence.ipynb #010202
 class _LogSumExp(torch.autograd.Function):
     "log Σₘ exp xₘ over the last axis, and each term's share in the sum."
+
     @staticmethod
     def forward(ctx, x):
-        top = x.amax(-1, keepdim=True)                                 # infinite only if the sum is
-        share = (x - top.masked_fill(top.isinf(), 0)).clamp_min_(-70).exp_(); total = share.sum(-1, keepdim=True)
-        ctx.save_for_backward(share.mul_(total.reciprocal())); ctx.set_materialize_grads(False) # an output that nobody uses has gradient None
+        top = x.amax(-1, keepdim=True)  # infinite only if the sum is
+        share = (x - top.masked_fill(top.isinf(), 0)).clamp_min_(-70).exp_()
+        total = share.sum(-1, keepdim=True)
+        ctx.save_for_backward(share.mul_(total.reciprocal()))
+        ctx.set_materialize_grads(False)  # an output that nobody uses has gradient None
         return (top + total.log_()).squeeze(-1), share
 
     @staticmethod
-    def backward(ctx, g, g_share): # g_share comes with a second derivative
-        share, = ctx.saved_tensors
-        parts = [] if g is None else [g[..., None]*share]
-        if g_share is not None: parts.append(share*(g_share - (g_share*share).sum(-1, keepdim=True)))
+    def backward(ctx, g, g_share):  # g_share comes with a second derivative
+        (share,) = ctx.saved_tensors
+        parts = [] if g is None else [g[..., None] * share]
+        if g_share is not None:
+            parts.append(share * (g_share - (g_share * share).sum(-1, keepdim=True)))
         return sum(parts) if parts else None
 
-def log_sum_exp(
-    x: Float[Tensor, "*B M"],
-) -> Float[Tensor, "*B"]:
+
+def log_sum_exp(x: Float[Tensor, "*B M"]) -> Float[Tensor, "*B"]:
     "log Σₘ exp xₘ over the last axis, as fast for terms far apart; the share of a term, its gradient, is at least e⁻⁷⁰ of the largest."
-    if x.shape[-1] == 1: return x.squeeze(-1)
+    if x.shape[-1] == 1:
+        return x.squeeze(-1)
     return x.logsumexp(-1) if _transforming() else _LogSumExp.apply(x)[0]
 
 # %% ../nbs/01_divergence.ipynb #010030
@@ -455,107 +675,147 @@ def _joint_log_prob(self: GMM | FullGMM, z: Float[Tensor, "*#B D"]) -> Float[Ten
     "log wₙ N(z | μₙ, σₙ²) for every component."
     return pairwise_log_overlap(GMM.gaussian(z, torch.zeros_like(z)), self)[..., 0, :] + self.logw
 
+
 def _log_prob(self: GMM | FullGMM, z: Float[Tensor, "*#B D"]) -> Float[Tensor, "*B"]:
     "log Σₙ wₙ N(z | μₙ, σₙ²), exact."
     return log_sum_exp(self.joint_log_prob(z))
 
-def _responsibilities(self: GMM | FullGMM, z: Float[Tensor, "*#B D"]) -> Float[Tensor, "*B N"]: # sums to one over N
+
+def _responsibilities(
+    self: GMM | FullGMM, z: Float[Tensor, "*#B D"]
+) -> Float[Tensor, "*B N"]:  # sums to one over N
     "Probability that z came from each component."
     return self.joint_log_prob(z).softmax(-1)
 
-for mixture in (GMM, FullGMM): mixture.joint_log_prob, mixture.log_prob, mixture.responsibilities = _joint_log_prob, _log_prob, _responsibilities
+
+for mixture in (GMM, FullGMM):
+    mixture.joint_log_prob, mixture.log_prob, mixture.responsibilities = (
+        _joint_log_prob,
+        _log_prob,
+        _responsibilities,
+    )
 
 # %% ../nbs/01_divergence.ipynb #010132
 def matrix_log_prob(
-    p: GMM, # unbatched mixture of K components
-) -> Callable[[Tensor], Tensor]: # z (*B, D) to log p(z) (*B), without gradients
+    p: GMM,  # unbatched mixture of K components
+) -> Callable[[Tensor], Tensor]:  # z (*B, D) to log p(z) (*B), without gradients
     "A function that gives log p(z) of many z by a matrix product, within 1e-6 of the pairs' form; that form itself where the product would be less exact."
-    centre = p.mu.mean(0); nu, w = (p.mu - centre).double(), p.var.double().reciprocal()
-    if not (nu.square()*w).sum(-1).max() < 1e9: return p.log_prob
-    right, c = torch.cat([-w/2, nu*w], -1).T, p.logw - 0.5*(nu.square()*w + (2*math.pi/w).log()).sum(-1)
+    centre = p.mu.mean(0)
+    nu, w = (p.mu - centre).double(), p.var.double().reciprocal()
+    if not (nu.square() * w).sum(-1).max() < 1e9:
+        return p.log_prob
+    right, c = (
+        torch.cat([-w / 2, nu * w], -1).T,
+        p.logw - 0.5 * (nu.square() * w + (2 * math.pi / w).log()).sum(-1),
+    )
+
     def log_prob(z):
         y = (z - centre).double()
         return log_sum_exp((torch.cat([y.square(), y], -1) @ right + c).to(z.dtype))
+
     return log_prob
 
 # %% ../nbs/01_divergence.ipynb #010033
 class Draws:
     "What may stand in place of a generator, where the draws of a batch come from more than one, or are a part of those for a larger batch."
+
     def standard_normal(self, like: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         "Draws from N(0, 1) in the shape of `like`."
         raise NotImplementedError(f"{type(self).__name__} must define standard_normal(like)")
 
+
 @dataclass(frozen=True)
 class Share(Draws):
     "In place of a generator: its draws for a whole batch, of which one of n processes takes every n-th row."
-    generator: torch.Generator # in the same state in all processes
-    first: int # row to begin with, the process's number
-    n: int # processes
+
+    generator: torch.Generator  # in the same state in all processes
+    first: int  # row to begin with, the process's number
+    n: int  # processes
 
     def standard_normal(self, like):
         *batch, rows, D = like.shape
-        return _standard_normal(like.new_empty(()).expand(*batch, rows*self.n, D), self.generator)[..., self.first::self.n, :]
+        return _standard_normal(like.new_empty(()).expand(*batch, rows * self.n, D), self.generator)[
+            ..., self.first :: self.n, :
+        ]
 
-def _standard_normal(like, generator): # a torch.Generator, Draws or None
+
+def _standard_normal(like, generator):  # a torch.Generator, Draws or None
     "Draws from N(0, 1) in the shape of `like`."
-    if isinstance(generator, Draws): return generator.standard_normal(like)
+    if isinstance(generator, Draws):
+        return generator.standard_normal(like)
     return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
 
 # %% ../nbs/01_divergence.ipynb #010034
 def _rsample(self: GMM, generator: torch.Generator | Draws | None = None) -> Float[Tensor, "*B D"]:
     "One reparametrised draw an element of the batch; ValueError if there are several components."
-    if self.mu.shape[-2] != 1: raise ValueError(f"only a single Gaussian is reparametrised; this GMM has {self.mu.shape[-2]} components")
+    if self.mu.shape[-2] != 1:
+        raise ValueError(
+            f"only a single Gaussian is reparametrised; this GMM has {self.mu.shape[-2]} components"
+        )
     mu, var = torch.broadcast_tensors(self.mu[..., 0, :], self.var[..., 0, :])
     return mu + var.sqrt() * _standard_normal(mu, generator)
 
+# %% ../nbs/01_divergence.ipynb #010134
 @unchecked()
-def _sample(self: GMM,
-    n: int, # number of draws
+def _sample(
+    self: GMM,
+    n: int,  # number of draws
     generator: torch.Generator | None = None,
-    component: int | None = None, # draw from this component only
+    component: int | None = None,  # draw from this component only
 ) -> Float[Tensor, "n D"]:
     "n independent draws from a single (unbatched) mixture; ValueError for a batched one or an unknown component."
-    if len(self.batch_shape): raise ValueError(f"sample wants one mixture, not a batch of shape {tuple(self.batch_shape)}")
+    if len(self.batch_shape):
+        raise ValueError(f"sample wants one mixture, not a batch of shape {tuple(self.batch_shape)}")
     N = self.logw.shape[-1]
-    if component is not None and not 0 <= component < N: raise ValueError(f"component {component} of {N}; expected 0 to {N-1}")
-    k = (torch.multinomial(self.logw.exp(), n, True, generator=generator) if component is None
-         else torch.full((n,), component, device=self.mu.device))
+    if component is not None and not 0 <= component < N:
+        raise ValueError(f"component {component} of {N}; expected 0 to {N - 1}")
+    k = (
+        torch.multinomial(self.logw.exp(), n, True, generator=generator)
+        if component is None
+        else torch.full((n,), component, device=self.mu.device)
+    )
     return GMM.gaussian(self.mu[k], self.var[k]).rsample(generator)
+
 
 GMM.rsample, GMM.sample = _rsample, _sample
 
 # %% ../nbs/01_divergence.ipynb #010037
 def log_overlap(
-    q: GMM | FullGMM | Distribution, # N components
-    p: GMM | FullGMM | Distribution, # M components, same D
-) -> Float[Tensor, "*B"]: # one value an element of the broadcast batch
+    q: GMM | FullGMM | Distribution,  # N components
+    p: GMM | FullGMM | Distribution,  # M components, same D
+) -> Float[Tensor, "*B"]:  # one value an element of the broadcast batch
     "log ∫ q(x) p(x) dx = log Σₙₘ wₙ vₘ z_{n,m}: the first sum of Eq. (4)."
     q, p = as_mixture(q), as_mixture(p)
     return log_sum_exp(log_sum_exp(pairwise_log_overlap(q, p) + p.logw[..., None, :]) + q.logw)
 
 # %% ../nbs/01_divergence.ipynb #010040
 def cs_divergence(
-    q: GMM | FullGMM | Distribution, # posterior, or any mixture
-    p: GMM | FullGMM | Distribution, # prior, or any mixture over the same space
-) -> Float[Tensor, "*B"]: # ≥ 0, and 0 iff q = p
+    q: GMM | FullGMM | Distribution,  # posterior, or any mixture
+    p: GMM | FullGMM | Distribution,  # prior, or any mixture over the same space
+) -> Float[Tensor, "*B"]:  # ≥ 0, and 0 iff q = p
     "Cauchy–Schwarz divergence between two mixtures in closed form, Eq. (4) with Eq. (5) for every pair; natural log."
     q, p = as_mixture(q), as_mixture(p)
-    return -log_overlap(q, p) + 0.5*log_overlap(q, q) + 0.5*log_overlap(p, p)
+    return -log_overlap(q, p) + 0.5 * log_overlap(q, q) + 0.5 * log_overlap(p, p)
 
 # %% ../nbs/01_divergence.ipynb #010053
-def _normal(g): g = FullGMM.of(g); return MultivariateNormal(g.mu[..., 0, :], g.cov[..., 0, :, :])
+def _normal(g):
+    g = FullGMM.of(g)
+    return MultivariateNormal(g.mu[..., 0, :], g.cov[..., 0, :, :])
+
 
 def kl_divergence(
-    q: GMM | FullGMM | Distribution, # posterior
-    p: GMM | FullGMM | Distribution, # prior
-    z: Float[Tensor, "*#B D"] | None = None, # a draw from q, needed when q or p has several components
+    q: GMM | FullGMM | Distribution,  # posterior
+    p: GMM | FullGMM | Distribution,  # prior
+    z: Float[Tensor, "*#B D"] | None = None,  # a draw from q, needed when q or p has several components
 ) -> Float[Tensor, "*B"]:
     "KL(q‖p): exact between single Gaussians, else the one-draw estimate log q(z) − log p(z); ValueError if that lacks its z, or shapes differ."
     q, p = as_mixture(q), as_mixture(p)
     _common_batch(q, p)
-    if FullGMM in (type(q), type(p)) and q.mu.shape[-2] == p.mu.shape[-2] == 1: return torch.distributions.kl_divergence(*map(_normal, (q, p)))
+    if FullGMM in (type(q), type(p)) and q.mu.shape[-2] == p.mu.shape[-2] == 1:
+        return torch.distributions.kl_divergence(*map(_normal, (q, p)))
     if q.mu.shape[-2] == p.mu.shape[-2] == 1:
         ratio = q.var / p.var
-        return 0.5*(ratio - 1 - ratio.log() + (q.mu - p.mu)**2/p.var).sum((-2, -1))
-    if z is None: raise ValueError("the KL of a mixture has no closed form: give z, a draw from q")
+        return 0.5 * (ratio - 1 - ratio.log() + (q.mu - p.mu) ** 2 / p.var).sum((-2, -1))
+    if z is None:
+        raise ValueError("the KL of a mixture has no closed form: give z, a draw from q")
     return q.log_prob(z) - p.log_prob(z)

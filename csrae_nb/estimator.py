@@ -23,36 +23,73 @@ from .data import column_units, default_likelihood, from_arrays
 from .divergence import GMM
 from .likelihoods import make_likelihood
 from .models import rows_at_once
-from .training import (_has_free_components, _place_components, _untrained, accelerator, fit, generator, make_config,
-                               mean_terms, progress_bar, resolve, torch_defaults, train_epoch, warmup_weight)
+
+# %% ../nbs/20_estimator.ipynb #200102
+from csrae_nb.training import (
+    _has_free_components,
+    _place_components,
+    _untrained,
+    accelerator,
+    fit,
+    generator,
+    make_config,
+    mean_terms,
+    progress_bar,
+    resolve,
+    torch_defaults,
+    train_epoch,
+    warmup_weight,
+)
 
 # %% ../nbs/20_estimator.ipynb #200005
 class CSRAEEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     "An autoencoder with a mixture prior as a scikit-learn estimator: codes, clusters, samples and a score for a table of numbers."
-    def __init__(self, *,
-        model="MixtureCSRAE", # or CSRAE, VAE, IWAE, MixtureVAE, VampPriorVAE
-        prior="mog", # of a MixtureCSRAE: mog or vamp
-        latent_dim=2, # D, the columns of a code
-        components=10, # K of a mixture prior; at most the number of training rows is used
-        lam=1.0, # λ, weight of D_CS
-        beta=1.0, # β, weight of the KL, for models that have it in place of D_CS
-        network="mlp", # a row of Table 6
-        likelihood=None, # bernoulli, gaussian or discretized_logistic; None: bernoulli for zeros and ones, else gaussian
-        standardize=True, # under a gaussian: columns to mean 0 and variance 1 for the model, and back
-        epochs=100, # passes over the training rows, at most
-        warmup=None, # epochs over which the divergence's weight grows; None: a fifth of them
-        patience=None, # stop after so many epochs without a better validation loss; the warm-up does not count; None: 50
-        batch_size=100, # rows a step; at most the number of training rows is used
-        lr=1e-3, # Adam's learning rate; twice that of a Config, as small tables give few steps
-        validation_fraction=0.1, # of the rows, to stop early and to choose the epoch by; less than two rows: the training rows
-        config=None, # a dict of further fields of a Config
-        device="auto", # where to train: auto, a GPU if there is one, or cpu
-        random_state=None, # None, a RandomState, or an int, which is the seed of the Config
-        verbose=False, # show a progress bar
+
+    def __init__(
+        self,
+        *,
+        model="MixtureCSRAE",  # or CSRAE, VAE, IWAE, MixtureVAE, VampPriorVAE
+        prior="mog",  # of a MixtureCSRAE: mog or vamp
+        latent_dim=2,  # D, the columns of a code
+        components=10,  # K of a mixture prior; at most the number of training rows is used
+        lam=1.0,  # λ, weight of D_CS
+        beta=1.0,  # β, weight of the KL, for models that have it in place of D_CS
+        network="mlp",  # a row of Table 6
+        likelihood=None,  # bernoulli, gaussian or discretized_logistic; None: bernoulli for zeros and ones, else gaussian
+        standardize=True,  # under a gaussian: columns to mean 0 and variance 1 for the model, and back
+        epochs=100,  # passes over the training rows, at most
+        warmup=None,  # epochs over which the divergence's weight grows; None: a fifth of them
+        patience=None,  # stop after so many epochs without a better validation loss; the warm-up does not count; None: 50
+        batch_size=100,  # rows a step; at most the number of training rows is used
+        lr=1e-3,  # Adam's learning rate; twice that of a Config, as small tables give few steps
+        validation_fraction=0.1,  # of the rows, to stop early and to choose the epoch by; less than two rows: the training rows
+        config=None,  # a dict of further fields of a Config
+        device="auto",  # where to train: auto, a GPU if there is one, or cpu
+        random_state=None,  # None, a RandomState, or an int, which is the seed of the Config
+        verbose=False,  # show a progress bar
     ):
-        self.model, self.prior, self.latent_dim, self.components, self.lam, self.beta = model, prior, latent_dim, components, lam, beta
-        self.network, self.likelihood, self.standardize, self.epochs, self.warmup, self.patience = network, likelihood, standardize, epochs, warmup, patience
-        self.batch_size, self.lr, self.validation_fraction, self.config = batch_size, lr, validation_fraction, config
+        self.model, self.prior, self.latent_dim, self.components, self.lam, self.beta = (
+            model,
+            prior,
+            latent_dim,
+            components,
+            lam,
+            beta,
+        )
+        self.network, self.likelihood, self.standardize, self.epochs, self.warmup, self.patience = (
+            network,
+            likelihood,
+            standardize,
+            epochs,
+            warmup,
+            patience,
+        )
+        self.batch_size, self.lr, self.validation_fraction, self.config = (
+            batch_size,
+            lr,
+            validation_fraction,
+            config,
+        )
         self.device, self.random_state, self.verbose = device, random_state, verbose
 
     def transform(self, X):
@@ -62,125 +99,188 @@ class CSRAEEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
 
 # %% ../nbs/20_estimator.ipynb #200006
 def _tags(self: CSRAEEmbedding):
-    tags = super(CSRAEEmbedding, self).__sklearn_tags__(); tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+    tags = super(CSRAEEmbedding, self).__sklearn_tags__()
+    tags.transformer_tags.preserves_dtype = ["float64", "float32"]
     return tags
 
+
 CSRAEEmbedding.__sklearn_tags__ = _tags
-CSRAEEmbedding._n_features_out = property(lambda self: self.config_.latent_dim) # for get_feature_names_out
+CSRAEEmbedding._n_features_out = property(lambda self: self.config_.latent_dim)  # for get_feature_names_out
+
 
 def _method(f):
     "Make f a method of the class, under its name without the underscore."
-    f.__name__ = f.__name__[1:]; f.__qualname__ = f"CSRAEEmbedding.{f.__name__}"
-    setattr(CSRAEEmbedding, f.__name__, f); return f
+    f.__name__ = f.__name__[1:]
+    f.__qualname__ = f"CSRAEEmbedding.{f.__name__}"
+    setattr(CSRAEEmbedding, f.__name__, f)
+    return f
 
 # %% ../nbs/20_estimator.ipynb #200009
-def _start_columns(est, X): # float64
+def _start_columns(est, X):  # float64
     "Decide the likelihood and the columns' means and scales by the rows; ValueError for an unknown likelihood, or columns too wide."
     est.likelihood_, est.scaler_ = est.likelihood or default_likelihood([X]), None
     make_likelihood(est.likelihood_)
-    if est.likelihood_ != "gaussian": return
-    if not est.standardize:
-        if column_units(torch.from_numpy(X)): warnings.warn(f"X ranges from {X.min():g} to {X.max():g}, and networks "
-            "start as for numbers around 1: standardize=True is the remedy")
+    if est.likelihood_ != "gaussian":
         return
-    with np.errstate(over="ignore", invalid="ignore"): est.scaler_ = StandardScaler().fit(X)
-    if not np.isfinite(est.scaler_.scale_).all(): raise ValueError(
-        f"X ranges from {X.min():g} to {X.max():g}, too far for a variance in double precision; divide it by a large number first")
+    if not est.standardize:
+        if column_units(torch.from_numpy(X)):
+            warnings.warn(
+                f"X ranges from {X.min():g} to {X.max():g}, and networks "
+                "start as for numbers around 1: standardize=True is the remedy"
+            )
+        return
+    with np.errstate(over="ignore", invalid="ignore"):
+        est.scaler_ = StandardScaler().fit(X)
+    if not np.isfinite(est.scaler_.scale_).all():
+        raise ValueError(
+            f"X ranges from {X.min():g} to {X.max():g}, too far for a variance in double precision; divide it by a large number first"
+        )
 
-def _rows(est, X, start, **kw): # start: a training begins
+# %% ../nbs/20_estimator.ipynb #200109
+def _rows(est, X, start, **kw):  # start: a training begins
     "The rows as the model sees them, float64, and X's precision; ValueError for what is no table of numbers, or beyond the likelihood's range."
-    X = validate_data(est, X, reset=start, dtype=[np.float64, np.float32], **kw); x = X.astype(np.float64)
-    if start: _start_columns(est, x)
-    with np.errstate(over="ignore"):                                   # an outlier may be too far for a number
-        if est.scaler_: x = np.nan_to_num(est.scaler_.transform(x))
+    X = validate_data(est, X, reset=start, dtype=[np.float64, np.float32], **kw)
+    x = X.astype(np.float64)
+    if start:
+        _start_columns(est, x)
+    with np.errstate(over="ignore"):  # an outlier may be too far for a number
+        if est.scaler_:
+            x = np.nan_to_num(est.scaler_.transform(x))
     make_likelihood(est.likelihood_).check(torch.from_numpy(x), "X")
     return torch.from_numpy(x), X.dtype
 
-def _known_rows(est, X): check_is_fitted(est, "model_"); return _rows(est, X, False)
+
+def _known_rows(est, X):
+    check_is_fitted(est, "model_")
+    return _rows(est, X, False)
 
 # %% ../nbs/20_estimator.ipynb #200012
-_fields = ("model", "prior", "latent_dim", "components", "lam", "beta", "network", "epochs", "warmup", "patience", "batch_size", "lr", "device") # named alike here and in a Config
+_fields = (
+    "model",
+    "prior",
+    "latent_dim",
+    "components",
+    "lam",
+    "beta",
+    "network",
+    "epochs",
+    "warmup",
+    "patience",
+    "batch_size",
+    "lr",
+    "device",
+)  # named alike here and in a Config
 
-def _plain(v): return v.item() if isinstance(v, np.generic) else v     # a grid of numpy's numbers
 
-def _config(est, n, seed): # of n training rows
+def _plain(v):
+    return v.item() if isinstance(v, np.generic) else v  # a grid of numpy's numbers
+
+# %% ../nbs/20_estimator.ipynb #200112
+def _config(est, n, seed):  # of n training rows
     "The resolved Config of an estimator's parameters; ValueError for those that cannot be, or are set twice."
-    own = {k: _plain(getattr(est, k)) for k in _fields} | dict(likelihood=est.likelihood_, seed=seed, dataset="arrays", labels=0)
-    if twice := sorted(own.keys() & (more := est.config or {}).keys()): raise ValueError(
-        f"config sets {', '.join(twice)}; expected fields that are no parameters of the estimator (random_state for seed), nor dataset and labels: pass them by name")
-    for k in ("components", "batch_size"): own[k] = min(own[k], n) if isinstance(own[k], int) else own[k]
+    own = {k: _plain(getattr(est, k)) for k in _fields} | dict(
+        likelihood=est.likelihood_, seed=seed, dataset="arrays", labels=0
+    )
+    if twice := sorted(own.keys() & (more := est.config or {}).keys()):
+        raise ValueError(
+            f"config sets {', '.join(twice)}; expected fields that are no parameters of the estimator (random_state for seed), nor dataset and labels: pass them by name"
+        )
+    for k in ("components", "batch_size"):
+        own[k] = min(own[k], n) if isinstance(own[k], int) else own[k]
     return resolve(make_config(own | more))
 
-def _seed(random_state): # of a Config
-    if isinstance(random_state, Integral) and random_state < 0: raise ValueError(f"random_state={random_state}; expected at least 0, None or a RandomState")
-    return int(random_state if isinstance(random_state, Integral) else check_random_state(random_state).randint(2**31 - 1))
+
+def _seed(random_state):  # of a Config
+    if isinstance(random_state, Integral) and random_state < 0:
+        raise ValueError(f"random_state={random_state}; expected at least 0, None or a RandomState")
+    return int(
+        random_state
+        if isinstance(random_state, Integral)
+        else check_random_state(random_state).randint(2**31 - 1)
+    )
 
 # %% ../nbs/20_estimator.ipynb #200015
-def _split(x, fraction, seed): # training rows, validation rows
+def _split(x, fraction, seed):  # training rows, validation rows
     "A share of the rows for validation; where it is less than two, the training rows."
-    if not (isinstance(fraction, Real) and 0 <= fraction < 1): raise ValueError(f"validation_fraction={fraction!r}; expected a number of at least 0, below 1")
-    if (v := int(fraction*len(x))) < 2: return x, x
+    if not (isinstance(fraction, Real) and 0 <= fraction < 1):
+        raise ValueError(f"validation_fraction={fraction!r}; expected a number of at least 0, below 1")
+    if (v := int(fraction * len(x))) < 2:
+        return x, x
     order = np.random.default_rng(seed).permutation(len(x))
     return x[order[v:]], x[order[:v]]
+
 
 def _dataset(est, train, val):
     arrays = dict(x_train=train.float(), x_val=val.float(), x_test=val[:1].float())
     data = from_arrays(arrays, est.likelihood_)
-    return dataclasses.replace(data, units=None)                       # the estimator has its own
+    return dataclasses.replace(data, units=None)  # the estimator has its own
 
 # %% ../nbs/20_estimator.ipynb #200018
-_turn = threading.Lock() # one training at a time in a process
+_turn = threading.Lock()  # one training at a time in a process
 
 # %% ../nbs/20_estimator.ipynb #200020
 @_method
-def _fit(self: CSRAEEmbedding,
-    X, # rows of numbers (n, features), at least two
-    y=None, # ignored
-) -> CSRAEEmbedding: # itself
+def _fit(
+    self: CSRAEEmbedding,
+    X,  # rows of numbers (n, features), at least two
+    y=None,  # ignored
+) -> CSRAEEmbedding:  # itself
     "Train from the start; the weights of the epoch that is best on the validation rows are kept. ValueError for rows or parameters that cannot be."
-    vars(self).pop("model_", None)                                     # should this fit fail, there is none
-    x, _ = _rows(self, X, True, ensure_min_samples=2); seed = _seed(self.random_state)
+    vars(self).pop("model_", None)  # should this fit fail, there is none
+    x, _ = _rows(self, X, True, ensure_min_samples=2)
+    seed = _seed(self.random_state)
     train, val = _split(x, self.validation_fraction, seed)
     cfg, data = _config(self, len(train), seed), _dataset(self, train, val)
-    with _turn, TemporaryDirectory() as folder: run = fit(cfg, data, bool(self.verbose), folder, checkpoints=False)
+    with _turn, TemporaryDirectory() as folder:
+        run = fit(cfg, data, bool(self.verbose), folder, checkpoints=False)
     self.model_, self.config_, self._optimizer = run.model.cpu().double(), cfg, None
     self.history_, self.n_iter_, self.best_epoch_ = run.history, len(run.history), run.best_epoch
     return self
 
 # %% ../nbs/20_estimator.ipynb #200024
-def _resume(est, x): # rows as the model sees them
+def _resume(est, x):  # rows as the model sees them
     "Data and configuration of the next pass."
     first, n = not hasattr(est, "model_"), len(x)
-    if first: est.config_, est.history_, est._optimizer = _config(est, n, _seed(est.random_state)), [], None
+    if first:
+        est.config_, est.history_, est._optimizer = _config(est, n, _seed(est.random_state)), [], None
     batch_size = est.config_.batch_size if first else _plain(est.batch_size)
     return _dataset(est, x, x), dataclasses.replace(est.config_, batch_size=min(batch_size, n))
 
-def _on_cpu(state): # of an optimiser
+
+def _on_cpu(state):  # of an optimiser
     return {**state, "state": {i: {k: v.cpu() for k, v in s.items()} for i, s in state["state"].items()}}
+
 
 def _pass(est, acc, data, cfg, epoch):
     "An epoch from where the estimator left off, or from the start: model, optimiser, and the mean of both terms."
     data = data.to(acc.device)
     model, opt = _untrained(cfg, data, acc.device)
-    if epoch > 1: model.load_state_dict(est.model_.state_dict())
-    if est._optimizer: opt.load_state_dict(est._optimizer)
-    with progress_bar(bool(est.verbose), total=len(data.x_train)//cfg.batch_size, unit="step", desc="training") as bar:
+    if epoch > 1:
+        model.load_state_dict(est.model_.state_dict())
+    if est._optimizer:
+        opt.load_state_dict(est._optimizer)
+    with progress_bar(
+        bool(est.verbose), total=len(data.x_train) // cfg.batch_size, unit="step", desc="training"
+    ) as bar:
         terms = train_epoch(acc, acc.prepare(model.train()), opt, data, cfg, epoch, bar).tolist()
     enough = len(data.x_train) >= cfg.components
-    if epoch == cfg.kmeans_epoch and _has_free_components(model) and enough: _place_components(model, opt, data, cfg)
+    if epoch == cfg.kmeans_epoch and _has_free_components(model) and enough:
+        _place_components(model, opt, data, cfg)
     return model, opt, terms
 
 # %% ../nbs/20_estimator.ipynb #200025
 @_method
-def _partial_fit(self: CSRAEEmbedding,
-    X, # rows of numbers (n, features)
-    y=None, # ignored
-) -> CSRAEEmbedding: # itself
+def _partial_fit(
+    self: CSRAEEmbedding,
+    X,  # rows of numbers (n, features)
+    y=None,  # ignored
+) -> CSRAEEmbedding:  # itself
     "One pass over the rows in shuffled batches, from where the last call or fit left off; nothing validates. ValueError as in fit."
     x, _ = _rows(self, X, not hasattr(self, "model_"))
     data, cfg = _resume(self, x)
     epoch = len(self.history_) + 1
-    with _turn, torch_defaults(cfg.threads), accelerator(cfg) as acc: model, opt, (rec, div) = _pass(self, acc, data, cfg, epoch)
+    with _turn, torch_defaults(cfg.threads), accelerator(cfg) as acc:
+        model, opt, (rec, div) = _pass(self, acc, data, cfg, epoch)
     row = dict(epoch=epoch, weight=warmup_weight(cfg, epoch), train_reconstruction=rec, train_divergence=div)
     self.history_ = [*self.history_, row]
     self.model_, self._optimizer, self.n_iter_ = model.eval().cpu().double(), _on_cpu(opt.state_dict()), epoch
@@ -188,65 +288,77 @@ def _partial_fit(self: CSRAEEmbedding,
 
 # %% ../nbs/20_estimator.ipynb #200029
 @torch.no_grad()
-def _codes(est, x): # (n, D)
+def _codes(est, x):  # (n, D)
     "Means of q(z|x)."
     return torch.cat([est.model_.encode(xb).mu[:, 0] for xb in x.split(rows_at_once(x))])
 
+
 @torch.no_grad()
-def _decoded(est, z, generator=None): # (n, features)
+def _decoded(est, z, generator=None):  # (n, features)
     "E[x|z], or with a generator a draw from p(x|z), in the units of the data."
     lik = est.model_.likelihood
     of = (lambda out: lik.sample(out, generator)) if generator else lik.mean
     x = torch.cat([of(est.model_.decode(zb)) for zb in z.split(1000)]).numpy()
     return est.scaler_.inverse_transform(x) if est.scaler_ else x
 
+
 @_method
-def _inverse_transform(self: CSRAEEmbedding,
-    X, # codes (n, D)
-) -> np.ndarray: # (n, features)
+def _inverse_transform(
+    self: CSRAEEmbedding,
+    X,  # codes (n, D)
+) -> np.ndarray:  # (n, features)
     "E[x|z] of codes; ValueError for another number of columns."
-    check_is_fitted(self, "model_"); z = check_array(X, dtype=[np.float64, np.float32]); D = self.config_.latent_dim
-    if z.shape[1] != D: raise ValueError(f"X has {z.shape[1]} columns; expected codes of {D}, as transform returns them")
+    check_is_fitted(self, "model_")
+    z = check_array(X, dtype=[np.float64, np.float32])
+    D = self.config_.latent_dim
+    if z.shape[1] != D:
+        raise ValueError(f"X has {z.shape[1]} columns; expected codes of {D}, as transform returns them")
     return _decoded(self, torch.from_numpy(z.astype(np.float64))).astype(z.dtype)
 
 # %% ../nbs/20_estimator.ipynb #200032
 @_method
 @torch.no_grad()
-def _predict_proba(self: CSRAEEmbedding,
-    X, # rows (n, features)
-) -> np.ndarray: # (n, K), rows that sum to one
+def _predict_proba(
+    self: CSRAEEmbedding,
+    X,  # rows (n, features)
+) -> np.ndarray:  # (n, K), rows that sum to one
     "Responsibilities of the prior's components for the rows' codes."
     x, dtype = _known_rows(self, X)
     return self.model_.prior().responsibilities(_codes(self, x)).numpy().astype(dtype)
 
+
 @_method
-def _predict(self: CSRAEEmbedding,
-    X, # rows (n, features)
-) -> np.ndarray: # (n,), integers below K
+def _predict(
+    self: CSRAEEmbedding,
+    X,  # rows (n, features)
+) -> np.ndarray:  # (n,), integers below K
     "The component that is most responsible for each row's code."
     return self.predict_proba(X).argmax(1)
 
 # %% ../nbs/20_estimator.ipynb #200035
 @_method
-def _score(self: CSRAEEmbedding,
-    X, # rows (n, features)
-    y=None, # ignored
-) -> float: # nats a row
+def _score(
+    self: CSRAEEmbedding,
+    X,  # rows (n, features)
+    y=None,  # ignored
+) -> float:  # nats a row
     "Mean of E log p(x|z) − D(q‖p), greater is better; D without λ or β, densities in the units of the data."
     x, _ = _known_rows(self, X)
-    log_scale = np.log(self.scaler_.scale_).sum() if self.scaler_ else 0.
+    log_scale = np.log(self.scaler_.scale_).sum() if self.scaler_ else 0.0
     return float(-sum(mean_terms(self.model_, x, generator(self.config_.seed, "score"))) - log_scale)
 
 # %% ../nbs/20_estimator.ipynb #200038
 @_method
 @torch.no_grad()
-def _sample(self: CSRAEEmbedding,
-    n_samples=1, # how many
-    noise=False, # draws from p(x|z), not its mean
-) -> tuple[np.ndarray, np.ndarray]: # rows (n_samples, features), the component of each
+def _sample(
+    self: CSRAEEmbedding,
+    n_samples=1,  # how many
+    noise=False,  # draws from p(x|z), not its mean
+) -> tuple[np.ndarray, np.ndarray]:  # rows (n_samples, features), the component of each
     "E[x|z] at codes drawn from the prior, the same each time, and their components; ValueError for less than one."
     check_is_fitted(self, "model_")
-    if not (isinstance(n_samples, Integral) and n_samples >= 1): raise ValueError(f"n_samples={n_samples!r}; expected an integer of at least 1")
+    if not (isinstance(n_samples, Integral) and n_samples >= 1):
+        raise ValueError(f"n_samples={n_samples!r}; expected an integer of at least 1")
     g, p = generator(self.config_.seed, "samples"), self.model_.prior()
     k = torch.multinomial(p.logw.exp(), int(n_samples), True, generator=g)
     z = GMM.gaussian(p.mu[k], p.var[k]).rsample(g)

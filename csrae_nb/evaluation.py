@@ -37,196 +37,300 @@ from .data import Dataset, dataset_name, names_of_labels, labelled_rows, load_da
 from .divergence import GMM
 from .likelihoods import Units, make_likelihood
 from .models import Autoencoder
+
+# %% ../nbs/10_evaluation.ipynb #100102
 from .networks import torchvision_module
 from .priors import distinct_components, effective_components, em_step, kmeans, occupancy
-from .training import (EVALUATION, SUPERVISED, Config, Run, active_units, command, divergence_weight, draw_codes, fit,
-                               generator, identity, is_main_process, load_tensors, make_config, mean_terms, prepare_data,
-                               prior_kind, progress_bar, project_root, resolve, run_lock, run_name, runs_folder,
-                               save_tensors, task_of, torch_defaults, write_atomic)
+
+# %% ../nbs/10_evaluation.ipynb #100202
+from csrae_nb.training import (
+    EVALUATION,
+    SUPERVISED,
+    Config,
+    Run,
+    active_units,
+    command,
+    divergence_weight,
+    draw_codes,
+    fit,
+    generator,
+    identity,
+    is_main_process,
+    load_tensors,
+    make_config,
+    mean_terms,
+    prepare_data,
+    prior_kind,
+    progress_bar,
+    project_root,
+    resolve,
+    run_lock,
+    run_name,
+    runs_folder,
+    save_tensors,
+    task_of,
+    torch_defaults,
+    write_atomic,
+)
 
 # %% ../nbs/10_evaluation.ipynb #100007
 def knn_error(
-    z_train: Float[Tensor, "n D"], # codes of the training images
-    y_train: Int[Tensor, "n"], # their labels
-    z_test: Float[Tensor, "m D"], # codes of the test images
-    y_test: Int[Tensor, "m"], # their labels
-    ks: tuple[int, ...] = (3, 5, 10), # numbers of neighbours
-) -> dict[int, float]: # k: error in percent
+    z_train: Float[Tensor, "n D"],  # codes of the training images
+    y_train: Int[Tensor, "n"],  # their labels
+    z_test: Float[Tensor, "m D"],  # codes of the test images
+    y_test: Int[Tensor, "m"],  # their labels
+    ks: tuple[int, ...] = (3, 5, 10),  # numbers of neighbours
+) -> dict[int, float]:  # k: error in percent
     "Classification error of the k nearest training codes; a tie goes to the smallest label. ValueError for fewer codes than k."
     from scipy.stats import mode
     from sklearn.neighbors import NearestNeighbors
-    if max(ks) > len(z_train): raise ValueError(f"{max(ks)} neighbours among {len(z_train)} training codes; expected at least as many")
-    near = NearestNeighbors(n_neighbors=max(ks), algorithm="brute").fit(z_train.cpu().numpy()).kneighbors(z_test.cpu().numpy(), return_distance=False)
+
+    if max(ks) > len(z_train):
+        raise ValueError(
+            f"{max(ks)} neighbours among {len(z_train)} training codes; expected at least as many"
+        )
+    near = (
+        NearestNeighbors(n_neighbors=max(ks), algorithm="brute")
+        .fit(z_train.cpu().numpy())
+        .kneighbors(z_test.cpu().numpy(), return_distance=False)
+    )
     votes, truth = y_train.cpu().numpy()[near], y_test.cpu().numpy()
-    return {k: 100*float((mode(votes[:, :k], axis=1).mode != truth).mean()) for k in ks}
+    return {k: 100 * float((mode(votes[:, :k], axis=1).mode != truth).mean()) for k in ks}
 
 # %% ../nbs/10_evaluation.ipynb #100110
 def clustering(
-    y: Int[Tensor, "n"], # classes
-    k: Int[Tensor, "n"], # clusters
-) -> dict[str, float]: # cluster_accuracy, cluster_purity, cluster_nmi, cluster_ari
+    y: Int[Tensor, "n"],  # classes
+    k: Int[Tensor, "n"],  # clusters
+) -> dict[str, float]:  # cluster_accuracy, cluster_purity, cluster_nmi, cluster_ari
     "How clusters agree with classes: each is 1 if they are the same division."
     from scipy.optimize import linear_sum_assignment
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
     from sklearn.metrics.cluster import contingency_matrix
+
     y, k = y.cpu().numpy(), k.cpu().numpy()
-    table = contingency_matrix(y, k); rows, columns = linear_sum_assignment(table, maximize=True)
-    return dict(cluster_accuracy=float(table[rows, columns].sum()/len(y)), cluster_purity=float(table.max(0).sum()/len(y)),
-                cluster_nmi=float(normalized_mutual_info_score(y, k)), cluster_ari=float(adjusted_rand_score(y, k)))
+    table = contingency_matrix(y, k)
+    rows, columns = linear_sum_assignment(table, maximize=True)
+    return dict(
+        cluster_accuracy=float(table[rows, columns].sum() / len(y)),
+        cluster_purity=float(table.max(0).sum() / len(y)),
+        cluster_nmi=float(normalized_mutual_info_score(y, k)),
+        cluster_ari=float(adjusted_rand_score(y, k)),
+    )
 
 # %% ../nbs/10_evaluation.ipynb #100010
 def run_codes(
     run: Run,
-    data: Dataset, # what it was trained on
-    split: str, # train, val or test
-) -> Float[Tensor, "n D"]: # on the model's device
+    data: Dataset,  # what it was trained on
+    split: str,  # train, val or test
+) -> Float[Tensor, "n D"]:  # on the model's device
     "One code z ~ q(z|x) for each example of a split: the same draw for numbers and pictures."
-    return draw_codes(run.model, data.fixed(split).to(run.device), generator(run.cfg.seed, f"{split} codes", device=run.device))
+    return draw_codes(
+        run.model,
+        data.fixed(split).to(run.device),
+        generator(run.cfg.seed, f"{split} codes", device=run.device),
+    )
+
 
 def mean_log_likelihood(
     run: Run,
-    x: Float[Tensor, "n *X"], # images as the model sees them
-    samples: int, # S of Eq. (28)
-    progress: bool = True, # show a progress bar on stderr
-) -> float: # nats an image
+    x: Float[Tensor, "n *X"],  # images as the model sees them
+    samples: int,  # S of Eq. (28)
+    progress: bool = True,  # show a progress bar on stderr
+) -> float:  # nats an image
     "Mean log p(x) over x, Eq. (28)."
-    g, total = generator(run.cfg.seed, "log-likelihood", device=x.device), 0.
-    for xb in progress_bar(progress, x.split(100), desc="log-likelihood"): total += run.model.log_likelihood(xb, samples, g).cpu().double().sum().item()
-    return total/len(x)
+    g, total = generator(run.cfg.seed, "log-likelihood", device=x.device), 0.0
+    for xb in progress_bar(progress, x.split(100), desc="log-likelihood"):
+        total += run.model.log_likelihood(xb, samples, g).cpu().double().sum().item()
+    return total / len(x)
 
 # %% ../nbs/10_evaluation.ipynb #100012
 @dataclass(frozen=True)
 class Statistics:
     "Mean and covariance of the features of n images."
-    mean: Float[Tensor, "F"] # float64
-    cov: Float[Tensor, "F F"] # float64
+
+    mean: Float[Tensor, "F"]  # float64
+    cov: Float[Tensor, "F F"]  # float64
     n: int
 
+
 def feature_statistics(
-    features: Callable[[Tensor], Tensor], # images (B, *X) to features (B, F)
-    blocks: Iterable[Tensor], # images, some at a time
+    features: Callable[[Tensor], Tensor],  # images (B, *X) to features (B, F)
+    blocks: Iterable[Tensor],  # images, some at a time
 ) -> Statistics:
     "Mean and covariance of the features of images; ValueError for fewer than two images."
-    n, first, total, square = 0, None, 0., 0.
+    n, first, total, square = 0, None, 0.0, 0.0
     for x in blocks:
         h = features(x).double().cpu()
-        first = h.mean(0) if first is None else first                  # near the mean: differences of large sums lose digits
-        h = h - first; n, total, square = n + len(h), total + h.sum(0), square + h.T @ h
-    if n < 2: raise ValueError(f"statistics of {n} images; a covariance needs at least 2")
-    mean = total/n
-    return Statistics(first + mean, (square - n*mean[:, None]*mean)/(n - 1), n)
+        first = h.mean(0) if first is None else first  # near the mean: differences of large sums lose digits
+        h = h - first
+        n, total, square = n + len(h), total + h.sum(0), square + h.T @ h
+    if n < 2:
+        raise ValueError(f"statistics of {n} images; a covariance needs at least 2")
+    mean = total / n
+    return Statistics(first + mean, (square - n * mean[:, None] * mean) / (n - 1), n)
 
 # %% ../nbs/10_evaluation.ipynb #100013
 def _factor(cov):
     "A with A Aᵀ = cov."
     A, singular = torch.linalg.cholesky_ex(cov)
-    if not singular: return A
+    if not singular:
+        return A
     value, vector = torch.linalg.eigh(cov)
-    return vector*value.clamp_min(0).sqrt()
+    return vector * value.clamp_min(0).sqrt()
+
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     "Squared Wasserstein distance of the Gaussians with these means and covariances, Eq. (29)."
-    if a.mean.shape != b.mean.shape: raise ValueError(f"{len(a.mean)} features against {len(b.mean)}; compare statistics of the same features")
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(
+            f"{len(a.mean)} features against {len(b.mean)}; compare statistics of the same features"
+        )
     A = _factor(a.cov)
     cross = torch.linalg.eigvalsh(A.T @ b.cov @ A).clamp_min(0).sqrt().sum()
-    return ((a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2*cross).item()
+    return ((a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * cross).item()
 
 # %% ../nbs/10_evaluation.ipynb #100019
 class Classifier(nn.Module):
     "x → logits of the classes: two convolutions for pictures, else two hidden layers; `features` are its last hidden layer."
-    def __init__(self,
-        x_shape: tuple[int, ...], # shape of one example
-        classes: int, # number of classes
-        hidden: int = 64, # F, number of features
-        units: Units | None = None, # in which it sees x; None: those of the data
+
+    def __init__(
+        self,
+        x_shape: tuple[int, ...],  # shape of one example
+        classes: int,  # number of classes
+        hidden: int = 64,  # F, number of features
+        units: Units | None = None,  # in which it sees x; None: those of the data
     ):
         super().__init__()
         self.units = units
         self.channels = 1 if len(x_shape) == 2 else x_shape[0] if len(x_shape) == 3 else None
         if self.channels and min(x_shape[-2:]) >= 4:
-            size = 32*(x_shape[-2]//4)*(x_shape[-1]//4)
-            body = [nn.Conv2d(self.channels, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(.5)]
-        else: self.channels, size, body = None, 256, [nn.Flatten(), nn.Linear(math.prod(x_shape), 256), nn.ReLU(), nn.Dropout(.5)]
-        self.body, self.head = nn.Sequential(*body, nn.Linear(size, hidden), nn.ReLU()), nn.Linear(hidden, classes)
+            size = 32 * (x_shape[-2] // 4) * (x_shape[-1] // 4)
+            body = [
+                nn.Conv2d(self.channels, 16, 3, padding=1),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+                nn.Conv2d(16, 32, 3, padding=1),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+                nn.Flatten(),
+                nn.Dropout(0.5),
+            ]
+        else:
+            self.channels, size, body = (
+                None,
+                256,
+                [nn.Flatten(), nn.Linear(math.prod(x_shape), 256), nn.ReLU(), nn.Dropout(0.5)],
+            )
+        self.body, self.head = (
+            nn.Sequential(*body, nn.Linear(size, hidden), nn.ReLU()),
+            nn.Linear(hidden, classes),
+        )
 
     def features(self, x: Float[Tensor, "B *X"]) -> Float[Tensor, "B F"]:
-        if self.units: x = self.units.inward(x)
+        if self.units:
+            x = self.units.inward(x)
         return self.body(x if x.ndim == 4 or not self.channels else x[:, None])
 
-    def forward(self, x: Float[Tensor, "B *X"]) -> Float[Tensor, "B C"]: return self.head(self.features(x))
+    def forward(self, x: Float[Tensor, "B *X"]) -> Float[Tensor, "B C"]:
+        return self.head(self.features(x))
 
 # %% ../nbs/10_evaluation.ipynb #100020
 @torch.enable_grad()
 @torch.random.fork_rng(devices=[])
 def train_classifier(
-    data: Dataset, # with labels
-    examples: int = 150_000, # to be seen in training, at least; three passes at least
+    data: Dataset,  # with labels
+    examples: int = 150_000,  # to be seen in training, at least; three passes at least
     seed: int = 0,
-    progress: bool = True, # show a progress bar on stderr
-) -> Classifier: # in eval mode
+    progress: bool = True,  # show a progress bar on stderr
+) -> Classifier:  # in eval mode
     "A classifier of a data set, from its training split, of the epoch that does best on validation; ValueError without labels."
-    if data.y_train is None: raise ValueError(f"{data.name} has no labels; a classifier needs y_train")
+    if data.y_train is None:
+        raise ValueError(f"{data.name} has no labels; a classifier needs y_train")
     rows, order = labelled_rows(data, "train"), generator(seed, "classifier")
     n = len(rows)
-    torch.manual_seed(seed)                                            # for the weights and the dropout
+    torch.manual_seed(seed)  # for the weights and the dropout
     net = Classifier(data.x_shape, len(names_of_labels(data)), units=data.units).to(data.x_train.device)
-    opt, best = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True), (-1., None)
-    for _ in progress_bar(progress, range(max(3, math.ceil(examples/n))), desc="classifier", unit="epoch"):
+    opt, best = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True), (-1.0, None)
+    for _ in progress_bar(progress, range(max(3, math.ceil(examples / n))), desc="classifier", unit="epoch"):
         for i in rows[torch.randperm(n, generator=order).to(rows.device)].split(100):
             loss = nn.functional.cross_entropy(net.train()(data.x_train[i]), data.y_train[i])
-            opt.zero_grad(); loss.backward(); opt.step()
-        if (found := accuracy(net, data)) >= best[0]: best = found, {k: v.clone() for k, v in net.state_dict().items()}
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+        if (found := accuracy(net, data)) >= best[0]:
+            best = found, {k: v.clone() for k, v in net.state_dict().items()}
     net.load_state_dict(best[1])
     return net.eval().requires_grad_(False)
 
+# %% ../nbs/10_evaluation.ipynb #100120
 @torch.no_grad()
-def accuracy(net: Classifier, data: Dataset, split: str = "val") -> float: # between 0 and 1; 0 without labels
+def accuracy(
+    net: Classifier, data: Dataset, split: str = "val"
+) -> float:  # between 0 and 1; 0 without labels
     "Share of a split that a classifier gets right."
     x, y = getattr(data, f"x_{split}"), getattr(data, f"y_{split}")
-    if y is None: return 0.
+    if y is None:
+        return 0.0
     right = sum((net.eval()(xb).argmax(1) == yb).sum().item() for xb, yb in zip(x.split(500), y.split(500)))
-    return right/max(1, len(labelled_rows(data, split)))
+    return right / max(1, len(labelled_rows(data, split)))
 
 # %% ../nbs/10_evaluation.ipynb #100023
 def _cached(name, key, make):
     "Tensors from .cache/name-….safetensors beside the runs, made and kept there first if need be; one process makes them, others wait."
-    folder = runs_folder()/".cache"; folder.mkdir(parents=True, exist_ok=True)
-    file = folder/f"{name}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}.safetensors"
+    folder = runs_folder() / ".cache"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (
+        folder
+        / f"{name}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}.safetensors"
+    )
     with FileLock(f"{file}.lock"):
         try:
-            if file.exists(): return load_tensors(file)[0]
-        except ValueError: pass                                        # damaged: made anew
+            if file.exists():
+                return load_tensors(file)[0]
+        except ValueError:
+            pass  # damaged: made anew
         save_tensors(file, made := make(), {"key": key})
     return made
 
-def _checksum(net): return hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in net.state_dict().values())).hexdigest()
+
+def _checksum(net):
+    return hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in net.state_dict().values())).hexdigest()
 
 # %% ../nbs/10_evaluation.ipynb #100024
 @dataclass(frozen=True)
 class Features:
     "A network that makes features of images, under a name that no other has."
-    name: str # for the cache
-    of: Callable[[Tensor], Tensor] # images (B, *X), in the data's range, to (B, F)
+
+    name: str  # for the cache
+    of: Callable[[Tensor], Tensor]  # images (B, *X), in the data's range, to (B, F)
+
 
 def _classifier_key(data):
     "What a classifier depends on; what data without units and with classes 0, 1, … had always."
     split = sha256(data.x_train.cpu().numpy().tobytes())
     numbers = tuple(map(str, range(len(data.classes))))
     more = dict(classes=data.classes) if data.classes != numbers else {}
-    if data.units: more["units"] = data.units.record()
+    if data.units:
+        more["units"] = data.units.record()
     return dict(data=data.sha256, split=split, version=2, **more)
 
-def classifier_features(data: Dataset, progress: bool = True) -> Features | None: # None without labels
+
+def classifier_features(data: Dataset, progress: bool = True) -> Features | None:  # None without labels
     "Features of the data set's classifier, trained once."
-    if data.y_train is None or data.y_train.ndim > 1: return None
+    if data.y_train is None or data.y_train.ndim > 1:
+        return None
     net = Classifier(data.x_shape, len(names_of_labels(data)), units=data.units)
-    def make(): return train_classifier(data, progress=progress).state_dict()
+
+    def make():
+        return train_classifier(data, progress=progress).state_dict()
+
     net.load_state_dict(_cached(f"{data.name}-classifier", _classifier_key(data), make))
     net.to(data.x_train.device).eval().requires_grad_(False)
     return Features(f"classifier-{_checksum(net)}", net.features)
 
 # %% ../nbs/10_evaluation.ipynb #100026
-FID_WEIGHTS = "pt_inception-2015-12-05-6726825d.pth" # pytorch-fid's name for them
+FID_WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"  # pytorch-fid's name for them
+
 
 def _inception_module():
     "pytorch_fid.inception, after torchvision."
@@ -237,100 +341,156 @@ def _inception_module():
 class FIDUnavailable(RuntimeError):
     "The FID cannot be computed here: the message says what is missing, and where to put it."
 
+
 def weights_file() -> Path:
     "Where Inception's weights are, or belong."
-    return Path(torch.hub.get_dir())/"checkpoints"/FID_WEIGHTS
+    return Path(torch.hub.get_dir()) / "checkpoints" / FID_WEIGHTS
 
+# %% ../nbs/10_evaluation.ipynb #100127
 def inception(
-    layer: int = 2048, # number of features: 64, 192, 768 or 2048
-) -> nn.Module: # images (B, 3, H, W) in [0, 1] to features (B, layer)
+    layer: int = 2048,  # number of features: 64, 192, 768 or 2048
+) -> nn.Module:  # images (B, 3, H, W) in [0, 1] to features (B, layer)
     "pytorch-fid's Inception; FIDUnavailable without the package or its weights."
-    try: module = _inception_module()
-    except ImportError as e: raise FIDUnavailable(f"the FID needs pytorch-fid ({e}): pip install 'csrae_nb[fid]'") from e
-    try: net = module.InceptionV3([module.InceptionV3.BLOCK_INDEX_BY_DIM[layer]])
-    except OSError as e: raise FIDUnavailable(f"the FID needs the weights {FID_WEIGHTS}, which could not be downloaded ({e}). Get them from {module.FID_WEIGHTS_URL} "
-        f"and put them into {weights_file().parent} (or set TORCH_HOME)") from e
-    except (RuntimeError, EOFError, UnpicklingError) as e: raise FIDUnavailable(f"{weights_file()} is damaged ({e}); remove it, or put a whole copy there") from e
+    try:
+        module = _inception_module()
+    except ImportError as e:
+        raise FIDUnavailable(f"the FID needs pytorch-fid ({e}): pip install 'csrae_nb[fid]'") from e
+    try:
+        net = module.InceptionV3([module.InceptionV3.BLOCK_INDEX_BY_DIM[layer]])
+    except OSError as e:
+        raise FIDUnavailable(
+            f"the FID needs the weights {FID_WEIGHTS}, which could not be downloaded ({e}). Get them from {module.FID_WEIGHTS_URL} "
+            f"and put them into {weights_file().parent} (or set TORCH_HOME)"
+        ) from e
+    except (RuntimeError, EOFError, UnpicklingError) as e:
+        raise FIDUnavailable(
+            f"{weights_file()} is damaged ({e}); remove it, or put a whole copy there"
+        ) from e
     return nn.Sequential(net.eval(), _Pooled())
 
+
 class _Pooled(nn.Module):
-    def forward(self, maps): return maps[0].mean((2, 3))
+    def forward(self, maps):
+        return maps[0].mean((2, 3))
 
 # %% ../nbs/10_evaluation.ipynb #100028
 def _as_rgb(x, low, high):
     "Pictures (B, H, W), (B, 1, H, W) or (B, 3, H, W) from low to high, as (B, 3, H, W) from 0 to 1."
-    x = ((x - low)/(high - low)).clamp(0, 1)
+    x = ((x - low) / (high - low)).clamp(0, 1)
     return (x[:, None] if x.ndim == 3 else x).expand(-1, 3, -1, -1)
+
 
 def is_picture(shape: tuple[int, ...]) -> bool:
     "Whether one example is an image: H W, or with 1 or 3 channels first."
     return len(shape) == 2 or len(shape) == 3 and shape[0] in (1, 3)
 
+
 def inception_features(data: Dataset, layer: int) -> Features:
     "Inception's features of a data set's images; FIDUnavailable if they cannot be had, ValueError for data that are no pictures."
-    if not is_picture(data.x_shape): raise ValueError(f"the FID is for pictures; {data.name} has examples of shape {data.x_shape}")
-    lik = make_likelihood(data.likelihood); low, high = (lik.low, lik.high) if math.isfinite(lik.low) else (v.item() for v in data.x_train.aminmax())
+    if not is_picture(data.x_shape):
+        raise ValueError(f"the FID is for pictures; {data.name} has examples of shape {data.x_shape}")
+    lik = make_likelihood(data.likelihood)
+    low, high = (lik.low, lik.high) if math.isfinite(lik.low) else (v.item() for v in data.x_train.aminmax())
     net = inception(layer).to(data.x_train.device)
     return Features(f"inception-{layer}-{_checksum(net)}", lambda x: net(_as_rgb(x, low, high)))
 
 # %% ../nbs/10_evaluation.ipynb #100032
-drawn_from = {"static_mnist": "mnist"} # data sets that are one draw from the grey images of another
+drawn_from = {"static_mnist": "mnist"}  # data sets that are one draw from the grey images of another
 
-def real_images(data: Dataset) -> Dataset | None: # None: drawn from images that are not at hand
+
+def real_images(data: Dataset) -> Dataset | None:  # None: drawn from images that are not at hand
     "The data set whose images a run's pictures are compared with: its own, or the grey one that it was drawn from."
-    if data.name not in drawn_from: return data
-    try: return load_data(drawn_from[data.name]).to(data.x_train.device)
-    except FileNotFoundError: return None
+    if data.name not in drawn_from:
+        return data
+    try:
+        return load_data(drawn_from[data.name]).to(data.x_train.device)
+    except FileNotFoundError:
+        return None
 
 # %% ../nbs/10_evaluation.ipynb #100033
 EM_STEPS = 15
 
+
 def expost_mixture(
-    codes: Float[Tensor, "n D"], # training codes
-    K: int, # components
-    seed: int, # of the k-means
+    codes: Float[Tensor, "n D"],  # training codes
+    K: int,  # components
+    seed: int,  # of the k-means
 ) -> GMM:
     "A Gaussian mixture fitted to codes after training: k-means, then EM with diagonal covariances; ValueError for fewer codes than components."
     n, mu, var = kmeans(codes, K, seed)
-    gmm = GMM((n/n.sum()).clamp_min(1e-12).log(), mu, var)
-    for _ in range(EM_STEPS): gmm = em_step(gmm, codes)
+    gmm = GMM((n / n.sum()).clamp_min(1e-12).log(), mu, var)
+    for _ in range(EM_STEPS):
+        gmm = em_step(gmm, codes)
     return gmm
 
-def sample_sources(run: Run, codes: Float[Tensor, "n D"]) -> dict[str, GMM]: # name: where codes are drawn from
+
+def sample_sources(
+    run: Run, codes: Float[Tensor, "n D"]
+) -> dict[str, GMM]:  # name: where codes are drawn from
     "The mixtures that samples of a run are drawn from, given training codes."
     prior, K = run.model.prior, min(run.cfg.expost_components, len(codes))
-    return dict(samples=prior(), samples_refit=prior.refit(codes), samples_refit15=prior.refit(codes, EM_STEPS), samples_expost=expost_mixture(codes, K, run.cfg.seed))
+    return dict(
+        samples=prior(),
+        samples_refit=prior.refit(codes),
+        samples_refit15=prior.refit(codes, EM_STEPS),
+        samples_expost=expost_mixture(codes, K, run.cfg.seed),
+    )
 
 # %% ../nbs/10_evaluation.ipynb #100035
 def frechet_distances(
     run: Run,
-    data: Dataset, # what it was trained on
-    real: Dataset, # whose images to compare with
+    data: Dataset,  # what it was trained on
+    real: Dataset,  # whose images to compare with
     features: Features,
-    sources: dict[str, GMM], # where codes are drawn from
-    n: int, # images of either kind, at most those of the test set
-    progress: bool = True, # show a progress bar on stderr
-) -> dict[str, float | None]: # name, as above: distance; None of a single image, which has no covariance
+    sources: dict[str, GMM],  # where codes are drawn from
+    n: int,  # images of either kind, at most those of the test set
+    progress: bool = True,  # show a progress bar on stderr
+) -> dict[str, float | None]:  # name, as above: distance; None of a single image, which has no covariance
     "Fréchet distances of reconstructions and samples from real test images; statistics of the real ones are cached."
     n, m, none = min(n, len(data.x_test), len(real.x_test)), run.model, dict.fromkeys(SETS)
-    if n < 2: return none
-    some = torch.randperm(len(data.x_test), generator=generator(0, "frechet images"))[:n].to(data.x_test.device)
-    key = dict(data=real.sha256, likelihood=real.likelihood, split_seed=run.cfg.split_seed, n=n, features=features.name)
-    if run.cfg.fold: key["fold"] = run.cfg.fold                        # of faces: other subjects are tested
+    if n < 2:
+        return none
+    some = torch.randperm(len(data.x_test), generator=generator(0, "frechet images"))[:n].to(
+        data.x_test.device
+    )
+    key = dict(
+        data=real.sha256,
+        likelihood=real.likelihood,
+        split_seed=run.cfg.split_seed,
+        n=n,
+        features=features.name,
+    )
+    if run.cfg.fold:
+        key["fold"] = run.cfg.fold  # of faces: other subjects are tested
+
     def of_real():
         found = feature_statistics(features.of, (real.x_test[i] for i in some.split(500)))
         return dict(mean=found.mean, cov=found.cov)
+
     known = _cached(f"{real.name}-statistics", key, of_real)
     binary, test = real.likelihood == "bernoulli" and not real.dynamic, data.fixed("test")
-    def shown(x): return (x > 0.5).to(x.dtype) if binary else x
-    def draw(source, g): return (shown(m.sample(min(500, n - i), g, prior=source)) for i in range(0, n, 500))
-    sets = {"reconstructions": (shown(m.reconstruct(test[i])) for i in some.split(500)),
-            **{name: draw(source, generator(run.cfg.seed, "samples", device=run.device)) for name, source in sources.items()},
-            "floor": (real.x_val[i:min(i + 500, n)] for i in range(0, min(n, len(real.x_val)), 500))}
-    if len(real.x_val) < 2: del sets["floor"]
+
+    def shown(x):
+        return (x > 0.5).to(x.dtype) if binary else x
+
+    def draw(source, g):
+        return (shown(m.sample(min(500, n - i), g, prior=source)) for i in range(0, n, 500))
+
+    sets = {
+        "reconstructions": (shown(m.reconstruct(test[i])) for i in some.split(500)),
+        **{
+            name: draw(source, generator(run.cfg.seed, "samples", device=run.device))
+            for name, source in sources.items()
+        },
+        "floor": (real.x_val[i : min(i + 500, n)] for i in range(0, min(n, len(real.x_val)), 500)),
+    }
+    if len(real.x_val) < 2:
+        del sets["floor"]
     bar = progress_bar(progress, sets.items(), desc="Fréchet distances", unit="set")
     images = Statistics(**known, n=n)
-    return none | {name: frechet_distance(feature_statistics(features.of, blocks), images) for name, blocks in bar}
+    return none | {
+        name: frechet_distance(feature_statistics(features.of, blocks), images) for name, blocks in bar
+    }
 
 # %% ../nbs/10_evaluation.ipynb #100037
 def _knn(run, data, codes):
@@ -345,49 +505,109 @@ def _knn(run, data, codes):
         out |= {name.format(k): known.get(k) for k in (3, 5, 10)}
     return out
 
+
 def _clusters(prior, z, y):
     "How the components of a mixture agree with the classes of test codes z, where there are two or more."
-    if y is None or y.ndim > 1 or len(prior.logw) == 1 or (y >= 0).sum() < 2: return {}
+    if y is None or y.ndim > 1 or len(prior.logw) == 1 or (y >= 0).sum() < 2:
+        return {}
     return clustering(y[y >= 0], prior.responsibilities(z[y >= 0]).argmax(1))
 
+# %% ../nbs/10_evaluation.ipynb #100137
 def _usage(prior, refit, z, y):
     "How a prior and its refit meet test codes z, whose classes are y, if they are known."
     used = occupancy(prior, z)
     distinct = dict(distinct_k=distinct_components(prior, used)) if len(prior.logw) > 1 else {}
-    return dict(**distinct, **_clusters(prior, z, y),
-        effective_k=effective_components(used), occupancy=used.tolist(), log_prior=prior.log_prob(z).mean().item(),
-        effective_k_refit=effective_components(occupancy(refit, z)), log_prior_refit=refit.log_prob(z).mean().item())
+    return dict(
+        **distinct,
+        **_clusters(prior, z, y),
+        effective_k=effective_components(used),
+        occupancy=used.tolist(),
+        log_prior=prior.log_prob(z).mean().item(),
+        effective_k_refit=effective_components(occupancy(refit, z)),
+        log_prior_refit=refit.log_prob(z).mean().item(),
+    )
 
 # %% ../nbs/10_evaluation.ipynb #100038
 SETS = ("floor", "reconstructions", "samples", "samples_refit", "samples_refit15", "samples_expost")
-METRICS = ("reconstruction", "divergence", "criterion", "ll", *(f"knn{k}{s}" for s in ("", "_val") for k in (3, 5, 10)), "effective_k", "log_prior", "log_prior_refit",
-           *(f"{kind}_{s}" for kind in ("frechet_classifier", "fid") for s in SETS))
-DIAGNOSTICS = ("active_units", "distinct_k", "cluster_accuracy", "cluster_purity", "cluster_nmi", "cluster_ari") # of codes; all but the first of runs with a mixture prior
-OF_TASKS = ("error", "error_val", "f1", "f1_val") # of runs whose task measures them; and f1_ with the name of each answer
+METRICS = (
+    "reconstruction",
+    "divergence",
+    "criterion",
+    "ll",
+    *(f"knn{k}{s}" for s in ("", "_val") for k in (3, 5, 10)),
+    "effective_k",
+    "log_prior",
+    "log_prior_refit",
+    *(f"{kind}_{s}" for kind in ("frechet_classifier", "fid") for s in SETS),
+)
+DIAGNOSTICS = (
+    "active_units",
+    "distinct_k",
+    "cluster_accuracy",
+    "cluster_purity",
+    "cluster_nmi",
+    "cluster_ari",
+)  # of codes; all but the first of runs with a mixture prior
 
+# %% ../nbs/10_evaluation.ipynb #100138
+OF_TASKS = (
+    "error",
+    "error_val",
+    "f1",
+    "f1_val",
+)  # of runs whose task measures them; and f1_ with the name of each answer
+
+# %% ../nbs/10_evaluation.ipynb #100238
 def _frechet(run, data, sources, progress):
     "Both kinds of distances, None where the features cannot be had."
     real = real_images(data)
     classifier, fid, missing = classifier_features(real, progress) if real else None, None, False
-    if real is None: warnings.warn(f"no Fréchet distances: {data.name} is compared with the images of {drawn_from[data.name]}, which are not at hand")
-    if data.y_train is None: warnings.warn(f"{data.name} has no labels: no kNN errors{'' if classifier else ', and no frechet_classifier'}")
-    def named(kind, features): return {f"{kind}_{s}": d for s, d in (frechet_distances(run, data, real, features, sources, run.cfg.fid_images, progress) if features else dict.fromkeys(SETS)).items()}
+    if real is None:
+        warnings.warn(
+            f"no Fréchet distances: {data.name} is compared with the images of {drawn_from[data.name]}, which are not at hand"
+        )
+    if data.y_train is None:
+        warnings.warn(
+            f"{data.name} has no labels: no kNN errors{'' if classifier else ', and no frechet_classifier'}"
+        )
+
+    def named(kind, features):
+        return {
+            f"{kind}_{s}": d
+            for s, d in (
+                frechet_distances(run, data, real, features, sources, run.cfg.fid_images, progress)
+                if features
+                else dict.fromkeys(SETS)
+            ).items()
+        }
+
     if real and run.cfg.fid_layer:
-        try: fid = inception_features(real, run.cfg.fid_layer)
-        except (FIDUnavailable, ValueError) as e: warnings.warn(f"no FID: {e}"); missing = isinstance(e, FIDUnavailable)
-    how = dict(classifier=classifier and classifier.name, images=min(run.cfg.fid_images, len(data.x_test)), fid_layer=run.cfg.fid_layer if fid else None, fid_resize="bilinear, 299x299" if fid else None, fid_missing=missing)
+        try:
+            fid = inception_features(real, run.cfg.fid_layer)
+        except (FIDUnavailable, ValueError) as e:
+            warnings.warn(f"no FID: {e}")
+            missing = isinstance(e, FIDUnavailable)
+    how = dict(
+        classifier=classifier and classifier.name,
+        images=min(run.cfg.fid_images, len(data.x_test)),
+        fid_layer=run.cfg.fid_layer if fid else None,
+        fid_resize="bilinear, 299x299" if fid else None,
+        fid_missing=missing,
+    )
     return {**named("frechet_classifier", classifier), **named("fid", fid), **how}
 
 # %% ../nbs/10_evaluation.ipynb #100039
 def evaluate(
-    run: Run, # a finished run
-    data: Dataset, # what it was trained on
-    progress: bool = True, # show a progress bar on stderr
-    known: dict | None = None, # metrics of this run from before: its log-likelihood is not estimated again
-) -> dict: # metric: value
+    run: Run,  # a finished run
+    data: Dataset,  # what it was trained on
+    progress: bool = True,  # show a progress bar on stderr
+    known: dict | None = None,  # metrics of this run from before: its log-likelihood is not estimated again
+) -> dict:  # metric: value
     "Metrics of a run; those that the data have no labels for, that are switched off or cannot be had are None."
     data = data.to(run.device)
-    with torch_defaults(run.cfg.threads), torch.no_grad(): return _evaluate(run, data, progress, known or {})
+    with torch_defaults(run.cfg.threads), torch.no_grad():
+        return _evaluate(run, data, progress, known or {})
+
 
 def _too_few(data):
     "Warn of what a split of one example leaves without a number."
@@ -395,140 +615,252 @@ def _too_few(data):
     if few := [f"x_{s} has one example: no {w}" for s, w in what.items() if len(getattr(data, f"x_{s}")) < 2]:
         warnings.warn("; ".join(few))
 
+# %% ../nbs/10_evaluation.ipynb #100139
 def _evaluate(run, data, progress, known):
     of_task = task_of(run.cfg).metrics(run.model, data)
-    if not isinstance(run.model, Autoencoder): return {**dict.fromkeys(METRICS), **of_task}       # a classifier has no codes and no images
+    if not isinstance(run.model, Autoencoder):
+        return {**dict.fromkeys(METRICS), **of_task}  # a classifier has no codes and no images
     _too_few(data)
     test, codes = data.fixed("test"), run_codes(run, data, "train")
     sources = sample_sources(run, codes)
-    reconstruction, divergence = mean_terms(run.model, test, generator(run.cfg.seed, "test", device=run.device))
+    reconstruction, divergence = mean_terms(
+        run.model, test, generator(run.cfg.seed, "test", device=run.device)
+    )
     samples = run.cfg.ll_samples
     ll = known.get("ll") or (mean_log_likelihood(run, test, samples, progress) if samples else None)
-    return dict(reconstruction=reconstruction, divergence=divergence, criterion=run.history[run.best_epoch - 1]["criterion"], ll=ll, active_units=active_units(run.model, test), **_knn(run, data, codes),
-        **_usage(sources["samples"], sources["samples_refit"], run_codes(run, data, "test"), data.y_test), **_frechet(run, data, sources, progress),
-        **of_task)
+    return dict(
+        reconstruction=reconstruction,
+        divergence=divergence,
+        criterion=run.history[run.best_epoch - 1]["criterion"],
+        ll=ll,
+        active_units=active_units(run.model, test),
+        **_knn(run, data, codes),
+        **_usage(sources["samples"], sources["samples_refit"], run_codes(run, data, "test"), data.y_test),
+        **_frechet(run, data, sources, progress),
+        **of_task,
+    )
 
 # %% ../nbs/10_evaluation.ipynb #100043
 def _commit():
     "The project's commit, with a + if files differ from it; None outside of its repository."
     root = project_root()
-    git = lambda *a: subprocess.run(["git", "-C", str(root), *a], capture_output=True, text=True, check=True).stdout.strip()
-    try: return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "") if root else None
-    except (OSError, subprocess.CalledProcessError): return None
+    git = lambda *a: subprocess.run(
+        ["git", "-C", str(root), *a], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    try:
+        return (
+            git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "") if root else None
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
+# %% ../nbs/10_evaluation.ipynb #100143
 def provenance(run: Run) -> dict:
     "Where a run's numbers come from."
-    return dict(command=command(run.cfg), commit=_commit(), data_sha256=run.sha256, training_seconds=round(run.seconds, 1),
-        device=torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"{run.device.type} ({platform.machine()})",
-        versions={"csrae_nb": __version__, "python": platform.python_version(), **{p: version(p) for p in ("torch", "numpy", "scikit-learn")}})
+    return dict(
+        command=command(run.cfg),
+        commit=_commit(),
+        data_sha256=run.sha256,
+        training_seconds=round(run.seconds, 1),
+        device=torch.cuda.get_device_name(run.device)
+        if run.device.type == "cuda"
+        else f"{run.device.type} ({platform.machine()})",
+        versions={
+            "csrae_nb": __version__,
+            "python": platform.python_version(),
+            **{p: version(p) for p in ("torch", "numpy", "scikit-learn")},
+        },
+    )
 
 # %% ../nbs/10_evaluation.ipynb #100044
-def write_metrics(run: Run, metrics: dict) -> Path: # the file
+def write_metrics(run: Run, metrics: dict) -> Path:  # the file
     "metrics.json in the run's folder: configuration, training, metrics and provenance."
-    content = dict(config=dataclasses.asdict(run.cfg), best_epoch=run.best_epoch, epochs_trained=len(run.history), metrics=metrics, provenance=provenance(run))
-    write_atomic(run.path/"metrics.json", json.dumps(content, indent=1))
-    return run.path/"metrics.json"
+    content = dict(
+        config=dataclasses.asdict(run.cfg),
+        best_epoch=run.best_epoch,
+        epochs_trained=len(run.history),
+        metrics=metrics,
+        provenance=provenance(run),
+    )
+    write_atomic(run.path / "metrics.json", json.dumps(content, indent=1))
+    return run.path / "metrics.json"
 
 # %% ../nbs/10_evaluation.ipynb #100046
-def finished_metrics(cfg: Config) -> dict | None: # None: not trained, or not evaluated with these settings
+def finished_metrics(cfg: Config) -> dict | None:  # None: not trained, or not evaluated with these settings
     "Metrics of a run that is trained and evaluated, from its folder."
-    cfg, folder = resolve(cfg), runs_folder()/run_name(cfg)
+    cfg, folder = resolve(cfg), runs_folder() / run_name(cfg)
     there, metrics = _written(folder)
-    asked = {k: v for k in EVALUATION if (v := getattr(cfg, k))}        # 0: need not be there, but may; more draws than asked are welcome
-    same = there and all(there.get(k) == v or k == "ll_samples" and (there.get(k) or 0) > v for k, v in asked.items()) and identity(make_config(there)) == identity(cfg)
-    late = cfg.fid_layer and metrics.get("fid_missing") and weights_file().exists()   # it can be had by now
-    return metrics if same and not late and set(METRICS) <= metrics.keys() and (folder/"model.safetensors").exists() else None
+    asked = {
+        k: v for k in EVALUATION if (v := getattr(cfg, k))
+    }  # 0: need not be there, but may; more draws than asked are welcome
+    same = (
+        there
+        and all(there.get(k) == v or k == "ll_samples" and (there.get(k) or 0) > v for k, v in asked.items())
+        and identity(make_config(there)) == identity(cfg)
+    )
+    late = cfg.fid_layer and metrics.get("fid_missing") and weights_file().exists()  # it can be had by now
+    return (
+        metrics
+        if same and not late and set(METRICS) <= metrics.keys() and (folder / "model.safetensors").exists()
+        else None
+    )
+
 
 def _written(folder):
     "Configuration and metrics of a folder's metrics.json, empty if it has none."
-    try: content = json.loads((folder/"metrics.json").read_text()); return content["config"], content["metrics"]
-    except (OSError, ValueError, KeyError): return {}, {}
+    try:
+        content = json.loads((folder / "metrics.json").read_text())
+        return content["config"], content["metrics"]
+    except (OSError, ValueError, KeyError):
+        return {}, {}
 
 # %% ../nbs/10_evaluation.ipynb #100047
-def measure(run: Run, data: Dataset, progress: bool = True) -> dict: # metric: value
+def measure(run: Run, data: Dataset, progress: bool = True) -> dict:  # metric: value
     "Metrics of a run: those in its folder, or from `evaluate`, and then written there."
-    if metrics := finished_metrics(run.cfg): return metrics
+    if metrics := finished_metrics(run.cfg):
+        return metrics
     with run_lock(run.path):
-        if metrics := finished_metrics(run.cfg): return metrics
+        if metrics := finished_metrics(run.cfg):
+            return metrics
         there, known = _written(run.path)
-        metrics = evaluate(run, data, progress, known if there.get("ll_samples") == run.cfg.ll_samples else None)
+        metrics = evaluate(
+            run, data, progress, known if there.get("ll_samples") == run.cfg.ll_samples else None
+        )
         write_metrics(run, metrics)
     return metrics
 
+
 def complete_run(
-    cfg: Config, # what to run
-    data: Dataset | dict | None = None, # as in fit
-    progress: bool = True, # show progress bars on stderr
-) -> dict: # metrics; of several processes, only the main one's are not empty
+    cfg: Config,  # what to run
+    data: Dataset | dict | None = None,  # as in fit
+    progress: bool = True,  # show progress bars on stderr
+) -> dict:  # metrics; of several processes, only the main one's are not empty
     "All of a run: fit it, evaluate it, write metrics.json. What its folder holds already is not done again."
-    if metrics := finished_metrics(cfg): return metrics
+    if metrics := finished_metrics(cfg):
+        return metrics
     data = prepare_data(cfg := resolve(cfg), data)
     run = fit(cfg, data, progress)
     return measure(run, data, progress) if is_main_process() else {}
 
 # %% ../nbs/10_evaluation.ipynb #100050
-WITH_LABELS = ("network", "fold", "validation", "labels", "pretrain") # columns of a table that has runs with labels
+WITH_LABELS = (
+    "network",
+    "fold",
+    "validation",
+    "labels",
+    "pretrain",
+)  # columns of a table that has runs with labels
 
+# %% ../nbs/10_evaluation.ipynb #100150
 def _row_key(c):
     "What stands in a row besides the metrics and the seeds."
-    kind, draws = prior_kind(c), {"IWAE": c.importance_samples, "MixtureVAE": c.kl_samples, "VampPriorVAE": c.kl_samples}
-    of_model = dict(prior=kind, components=1 if kind == "normal" else c.components, latent_dim=c.latent_dim,
-                    lam=divergence_weight(c), samples=draws.get(c.model, ""))
-    if c.model == SUPERVISED: of_model = dict.fromkeys(of_model, "")
+    kind, draws = (
+        prior_kind(c),
+        {"IWAE": c.importance_samples, "MixtureVAE": c.kl_samples, "VampPriorVAE": c.kl_samples},
+    )
+    of_model = dict(
+        prior=kind,
+        components=1 if kind == "normal" else c.components,
+        latent_dim=c.latent_dim,
+        lam=divergence_weight(c),
+        samples=draws.get(c.model, ""),
+    )
+    if c.model == SUPERVISED:
+        of_model = dict.fromkeys(of_model, "")
     with_labels = dict.fromkeys(WITH_LABELS)
-    if c.labels: with_labels |= dict(network=c.network, fold=c.fold, labels=c.labels, pretrain=c.pretrain)
-    if c.labels and c.validation != "frames": with_labels["validation"] = c.validation
-    return dict(dataset=dataset_name(c.dataset), model=c.model, **of_model, **with_labels, epochs=c.epochs, ll_samples=c.ll_samples)
+    if c.labels:
+        with_labels |= dict(network=c.network, fold=c.fold, labels=c.labels, pretrain=c.pretrain)
+    if c.labels and c.validation != "frames":
+        with_labels["validation"] = c.validation
+    return dict(
+        dataset=dataset_name(c.dataset),
+        model=c.model,
+        **of_model,
+        **with_labels,
+        epochs=c.epochs,
+        ll_samples=c.ll_samples,
+    )
 
+# %% ../nbs/10_evaluation.ipynb #100250
 def _mean_se(values):
     "Mean and standard error; None where a value is missing, and for the error of a single one."
-    if None in values: return None, None
-    n = len(values); mean = sum(values)/n
-    return mean, math.sqrt(sum((v - mean)**2 for v in values)/(n - 1)/n) if n > 1 else None
+    if None in values:
+        return None, None
+    n = len(values)
+    mean = sum(values) / n
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else None
 
 # %% ../nbs/10_evaluation.ipynb #100051
 def results_table(
-    runs: Iterable[Path | str], # folders of evaluated runs
-) -> list[dict]: # a row a configuration
+    runs: Iterable[Path | str],  # folders of evaluated runs
+) -> list[dict]:  # a row a configuration
     "Mean and standard error over seeds of each configuration's metrics, read from metrics.json; ValueError for a folder without one."
     groups = {}
     for path in map(Path, runs):
-        if not (path/"metrics.json").exists(): raise ValueError(f"{path} has no metrics.json; run it through train.ipynb first")
-        r = json.loads((path/"metrics.json").read_text()); cfg = make_config(r["config"])
+        if not (path / "metrics.json").exists():
+            raise ValueError(f"{path} has no metrics.json; run it through train.ipynb first")
+        r = json.loads((path / "metrics.json").read_text())
+        cfg = make_config(r["config"])
         same = {**identity(cfg), "seed": None}
         groups.setdefault(json.dumps(same, sort_keys=True), []).append(r)
-    all_metrics = [*METRICS, *DIAGNOSTICS, *OF_TASKS, *dict.fromkeys(m for g in groups.values() for r in g for m in r["metrics"] if m.startswith("f1_") and m not in OF_TASKS)]
+    all_metrics = [
+        *METRICS,
+        *DIAGNOSTICS,
+        *OF_TASKS,
+        *dict.fromkeys(
+            m
+            for g in groups.values()
+            for r in g
+            for m in r["metrics"]
+            if m.startswith("f1_") and m not in OF_TASKS
+        ),
+    ]
     rows = [_row(sorted(g, key=lambda r: r["config"]["seed"]), all_metrics) for g in groups.values()]
-    never = {k for m in all_metrics for k in (f"{m}_mean", f"{m}_se") if all(row[f"{m}_mean"] is None for row in rows)}
-    if not any(row["labels"] for row in rows): never |= {*WITH_LABELS}
+    never = {
+        k
+        for m in all_metrics
+        for k in (f"{m}_mean", f"{m}_se")
+        if all(row[f"{m}_mean"] is None for row in rows)
+    }
+    if not any(row["labels"] for row in rows):
+        never |= {*WITH_LABELS}
     return [{k: v for k, v in row.items() if k not in never} for row in rows]
 
 # %% ../nbs/10_evaluation.ipynb #100151
 def _row(runs, all_metrics):
     "The row of runs that differ in the seed alone."
     seeds = " ".join(str(r["config"]["seed"]) for r in runs)
-    cfg = Config(**{**runs[0]["config"], "seed": 0, "name": None, "device": "auto", "threads": 1, "tracker": None})
+    cfg = Config(
+        **{**runs[0]["config"], "seed": 0, "name": None, "device": "auto", "threads": 1, "tracker": None}
+    )
     row = {**_row_key(cfg), "seeds": seeds, **{k: runs[0]["metrics"].get(k) for k in ("images", "fid_layer")}}
-    for m in all_metrics: row[f"{m}_mean"], row[f"{m}_se"] = _mean_se([r["metrics"].get(m) for r in runs])
-    if len({r["config"]["ll_samples"] for r in runs}) > 1: row |= dict(ll_samples=None, ll_mean=None, ll_se=None)   # they do not compare
+    for m in all_metrics:
+        row[f"{m}_mean"], row[f"{m}_se"] = _mean_se([r["metrics"].get(m) for r in runs])
+    if len({r["config"]["ll_samples"] for r in runs}) > 1:
+        row |= dict(ll_samples=None, ll_mean=None, ll_se=None)  # they do not compare
     return {**row, "commit": _commits(runs), "command": _commands(cfg, seeds)}
+
 
 def _commits(runs):
     "The commits that the numbers of some runs are of; a + if files differed from it."
     known = {r.get("provenance", {}).get("commit") or "unknown" for r in runs}
-    return " ".join(sorted({c[:10] + "+"*c.endswith("+") for c in known}))
+    return " ".join(sorted({c[:10] + "+" * c.endswith("+") for c in known}))
+
 
 def _commands(cfg, seeds):
     "What makes the runs of a configuration with these seeds, as typed in a terminal."
-    if len(seeds.split()) == 1: return command(dataclasses.replace(cfg, seed=int(seeds)))
+    if len(seeds.split()) == 1:
+        return command(dataclasses.replace(cfg, seed=int(seeds)))
     return f"for seed in {seeds}; do {command(cfg)} -p seed $seed; done"
 
 # %% ../nbs/10_evaluation.ipynb #100052
 def write_table(
-    path: Path | str, # a CSV file
-    rows: list[dict], # with the same keys
+    path: Path | str,  # a CSV file
+    rows: list[dict],  # with the same keys
 ) -> None:
     "Rows to a CSV file, numbers to five digits."
-    out = io.StringIO(); w = csv.DictWriter(out, list(rows[0]), lineterminator="\n"); w.writeheader()
+    out = io.StringIO()
+    w = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    w.writeheader()
     w.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
     write_atomic(path, out.getvalue())

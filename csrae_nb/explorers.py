@@ -33,55 +33,81 @@ from .evaluation import is_picture, run_codes
 from .models import Autoencoder
 from .pictures import plot_codes, plot_components, plot_history, show_examples
 from .priors import occupancy
-from .training import Config, Run, divergence_weight, fit, generator, load_run, prepare_data, resolve, run_name, runs_folder
+
+# %% ../nbs/22_explorers.ipynb #220102
+from csrae_nb.training import (
+    Config,
+    Run,
+    divergence_weight,
+    fit,
+    generator,
+    load_run,
+    prepare_data,
+    resolve,
+    run_name,
+    runs_folder,
+)
 
 # %% ../nbs/22_explorers.ipynb #220005
-blue, orange, grey = "#0072B2", "#D55E00", "#777777" # told apart with any colour vision
+blue, orange, grey = "#0072B2", "#D55E00", "#777777"  # told apart with any colour vision
 FOUR = (blue, orange, "#009E73", "#CC79A7")
+
 
 def png(fig: Figure) -> bytes:
     "A figure as the bytes of a PNG file."
-    fig.savefig(out := io.BytesIO(), format="png", dpi=100, pil_kwargs=dict(compress_level=1)) # fast rather than small
+    fig.savefig(
+        out := io.BytesIO(), format="png", dpi=100, pil_kwargs=dict(compress_level=1)
+    )  # fast rather than small
     return out.getvalue()
 
+
 def framed(
-    width: float, # inches
+    width: float,  # inches
     height: float,
-    columns: int = 1, # axes beside each other
-    left: float = .75, # margins, inches; fixed ones are drawn twice as fast as those that a layout engine finds
-    bottom: float = .55,
-    top: float = .35,
-    **kw, # of the axes' grid
-) -> tuple[Figure, list]: # and its axes
+    columns: int = 1,  # axes beside each other
+    left: float = 0.75,  # margins, inches; fixed ones are drawn twice as fast as those that a layout engine finds
+    bottom: float = 0.55,
+    top: float = 0.35,
+    **kw,  # of the axes' grid
+) -> tuple[Figure, list]:  # and its axes
     "A figure that pyplot does not know."
-    fig = Figure(figsize=(width, height)); axs = fig.subplots(1, columns, squeeze=False, gridspec_kw=dict(wspace=.95*columns/width, **kw))
-    fig.subplots_adjust(left/width, bottom/height, 1 - .15/width, 1 - top/height)
+    fig = Figure(figsize=(width, height))
+    axs = fig.subplots(1, columns, squeeze=False, gridspec_kw=dict(wspace=0.95 * columns / width, **kw))
+    fig.subplots_adjust(left / width, bottom / height, 1 - 0.15 / width, 1 - top / height)
     return fig, list(axs[0])
 
+# %% ../nbs/22_explorers.ipynb #220105
 def quiet(
-    plot: Callable[..., Figure], # draws with pyplot
-    *args, **kw, # of it
+    plot: Callable[..., Figure],  # draws with pyplot
+    *args,
+    **kw,  # of it
 ) -> Figure:
     "The figure that a function draws, closed: pyplot forgets it."
-    with plt.rc_context({"interactive": False}): fig = plot(*args, **kw)
+    with plt.rc_context({"interactive": False}):
+        fig = plot(*args, **kw)
     plt.close(fig)
     return fig
 
 # %% ../nbs/22_explorers.ipynb #220007
-def reason(error: Exception) -> str: # HTML
+def reason(error: Exception) -> str:  # HTML
     "What a panel says of an error: its text, with the kind of error where that is not one of the package's own."
     kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
     return f'<div class="csrae-message" style="color:#a40000; max-width:900px; overflow-wrap:anywhere">{escape(f"{kind}{error}")}</div>'
 
+
 def guarded(
-    message, # an HTML widget
-    act: Callable, # the callback
-) -> Callable: # the same, but that it never raises
+    message,  # an HTML widget
+    act: Callable,  # the callback
+) -> Callable:  # the same, but that it never raises
     "A callback that empties `message`, and writes into it what goes wrong."
+
     def safely(*args):
-        message.value = ""                                             # before: a callback may set off others
-        try: act(*args)
-        except Exception as e: message.value = reason(e)
+        message.value = ""  # before: a callback may set off others
+        try:
+            act(*args)
+        except Exception as e:
+            message.value = reason(e)
+
     return safely
 
 # %% ../nbs/22_explorers.ipynb #220010
@@ -89,17 +115,24 @@ def guarded(
 def _panel_class():
     "A VBox that knows its parts, and a picture of itself."
     from ipywidgets import VBox
+
     class Panel(VBox):
-        def __repr__(self): return f"{self.title}: run this cell to use it"
+        def __repr__(self):
+            return f"{self.title}: run this cell to use it"
+
         def _repr_mimebundle_(self, **kw):
             still, live = self.still(), super()._repr_mimebundle_(**kw)
-            if os.environ.get("CSRAE_STILL"): live = {"text/plain": live["text/plain"]}
+            if os.environ.get("CSRAE_STILL"):
+                live = {"text/plain": live["text/plain"]}
             return {**live, **({"image/png": b64encode(still).decode()} if still else {})}
+
     return Panel
+
 
 def _panel(title, children, still, parts):
     "A panel of children, below each other; still() is its picture."
-    panel = _panel_class()(children); panel.add_class("csrae-panel")
+    panel = _panel_class()(children)
+    panel.add_class("csrae-panel")
     panel.title, panel.still, panel.parts = title, still, parts
     return panel
 
@@ -107,124 +140,223 @@ def _panel(title, children, still, parts):
 def _slider(label, low, high, value, step, colour=None, **kw):
     "A slider over floats, wide enough to be aimed at."
     from ipywidgets import FloatSlider, Layout
-    return FloatSlider(value=value, min=low, max=high, step=step, description=label, layout=Layout(width="360px"),
-        style=dict(description_width="80px", **(dict(handle_color=colour) if colour else {})), readout_format=kw.pop("format", ".2f"), **kw)
+
+    return FloatSlider(
+        value=value,
+        min=low,
+        max=high,
+        step=step,
+        description=label,
+        layout=Layout(width="360px"),
+        style=dict(description_width="80px", **(dict(handle_color=colour) if colour else {})),
+        readout_format=kw.pop("format", ".2f"),
+        **kw,
+    )
+
 
 def _set(sliders, values, callback):
     "Move sliders, and call their callback once."
-    for s in sliders: s.unobserve(callback, "value")
-    for s, v in zip(sliders, values): s.value = v
-    for s in sliders: s.observe(callback, "value")
+    for s in sliders:
+        s.unobserve(callback, "value")
+    for s, v in zip(sliders, values):
+        s.value = v
+    for s in sliders:
+        s.observe(callback, "value")
     callback()
 
+# %% ../nbs/22_explorers.ipynb #220111
 def _index(label, n, value=0):
     "A slider over the numbers of n examples."
     from ipywidgets import IntSlider, Layout
-    return IntSlider(value=min(value, n - 1), min=0, max=n - 1, description=label, layout=Layout(width="360px"), style=dict(description_width="120px"))
+
+    return IntSlider(
+        value=min(value, n - 1),
+        min=0,
+        max=n - 1,
+        description=label,
+        layout=Layout(width="360px"),
+        style=dict(description_width="120px"),
+    )
+
 
 def _picture(value=b""):
     "A picture that is never wider than the page."
     from ipywidgets import Image, Layout
-    return Image(value=value, format="png", layout=Layout(max_width="100%", object_fit="contain", align_self="flex-start"))
+
+    return Image(
+        value=value,
+        format="png",
+        layout=Layout(max_width="100%", object_fit="contain", align_self="flex-start"),
+    )
+
 
 def _row(*widgets):
     "Widgets beside each other, or below where the page is too narrow."
     from ipywidgets import HBox, Layout
+
     return HBox(widgets, layout=Layout(flex_flow="row wrap"))
 
 # %% ../nbs/22_explorers.ipynb #220013
 def line_mixture(
     mean1: float,
-    sd1: float, # σ, the standard deviation
+    sd1: float,  # σ, the standard deviation
     mean2: float,
     sd2: float,
-    weight: float, # of the first; the second has the rest
-) -> GMM: # of D = 1, in double precision
+    weight: float,  # of the first; the second has the rest
+) -> GMM:  # of D = 1, in double precision
     "Two Gaussians on the line; ValueError for a width that is not positive, or a weight that is none."
-    if not (min(sd1, sd2) > 0 and 0 <= weight <= 1): raise ValueError(f"widths {sd1:g} and {sd2:g}, weight {weight:g}; expected widths above 0 and a weight from 0 to 1")
+    if not (min(sd1, sd2) > 0 and 0 <= weight <= 1):
+        raise ValueError(
+            f"widths {sd1:g} and {sd2:g}, weight {weight:g}; expected widths above 0 and a weight from 0 to 1"
+        )
     column = lambda a, b: torch.tensor([[a], [b]], dtype=torch.float64)
-    return GMM(torch.tensor([weight, 1 - weight], dtype=torch.float64).log(), column(mean1, mean2), column(sd1, sd2)**2)
+    return GMM(
+        torch.tensor([weight, 1 - weight], dtype=torch.float64).log(),
+        column(mean1, mean2),
+        column(sd1, sd2) ** 2,
+    )
 
 # %% ../nbs/22_explorers.ipynb #220014
-STEP = 0.05 # of the quadrature
-LINE = torch.arange(-1000, 1001, dtype=torch.float64)[:, None]*STEP # from −50 to 50
+STEP = 0.05  # of the quadrature
+LINE = torch.arange(-1000, 1001, dtype=torch.float64)[:, None] * STEP  # from −50 to 50
 
-def line_divergences(q: GMM, p: GMM) -> dict[str, float]: # name: nats
+
+def line_divergences(q: GMM, p: GMM) -> dict[str, float]:  # name: nats
     "D_CS in closed form, Eq. (4), and both KL by quadrature, of mixtures on the line."
     log_q, log_p = q.log_prob(LINE), p.log_prob(LINE)
-    def kl(a, b): return STEP*(a.exp()*(a - b)).sum().item()
-    values = {"D_CS(q‖p)": cs_divergence(q, p).item(), "KL(q‖p)": kl(log_q, log_p), "KL(p‖q)": kl(log_p, log_q)}
-    return {k: max(0., v) for k, v in values.items()} # rounding can leave −1e-16
+
+    def kl(a, b):
+        return STEP * (a.exp() * (a - b)).sum().item()
+
+    values = {
+        "D_CS(q‖p)": cs_divergence(q, p).item(),
+        "KL(q‖p)": kl(log_q, log_p),
+        "KL(p‖q)": kl(log_p, log_q),
+    }
+    return {k: max(0.0, v) for k, v in values.items()}  # rounding can leave −1e-16
 
 # %% ../nbs/22_explorers.ipynb #220017
-TARGET = (-3., 1., 3., 1., .5) # p of Eq. (30): mean and width of each Gaussian, and the weight of the first
-STARTS = { # name: q
-    "one Gaussian on a mode": (-2.98, 1., 3., 1., 1.), "one Gaussian across both": (0., 4., 3., 1., 1.), "a lopsided mixture": (-2., 1., 2.5, 1., .5), "q = p": TARGET}
+TARGET = (
+    -3.0,
+    1.0,
+    3.0,
+    1.0,
+    0.5,
+)  # p of Eq. (30): mean and width of each Gaussian, and the weight of the first
+STARTS = {  # name: q
+    "one Gaussian on a mode": (-2.98, 1.0, 3.0, 1.0, 1.0),
+    "one Gaussian across both": (0.0, 4.0, 3.0, 1.0, 1.0),
+    "a lopsided mixture": (-2.0, 1.0, 2.5, 1.0, 0.5),
+    "q = p": TARGET,
+}
+
 
 def draw_line(q: GMM, p: GMM) -> Figure:
     "Both densities on the line."
     z = LINE[(LINE.abs() <= 10).squeeze(1)]
-    fig, (ax,) = framed(9., 3.4, top=.15)
-    ax.fill_between(z[:, 0], p.log_prob(z).exp(), color=blue, alpha=.35, lw=0, label="$p$")
+    fig, (ax,) = framed(9.0, 3.4, top=0.15)
+    ax.fill_between(z[:, 0], p.log_prob(z).exp(), color=blue, alpha=0.35, lw=0, label="$p$")
     ax.plot(z[:, 0], q.log_prob(z).exp(), color=orange, lw=2.4, label="$q$")
-    ax.set(xlabel="$z$", ylabel="density", xlim=(-10, 10), ylim=(0, None), xticks=range(-9, 10, 3)); ax.locator_params(axis="y", nbins=4); ax.spines[["top", "right"]].set_visible(False); ax.legend(frameon=False, fontsize=12)
+    ax.set(xlabel="$z$", ylabel="density", xlim=(-10, 10), ylim=(0, None), xticks=range(-9, 10, 3))
+    ax.locator_params(axis="y", nbins=4)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=12)
     return fig
 
 # %% ../nbs/22_explorers.ipynb #220020
 def _five(name, values, colour):
     "The sliders of a mixture, under its name."
     from ipywidgets import HTML, VBox
-    rows = [("mean 1", -6, 6), ("width 1", .2, 4), ("mean 2", -6, 6), ("width 2", .2, 4), ("weight 1", 0, 1)]
-    sliders = [_slider(label, low, high, v, .01 if "weight" in label else .05, colour) for (label, low, high), v in zip(rows, values)]
+
+    rows = [
+        ("mean 1", -6, 6),
+        ("width 1", 0.2, 4),
+        ("mean 2", -6, 6),
+        ("width 2", 0.2, 4),
+        ("weight 1", 0, 1),
+    ]
+    sliders = [
+        _slider(label, low, high, v, 0.01 if "weight" in label else 0.05, colour)
+        for (label, low, high), v in zip(rows, values)
+    ]
     return VBox([HTML(f'<b style="color:{colour}; font-size:16px">{name}</b>'), *sliders]), sliders
+
 
 def _numbers(values):
     "Numbers with their names, in large letters."
-    cells = "".join(f'<td style="padding-right:48px">{k.replace("_CS", "<sub>CS</sub>")} <b style="font-size:22px">{v:.4f}</b></td>' for k, v in values.items())
+    cells = "".join(
+        f'<td style="padding-right:48px">{k.replace("_CS", "<sub>CS</sub>")} <b style="font-size:22px">{v:.4f}</b></td>'
+        for k, v in values.items()
+    )
     return f'<table class="csrae-numbers" style="font-size:16px"><tr>{cells}<td>nats</td></tr></table>'
 
 # %% ../nbs/22_explorers.ipynb #220021
-def two_gaussians_explorer(): # an ipywidgets VBox
+def two_gaussians_explorer():  # an ipywidgets VBox
     "A panel: drag means, widths and weights of q and p, and see D_CS, both KL and the densities."
     from ipywidgets import Dropdown, HTML, Layout
+
     (left, qs), (right, ps) = _five("q", STARTS["a lopsided mixture"], orange), _five("p", TARGET, blue)
-    start = Dropdown(options=list(STARTS), value="a lopsided mixture", description="start q from", style=dict(description_width="80px"), layout=Layout(width="360px"))
+    start = Dropdown(
+        options=list(STARTS),
+        value="a lopsided mixture",
+        description="start q from",
+        style=dict(description_width="80px"),
+        layout=Layout(width="360px"),
+    )
     numbers, message, picture = HTML(), HTML(), _picture()
+
     def update(*_):
         q, p = (line_mixture(*(s.value for s in sliders)) for sliders in (qs, ps))
         numbers.value, picture.value = _numbers(line_divergences(q, p)), png(draw_line(q, p))
+
     safely = guarded(message, update)
-    for s in qs + ps: s.observe(safely, "value")
-    start.observe(lambda change: _set(qs, STARTS[start.value], safely), "value"); safely()
+    for s in qs + ps:
+        s.observe(safely, "value")
+    start.observe(lambda change: _set(qs, STARTS[start.value], safely), "value")
+    safely()
     parts = dict(q=qs, p=ps, start=start, numbers=numbers, message=message, picture=picture)
-    return _panel("Two Gaussians", [start, _row(left, right), numbers, message, picture], lambda: picture.value, parts)
+    return _panel(
+        "Two Gaussians", [start, _row(left, right), numbers, message, picture], lambda: picture.value, parts
+    )
 
 # %% ../nbs/22_explorers.ipynb #220024
-LAMS = (.1, .25, .5, 1., 2., 4., 10.)
+LAMS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 10.0)
 SWEEP = "csrae-sweep sweeps/pinwheel_lambda.toml"
 
-def pinwheel_configs() -> list[Config]: # resolved, in the order of λ
-    "The runs that SWEEP makes."
-    return [resolve(Config(dataset="pinwheel", epochs=100, warmup=75, lr=.01, ll_samples=0, lam=lam)) for lam in LAMS]
 
-def pinwheel_runs(configs: list[Config]) -> tuple[dict[float, Run], list[str]]: # λ: run; and what is wrong with others
+def pinwheel_configs() -> list[Config]:  # resolved, in the order of λ
+    "The runs that SWEEP makes."
+    return [
+        resolve(Config(dataset="pinwheel", epochs=100, warmup=75, lr=0.01, ll_samples=0, lam=lam))
+        for lam in LAMS
+    ]
+
+
+def pinwheel_runs(
+    configs: list[Config],
+) -> tuple[dict[float, Run], list[str]]:  # λ: run; and what is wrong with others
     "Those of some runs that are finished."
     runs, wrong = {}, []
     for cfg in configs:
-        path = runs_folder()/run_name(cfg)
-        try: runs |= {cfg.lam: load_run(path)} if (path/"model.safetensors").exists() else {}
-        except ValueError as e: wrong.append(f"λ = {cfg.lam:g} is left out: {e}")
+        path = runs_folder() / run_name(cfg)
+        try:
+            runs |= {cfg.lam: load_run(path)} if (path / "model.safetensors").exists() else {}
+        except ValueError as e:
+            wrong.append(f"λ = {cfg.lam:g} is left out: {e}")
     return runs, wrong
 
 # %% ../nbs/22_explorers.ipynb #220026
-def kept(run: Run) -> dict: # column of the history: value
+def kept(run: Run) -> dict:  # column of the history: value
     "The row of the history of the epoch that was kept."
     return run.history[run.best_epoch - 1]
+
 
 def _draw_prior(ax, prior):
     "The components of a mixture in the plane."
     for w, mu, sd in zip(prior.logw.exp().tolist(), prior.mu.tolist(), prior.var.sqrt().tolist()):
-        ax.add_patch(Ellipse(mu, 4*sd[0], 4*sd[1], fill=False, ec="k", lw=1.2)); ax.plot(*mu, "k+")
+        ax.add_patch(Ellipse(mu, 4 * sd[0], 4 * sd[1], fill=False, ec="k", lw=1.2))
+        ax.plot(*mu, "k+")
+
 
 @torch.no_grad()
 def _draw_plane(axs, run, data):
@@ -233,25 +365,44 @@ def _draw_plane(axs, run, data):
     x_hat = run.model.reconstruct(x)
     axs[1].plot(*x.T, ".", ms=3, color="#cccccc", label="test data")
     for c, colour in enumerate(FOUR):
-        for ax, at in (axs[0], z), (axs[1], x_hat): ax.plot(*at[y == c].T, ".", ms=3, color=colour)
-    _draw_prior(axs[0], run.model.prior()); axs[0].axis("equal"); axs[1].axis("equal"); axs[1].legend(frameon=False, loc="upper right", markerscale=3)
-    axs[0].set(title="codes by class, and the prior", xlabel="$z_1$", ylabel="$z_2$"); axs[1].set(title="reconstructions by class", xlabel="$x_1$", ylabel="$x_2$")
+        for ax, at in (axs[0], z), (axs[1], x_hat):
+            ax.plot(*at[y == c].T, ".", ms=3, color=colour)
+    _draw_prior(axs[0], run.model.prior())
+    axs[0].axis("equal")
+    axs[1].axis("equal")
+    axs[1].legend(frameon=False, loc="upper right", markerscale=3)
+    axs[0].set(title="codes by class, and the prior", xlabel="$z_1$", ylabel="$z_2$")
+    axs[1].set(title="reconstructions by class", xlabel="$x_1$", ylabel="$x_2$")
 
 # %% ../nbs/22_explorers.ipynb #220027
 def draw_pinwheel(
-    runs: dict[float, Run], # λ: run
-    lam: float, # which to show
-    data: Dataset, # the pinwheel
+    runs: dict[float, Run],  # λ: run
+    lam: float,  # which to show
+    data: Dataset,  # the pinwheel
 ) -> Figure:
     "The latent space by class, the reconstructions, and the trade between both terms."
-    fig, axs = framed(12., 4.2, 3)
+    fig, axs = framed(12.0, 4.2, 3)
     _draw_plane(axs, runs[lam], data)
     terms = {l: (kept(r)["val_divergence"], kept(r)["val_reconstruction"]) for l, r in runs.items()}
-    axs[2].plot(*zip(*terms.values()), "o-", color=grey, lw=1); axs[2].plot(*terms[lam], "o", ms=12, color=orange)
-    axs[2].margins(.12); names = {}
-    for l, at in terms.items(): names.setdefault(tuple(round(v, 1) for v in at), []).append(l) # those in one place share a label
-    for i, ls in enumerate(names.values()): axs[2].annotate(", ".join(f"{l:g}" for l in ls), terms[ls[0]], (7, -13 if i % 2 else 6), textcoords="offset points", fontsize=9)
-    axs[2].set(title=f"λ = {lam:g} among the others", xlabel="$D_{CS}$ on validation data, nats", ylabel="reconstruction, nats")
+    axs[2].plot(*zip(*terms.values()), "o-", color=grey, lw=1)
+    axs[2].plot(*terms[lam], "o", ms=12, color=orange)
+    axs[2].margins(0.12)
+    names = {}
+    for l, at in terms.items():
+        names.setdefault(tuple(round(v, 1) for v in at), []).append(l)  # those in one place share a label
+    for i, ls in enumerate(names.values()):
+        axs[2].annotate(
+            ", ".join(f"{l:g}" for l in ls),
+            terms[ls[0]],
+            (7, -13 if i % 2 else 6),
+            textcoords="offset points",
+            fontsize=9,
+        )
+    axs[2].set(
+        title=f"λ = {lam:g} among the others",
+        xlabel="$D_{CS}$ on validation data, nats",
+        ylabel="reconstruction, nats",
+    )
     return fig
 
 # %% ../nbs/22_explorers.ipynb #220029
@@ -259,148 +410,220 @@ def _train_missing(configs, runs, data, bar, show):
     "Fit the runs that are not there, one after another."
     for cfg in (c for c in configs if c.lam not in runs):
         bar.description = f"λ = {cfg.lam:g}"
-        fit(cfg, data, progress=False); bar.value += 1; show()
+        fit(cfg, data, progress=False)
+        bar.value += 1
+        show()
+
 
 def _missing_note(configs, runs, wrong):
     "What to do about runs that are not there, as HTML."
     n = len(configs) - len(runs)
-    how = f"{n} of the {len(configs)} runs are not there. Make them with <code>{SWEEP}</code> and press “look again”, or here:" if n else ""
+    how = (
+        f"{n} of the {len(configs)} runs are not there. Make them with <code>{SWEEP}</code> and press “look again”, or here:"
+        if n
+        else ""
+    )
     return "<br>".join([*map(escape, wrong), how])
 
 # %% ../nbs/22_explorers.ipynb #220030
 def pinwheel_explorer(
-    configs: list[Config] | None = None, # resolved, of different λ; None: those of SWEEP
-): # an ipywidgets VBox
+    configs: list[Config] | None = None,  # resolved, of different λ; None: those of SWEEP
+):  # an ipywidgets VBox
     "A panel: a slider of λ over trained checkpoints, and a button that trains those that are missing."
     from ipywidgets import Button, HTML, IntProgress, Layout, SelectionSlider
-    configs = configs or pinwheel_configs(); runs, pictures, data = {}, {}, prepare_data(configs[0])
-    lam = SelectionSlider(options=[("", 0.)], description="λ", layout=Layout(width="500px"), style=dict(description_width="30px"))
-    train, again, bar = Button(description="train them"), Button(description="look again"), IntProgress(max=len(configs), layout=Layout(display="none"))
+
+    configs = configs or pinwheel_configs()
+    runs, pictures, data = {}, {}, prepare_data(configs[0])
+    lam = SelectionSlider(
+        options=[("", 0.0)],
+        description="λ",
+        layout=Layout(width="500px"),
+        style=dict(description_width="30px"),
+    )
+    train, again, bar = (
+        Button(description="train them"),
+        Button(description="look again"),
+        IntProgress(max=len(configs), layout=Layout(display="none")),
+    )
     note, message, picture = HTML(), HTML(), _picture()
     parts = dict(lam=lam, train=train, again=again, bar=bar, note=note, message=message, picture=picture)
+
     def draw(*_):
-        if lam.value in pictures: picture.value = pictures[lam.value]
+        if lam.value in pictures:
+            picture.value = pictures[lam.value]
+
     def look(*_):
-        found, wrong = pinwheel_runs(configs); runs.clear(); runs.update(found)
-        pictures.clear(); pictures.update({l: png(draw_pinwheel(runs, l, data)) for l in runs})
+        found, wrong = pinwheel_runs(configs)
+        runs.clear()
+        runs.update(found)
+        pictures.clear()
+        pictures.update({l: png(draw_pinwheel(runs, l, data)) for l in runs})
         note.value, bar.value = _missing_note(configs, runs, wrong), len(runs)
-        train.layout.display = "none" if len(runs) == len(configs) else ""; lam.layout.display = "" if runs else "none"
-        if runs and [v for _, v in lam.options] != list(runs): _offer(lam, runs)
+        train.layout.display = "none" if len(runs) == len(configs) else ""
+        lam.layout.display = "" if runs else "none"
+        if runs and [v for _, v in lam.options] != list(runs):
+            _offer(lam, runs)
         draw()
+
     def work():
-        try: _train_missing(configs, dict(runs), data, bar, look)
-        finally: train.disabled, bar.layout.display = False, "none"
+        try:
+            _train_missing(configs, dict(runs), data, bar, look)
+        finally:
+            train.disabled, bar.layout.display = False, "none"
+
     def start(*_):
         train.disabled, bar.layout.display = True, ""
-        parts["training"] = threading.Thread(target=guarded(message, work), daemon=True); parts["training"].start()
-    lam.observe(guarded(message, draw), "value"); again.on_click(guarded(message, look)); train.on_click(guarded(message, start)); guarded(message, look)()
-    return _panel("Pinwheel", [_row(lam, again), note, _row(train, bar), message, picture], lambda: picture.value, parts)
+        parts["training"] = threading.Thread(target=guarded(message, work), daemon=True)
+        parts["training"].start()
 
+    lam.observe(guarded(message, draw), "value")
+    again.on_click(guarded(message, look))
+    train.on_click(guarded(message, start))
+    guarded(message, look)()
+    return _panel(
+        "Pinwheel", [_row(lam, again), note, _row(train, bar), message, picture], lambda: picture.value, parts
+    )
+
+# %% ../nbs/22_explorers.ipynb #220130
 def _offer(slider, runs):
     "Let a slider choose among runs; it stays at its λ if it can."
     at = slider.value
-    slider.options = [(f"{l:g}", l) for l in runs]; slider.value = at if at in runs else min(runs, key=lambda l: abs(l - 1))
+    slider.options = [(f"{l:g}", l) for l in runs]
+    slider.value = at if at in runs else min(runs, key=lambda l: abs(l - 1))
 
 # %% ../nbs/22_explorers.ipynb #220035
 @dataclass(frozen=True)
 class Explored:
     "A run, its data, and where some of its test examples lie in the latent space."
+
     run: Run
     data: Dataset
-    x: Float[Tensor, "n *X"] # test examples, as the model sees them
-    z: Float[Tensor, "n D"] # one code each
-    centre: Float[Tensor, "D"] # mean code
-    axes: Float[Tensor, "A D"] # principal axes of the codes, the leading one first
-    sd: Float[Tensor, "A"] # standard deviation of the codes along each
-    used: Float[Tensor, "K"] # occupancy of the prior's components by all test codes
+    x: Float[Tensor, "n *X"]  # test examples, as the model sees them
+    z: Float[Tensor, "n D"]  # one code each
+    centre: Float[Tensor, "D"]  # mean code
+    axes: Float[Tensor, "A D"]  # principal axes of the codes, the leading one first
+    sd: Float[Tensor, "A"]  # standard deviation of the codes along each
+    used: Float[Tensor, "K"]  # occupancy of the prior's components by all test codes
 
-def run_folders() -> list[Path]: # by name
+
+def run_folders() -> list[Path]:  # by name
     "The folders of runs, finished or not."
-    return sorted(p for p in runs_folder().glob("[!.]*") if (p/"config.json").exists() or (p/"model.safetensors").exists())
+    return sorted(
+        p
+        for p in runs_folder().glob("[!.]*")
+        if (p / "config.json").exists() or (p / "model.safetensors").exists()
+    )
+
 
 def run_data(cfg: Config) -> Dataset:
     "What a run was trained on; ValueError or OSError if it cannot be had."
-    if cfg.dataset == "arrays": raise ValueError("this run was trained on arrays given to fit, which are not kept; train with dataset=PATH of an .npz file to explore a run of your own data")
+    if cfg.dataset == "arrays":
+        raise ValueError(
+            "this run was trained on arrays given to fit, which are not kept; train with dataset=PATH of an .npz file to explore a run of your own data"
+        )
     return prepare_data(cfg)
 
 # %% ../nbs/22_explorers.ipynb #220036
 @torch.no_grad()
 def explore(
-    folder: Path | str, # of a run
-    load: Callable[[Config], Dataset] = run_data, # how to get its data
-    n: int = 2000, # test examples, at most
+    folder: Path | str,  # of a run
+    load: Callable[[Config], Dataset] = run_data,  # how to get its data
+    n: int = 2000,  # test examples, at most
 ) -> Explored:
     "A run as the panel shows it; ValueError or OSError for one that is not finished, is damaged, has no images, or whose data are not at hand."
     run = load_run(folder)
-    if not isinstance(run.model, Autoencoder): raise ValueError(f"{run.path.name} is a classifier alone: it has no codes and draws no images")
+    if not isinstance(run.model, Autoencoder):
+        raise ValueError(f"{run.path.name} is a classifier alone: it has no codes and draws no images")
     data = load(run.cfg)
-    if data.sha256 != run.sha256: raise ValueError(f"{run.path.name} was trained on other data than {data.name} holds now")
-    x, codes = data.fixed("test")[:n], run_codes(run, data, "test"); z = codes[:n]
+    if data.sha256 != run.sha256:
+        raise ValueError(f"{run.path.name} was trained on other data than {data.name} holds now")
+    x, codes = data.fixed("test")[:n], run_codes(run, data, "test")
+    z = codes[:n]
     _, s, axes = torch.linalg.svd(z - z.mean(0), full_matrices=False)
-    return Explored(run, data, x, z, z.mean(0), axes, s/max(1, len(z) - 1)**.5, occupancy(run.model.prior(), codes))
+    return Explored(
+        run, data, x, z, z.mean(0), axes, s / max(1, len(z) - 1) ** 0.5, occupancy(run.model.prior(), codes)
+    )
 
 # %% ../nbs/22_explorers.ipynb #220038
 def label_free(
     model: Autoencoder,
-    x: Float[Tensor, "1 *X"], # an example
+    x: Float[Tensor, "1 *X"],  # an example
 ) -> Autoencoder:
     "The model, or, of one that was trained with labels, what it is given the label that it predicts for x."
     return model.given(model.kind.best(model.predict(x))[0]) if hasattr(model, "given") else model
 
+
 @torch.no_grad()
 def interpolate(
     seen: Explored,
-    a: int, # number of a test example
-    b: int, # of another
-    t: Float[Tensor, "T"], # how far to go from a, 0, to b, 1
+    a: int,  # number of a test example
+    b: int,  # of another
+    t: Float[Tensor, "T"],  # how far to go from a, 0, to b, 1
 ) -> Float[Tensor, "T *X"]:
     "Decoded codes on the line between the mean codes of two test examples."
-    m = label_free(seen.run.model, seen.x[a:a+1])
+    m = label_free(seen.run.model, seen.x[a : a + 1])
     at_a, at_b = m.encode(torch.stack([seen.x[a], seen.x[b]])).mu[:, 0]
-    return m.likelihood.mean(m.decode(at_a + t[:, None]*(at_b - at_a)))
+    return m.likelihood.mean(m.decode(at_a + t[:, None] * (at_b - at_a)))
 
 # %% ../nbs/22_explorers.ipynb #220039
 @torch.no_grad()
 def along_axes(
     seen: Explored,
-    i: int, # number of a test example
-    moves: Float[Tensor, "M A"], # how far to go along the leading axes, in standard deviations of the codes
+    i: int,  # number of a test example
+    moves: Float[Tensor, "M A"],  # how far to go along the leading axes, in standard deviations of the codes
 ) -> Float[Tensor, "M *X"]:
     "Decoded codes that begin at a test example's mean code and are moved along the leading principal axes."
-    m, A = label_free(seen.run.model, seen.x[i:i+1]), moves.shape[1]
-    z = m.encode(seen.x[i:i+1]).mu[0, 0]
-    return m.likelihood.mean(m.decode(z + (moves*seen.sd[:A]) @ seen.axes[:A]))
+    m, A = label_free(seen.run.model, seen.x[i : i + 1]), moves.shape[1]
+    z = m.encode(seen.x[i : i + 1]).mu[0, 0]
+    return m.likelihood.mean(m.decode(z + (moves * seen.sd[:A]) @ seen.axes[:A]))
+
 
 def traversal(
     seen: Explored,
-    i: int, # number of a test example
-    axes: int = 8, # how many, at most
-    steps: int = 9, # from −3 to 3 standard deviations
-) -> Float[Tensor, "M *X"]: # steps images an axis
+    i: int,  # number of a test example
+    axes: int = 8,  # how many, at most
+    steps: int = 9,  # from −3 to 3 standard deviations
+) -> Float[Tensor, "M *X"]:  # steps images an axis
     "Along each leading axis alone."
     A = min(axes, len(seen.axes))
-    return along_axes(seen, i, (torch.eye(A)[:, None]*torch.linspace(-3, 3, steps)[:, None]).flatten(0, 1))
+    return along_axes(seen, i, (torch.eye(A)[:, None] * torch.linspace(-3, 3, steps)[:, None]).flatten(0, 1))
 
 # %% ../nbs/22_explorers.ipynb #220042
 def draw_examples(
     seen: Explored,
     xs: Float[Tensor, "n *X"],
-    columns: int, # images in a row
+    columns: int,  # images in a row
     title: str = "",
-    size: float = .9, # inches an image
+    size: float = 0.9,  # inches an image
 ) -> Figure:
     "Examples as a figure of their own."
-    images, rows = is_picture(seen.data.x_shape), -(-len(xs)//columns)
-    fig, (ax,) = framed(size*columns + .3, size*rows + .4, left=.15, bottom=.05) if images else framed(5., 4.2)
+    images, rows = is_picture(seen.data.x_shape), -(-len(xs) // columns)
+    fig, (ax,) = (
+        framed(size * columns + 0.3, size * rows + 0.4, left=0.15, bottom=0.05)
+        if images
+        else framed(5.0, 4.2)
+    )
     if seen.data.x_shape == (2,):
-        show_examples(ax, seen.x, color="#cccccc"); ax.plot(*xs.T, "o-" if len(xs) > 3 else "o", ms=6, color=orange, lw=1); ax.set(xlabel="$x_1$", ylabel="$x_2$"); ax.axis("equal")
-    else: show_examples(ax, xs, columns)
+        show_examples(ax, seen.x, color="#cccccc")
+        ax.plot(*xs.T, "o-" if len(xs) > 3 else "o", ms=6, color=orange, lw=1)
+        ax.set(xlabel="$x_1$", ylabel="$x_2$")
+        ax.axis("equal")
+    else:
+        show_examples(ax, xs, columns)
     ax.set_title(title, fontsize=11)
     return fig
 
+# %% ../nbs/22_explorers.ipynb #220142
 def draw_pair(seen: Explored, i: int) -> Figure:
     "A test example and its reconstruction."
-    return draw_examples(seen, torch.cat([seen.x[i:i+1], seen.run.model.reconstruct(seen.x[i:i+1])]), 2, f"test example {i}{_class(seen, i)}, and its reconstruction", 2.1)
+    return draw_examples(
+        seen,
+        torch.cat([seen.x[i : i + 1], seen.run.model.reconstruct(seen.x[i : i + 1])]),
+        2,
+        f"test example {i}{_class(seen, i)}, and its reconstruction",
+        2.1,
+    )
+
 
 def _class(seen, i):
     "The class of a test example, if it has one."
@@ -411,95 +634,163 @@ def _class(seen, i):
 # %% ../nbs/22_explorers.ipynb #220043
 def draw_interpolation(seen: Explored, a: int, b: int, t: float) -> Figure:
     "From one test example to another in eleven steps; below, one place between them, large."
-    strip = interpolate(seen, a, b, torch.linspace(0, 1, 11)); one = interpolate(seen, a, b, torch.tensor([t]))
+    strip = interpolate(seen, a, b, torch.linspace(0, 1, 11))
+    one = interpolate(seen, a, b, torch.tensor([t]))
     title = f"decoded between test examples {a}{_class(seen, a)} and {b}{_class(seen, b)}"
-    if not is_picture(seen.data.x_shape): return draw_examples(seen, strip, 11, title)
-    fig = Figure(figsize=(9.5, 4)); top, below = fig.add_axes((.02, .68, .96, .24)), fig.add_axes((.02, .02, .96, .56))
-    show_examples(top, strip, 11); top.set_title(title, fontsize=11)
-    show_examples(below, torch.cat([seen.x[a:a+1], one, seen.x[b:b+1]]), 3); below.set_title(f"test example {a}, the place {t:.2f} between, test example {b}", fontsize=11)
+    if not is_picture(seen.data.x_shape):
+        return draw_examples(seen, strip, 11, title)
+    fig = Figure(figsize=(9.5, 4))
+    top, below = fig.add_axes((0.02, 0.68, 0.96, 0.24)), fig.add_axes((0.02, 0.02, 0.96, 0.56))
+    show_examples(top, strip, 11)
+    top.set_title(title, fontsize=11)
+    show_examples(below, torch.cat([seen.x[a : a + 1], one, seen.x[b : b + 1]]), 3)
+    below.set_title(f"test example {a}, the place {t:.2f} between, test example {b}", fontsize=11)
     return fig
 
+# %% ../nbs/22_explorers.ipynb #220143
 def draw_moved(
     seen: Explored,
-    i: int, # number of a test example
-    moves: Float[Tensor, "A"], # along the leading axes, in standard deviations
+    i: int,  # number of a test example
+    moves: Float[Tensor, "A"],  # along the leading axes, in standard deviations
 ) -> Figure:
     "What is decoded at a test example's code, and at the code that was moved."
-    return draw_examples(seen, along_axes(seen, i, torch.stack([torch.zeros_like(moves), moves])), 2, f"test example {i}, decoded, and moved", 2.1)
+    return draw_examples(
+        seen,
+        along_axes(seen, i, torch.stack([torch.zeros_like(moves), moves])),
+        2,
+        f"test example {i}, decoded, and moved",
+        2.1,
+    )
+
 
 def draw_traversal(seen: Explored, i: int) -> Figure:
     "An axis a row, from −3 to 3 standard deviations."
-    return draw_examples(seen, traversal(seen, i), 9, "an axis a row, from −3 to 3 standard deviations", .62)
+    return draw_examples(seen, traversal(seen, i), 9, "an axis a row, from −3 to 3 standard deviations", 0.62)
 
 # %% ../nbs/22_explorers.ipynb #220044
 def draw_component(
     seen: Explored,
-    rank: int, # which, by occupancy
-    seed: int = 0, # of the samples
-    n: int = 40, # samples of images
+    rank: int,  # which, by occupancy
+    seed: int = 0,  # of the samples
+    n: int = 40,  # samples of images
 ) -> Figure:
     "Samples of one component, and its bar among all."
-    used, order = seen.used, seen.used.argsort(descending=True); k, images = order[rank].item(), is_picture(seen.data.x_shape)
-    fig, (left, right) = framed(10., 3.4, 2, left=.15, width_ratios=(1.7, 1))
-    show_examples(left, seen.run.model.sample(n if images else 200, generator(seed, "component", k), component=k)); left.set_title(f"samples of component {k}, no. {rank + 1} by occupancy", fontsize=11)
-    bars = right.bar(range(len(used)), used[order].tolist(), color=grey); bars[rank].set_color(orange)
+    used, order = seen.used, seen.used.argsort(descending=True)
+    k, images = order[rank].item(), is_picture(seen.data.x_shape)
+    fig, (left, right) = framed(10.0, 3.4, 2, left=0.15, width_ratios=(1.7, 1))
+    show_examples(
+        left, seen.run.model.sample(n if images else 200, generator(seed, "component", k), component=k)
+    )
+    left.set_title(f"samples of component {k}, no. {rank + 1} by occupancy", fontsize=11)
+    bars = right.bar(range(len(used)), used[order].tolist(), color=grey)
+    bars[rank].set_color(orange)
     right.set(xlabel="component, by occupancy", ylabel="share of test codes")
     return fig
 
 # %% ../nbs/22_explorers.ipynb #220047
 def nearest(
-    ax, # matplotlib axes
-    points: Float[Tensor, "n 2"], # drawn in it
-    x: float, # of the click, in pixels of the figure
+    ax,  # matplotlib axes
+    points: Float[Tensor, "n 2"],  # drawn in it
+    x: float,  # of the click, in pixels of the figure
     y: float,
-) -> int: # its number
+) -> int:  # its number
     "The point that is nearest to a place on the screen."
     at = torch.from_numpy(ax.transData.transform(points.double().numpy()))
     return (at - torch.tensor([x, y], dtype=at.dtype)).square().sum(1).argmin().item()
 
+
 def _clickable(fig, clicked):
     "A widget that shows a figure and calls clicked(event); None without ipympl."
-    try: from ipympl.backend_nbagg import Canvas, FigureManager
-    except ModuleNotFoundError: return None
-    canvas = Canvas(fig); FigureManager(canvas, 0)
+    try:
+        from ipympl.backend_nbagg import Canvas, FigureManager
+    except ModuleNotFoundError:
+        return None
+    canvas = Canvas(fig)
+    FigureManager(canvas, 0)
     canvas.toolbar_visible = canvas.header_visible = canvas.footer_visible = canvas.resizable = False
-    canvas.layout.flex = "0 0 auto"; canvas.mpl_connect("button_press_event", clicked)
+    canvas.layout.flex = "0 0 auto"
+    canvas.mpl_connect("button_press_event", clicked)
     return canvas
 
 # %% ../nbs/22_explorers.ipynb #220048
 def _codes_tab(seen, guard):
     "The codes in two dimensions; a click, or the slider, shows an example and its reconstruction."
     from ipywidgets import VBox
-    fig = quiet(plot_codes, seen.run, seen.data, len(seen.x)); ax = fig.axes[0]
-    points, index, pair, still = torch.tensor(ax.collections[0].get_offsets()), _index("test example", len(seen.x)), _picture(), _picture()
-    ring, = ax.plot([], [], "o", ms=13, mfc="none", mec="k", mew=2)
+
+    fig = quiet(plot_codes, seen.run, seen.data, len(seen.x))
+    ax = fig.axes[0]
+    points, index, pair, still = (
+        torch.tensor(ax.collections[0].get_offsets()),
+        _index("test example", len(seen.x)),
+        _picture(),
+        _picture(),
+    )
+    (ring,) = ax.plot([], [], "o", ms=13, mfc="none", mec="k", mew=2)
+
     def clicked(event):
-        if event.inaxes is ax: index.value = nearest(ax, points, float(event.x), float(event.y))
-    still.value = png(fig); fig.set_layout_engine("none")               # limits and layout are known once it is drawn; then they stay
+        if event.inaxes is ax:
+            index.value = nearest(ax, points, float(event.x), float(event.y))
+
+    still.value = png(fig)
+    fig.set_layout_engine("none")  # limits and layout are known once it is drawn; then they stay
     canvas = _clickable(fig, guard(clicked))
+
     def show(*_):
-        ring.set_data(*points[index.value, :, None]); pair.value = png(draw_pair(seen, index.value))
-        if canvas: canvas.draw_idle()
-        else: still.value = png(fig)
-    index.observe(guard(show), "value"); show()
-    return _row(canvas or still, VBox([index, pair])), dict(example=index, pair=pair, canvas=canvas, points=points, ax=ax)
+        ring.set_data(*points[index.value, :, None])
+        pair.value = png(draw_pair(seen, index.value))
+        if canvas:
+            canvas.draw_idle()
+        else:
+            still.value = png(fig)
+
+    index.observe(guard(show), "value")
+    show()
+    return _row(canvas or still, VBox([index, pair])), dict(
+        example=index, pair=pair, canvas=canvas, points=points, ax=ax
+    )
 
 # %% ../nbs/22_explorers.ipynb #220051
 def _components_tab(seen, guard):
     "Samples by component and occupancy: all, and one of them."
     from ipywidgets import Button, VBox
-    rank, anew, every, one, seed = _index("component no.", len(seen.used)), Button(description="draw anew"), _picture(png(quiet(plot_components, seen.run, seen.data))), _picture(), [0]
-    def show(*_): one.value = png(draw_component(seen, rank.value, seed[0]))
-    def draw_anew(*_): seed[0] += 1; show()
-    rank.observe(guard(show), "value"); anew.on_click(guard(draw_anew)); show()
+
+    rank, anew, every, one, seed = (
+        _index("component no.", len(seen.used)),
+        Button(description="draw anew"),
+        _picture(png(quiet(plot_components, seen.run, seen.data))),
+        _picture(),
+        [0],
+    )
+
+    def show(*_):
+        one.value = png(draw_component(seen, rank.value, seed[0]))
+
+    def draw_anew(*_):
+        seed[0] += 1
+        show()
+
+    rank.observe(guard(show), "value")
+    anew.on_click(guard(draw_anew))
+    show()
     return VBox([every, _row(rank, anew), one]), dict(rank=rank, anew=anew, every=every, one=one)
 
+# %% ../nbs/22_explorers.ipynb #220151
 def _interpolation_tab(seen, guard):
     "Two test examples and what lies between."
     from ipywidgets import VBox
-    a, b, t, strip = _index("from test example", len(seen.x)), _index("to test example", len(seen.x), 1), _slider("place", 0, 1, .5, .01), _picture()
-    def show(*_): strip.value = png(draw_interpolation(seen, a.value, b.value, t.value))
-    for s in (a, b, t): s.observe(guard(show), "value")
+
+    a, b, t, strip = (
+        _index("from test example", len(seen.x)),
+        _index("to test example", len(seen.x), 1),
+        _slider("place", 0, 1, 0.5, 0.01),
+        _picture(),
+    )
+
+    def show(*_):
+        strip.value = png(draw_interpolation(seen, a.value, b.value, t.value))
+
+    for s in (a, b, t):
+        s.observe(guard(show), "value")
     show()
     return VBox([_row(a, b), t, strip]), dict(a=a, b=b, place=t, strip=strip)
 
@@ -507,21 +798,49 @@ def _interpolation_tab(seen, guard):
 def _dimensions_tab(seen, guard):
     "A slider an axis; beside them what is decoded, below all axes."
     from ipywidgets import Button, VBox
-    index, back, moved, every = _index("from test example", len(seen.x)), Button(description="back to the start"), _picture(), _picture()
-    axes = [_slider(f"axis {k + 1}", -3, 3, 0, .1, tooltip=f"standard deviation {s:.2f}") for k, s in enumerate(seen.sd[:8].tolist())]
-    def show(*_): moved.value = png(draw_moved(seen, index.value, torch.tensor([s.value for s in axes])))
-    def start(*_): every.value = png(draw_traversal(seen, index.value)); show()
-    safely = guard(show)
-    for s in axes: s.observe(safely, "value")
-    index.observe(guard(start), "value"); back.on_click(lambda b: _set(axes, [0]*len(axes), safely)); start()
-    return _row(VBox([index, *axes, back]), VBox([moved, every])), dict(start=index, axes=axes, back=back, moved=moved, every=every)
 
+    index, back, moved, every = (
+        _index("from test example", len(seen.x)),
+        Button(description="back to the start"),
+        _picture(),
+        _picture(),
+    )
+    axes = [
+        _slider(f"axis {k + 1}", -3, 3, 0, 0.1, tooltip=f"standard deviation {s:.2f}")
+        for k, s in enumerate(seen.sd[:8].tolist())
+    ]
+
+    def show(*_):
+        moved.value = png(draw_moved(seen, index.value, torch.tensor([s.value for s in axes])))
+
+    def start(*_):
+        every.value = png(draw_traversal(seen, index.value))
+        show()
+
+    safely = guard(show)
+    for s in axes:
+        s.observe(safely, "value")
+    index.observe(guard(start), "value")
+    back.on_click(lambda b: _set(axes, [0] * len(axes), safely))
+    start()
+    return _row(VBox([index, *axes, back]), VBox([moved, every])), dict(
+        start=index, axes=axes, back=back, moved=moved, every=every
+    )
+
+# %% ../nbs/22_explorers.ipynb #220152
 def _history_tab(seen, guard):
     "Both terms, epoch by epoch."
     curves = _picture(png(quiet(plot_history, seen.run)))
     return curves, dict(curves=curves)
 
-TABS = {"components": _components_tab, "codes": _codes_tab, "interpolation": _interpolation_tab, "latent dimensions": _dimensions_tab, "history": _history_tab}
+
+TABS = {
+    "components": _components_tab,
+    "codes": _codes_tab,
+    "interpolation": _interpolation_tab,
+    "latent dimensions": _dimensions_tab,
+    "history": _history_tab,
+}
 
 # %% ../nbs/22_explorers.ipynb #220053
 def _about(seen):
@@ -531,60 +850,104 @@ def _about(seen):
     about = f"{c.model} on {seen.data.name}, weight of the divergence {divergence_weight(c):g}, D = {c.latent_dim}; best epoch {r.best_epoch} of {len(r.history)}; {len(seen.x):,} test examples{label}"
     return escape(about)
 
+
 def _choices(folder):
     "Runs to choose from, named, and a folder of the caller's if it is not among them."
-    paths = run_folders(); paths = paths if folder is None or folder in paths else [folder, *paths]
-    return [("choose a run", None), *((p.name + ("" if (p/"model.safetensors").exists() else " (not finished)"), p) for p in paths)]
+    paths = run_folders()
+    paths = paths if folder is None or folder in paths else [folder, *paths]
+    return [
+        ("choose a run", None),
+        *((p.name + ("" if (p / "model.safetensors").exists() else " (not finished)"), p) for p in paths),
+    ]
+
 
 def _newest():
     "The folder of the run that was finished last, or None."
-    files = [p/"model.safetensors" for p in run_folders() if (p/"model.safetensors").exists()]
+    files = [p / "model.safetensors" for p in run_folders() if (p / "model.safetensors").exists()]
     return max(files, key=lambda f: f.stat().st_mtime).parent if files else None
 
-def _data_key(c): return c.dataset, c.likelihood, c.split_seed, c.fold, c.image_size, c.validation
+
+def _data_key(c):
+    return c.dataset, c.likelihood, c.split_seed, c.fold, c.image_size, c.validation
 
 # %% ../nbs/22_explorers.ipynb #220054
 def _tabs(parts, guard):
     "Tabs that are filled when they are first looked at, and a function that empties them for another run."
     from ipywidgets import Layout, Tab, VBox
+
     tabs, seen = Tab(layout=Layout(display="none")), []
+
     def fill(*_):
         i = tabs.selected_index
-        if not seen or i is None or tabs.children[i].children: return
+        if not seen or i is None or tabs.children[i].children:
+            return
         widget, of_tab = list(TABS.values())[i](seen[0], guard)
-        parts.update(of_tab); tabs.children[i].children = [widget]
-    def begin(explored): # None: nothing to show
+        parts.update(of_tab)
+        tabs.children[i].children = [widget]
+
+    def begin(explored):  # None: nothing to show
         seen[:] = [explored] if explored else []
         at = tabs.selected_index or 0
-        tabs.children, tabs.titles, tabs.layout.display = [VBox() for _ in TABS], list(TABS), "" if explored else "none"
-        tabs.selected_index = at; fill()
+        tabs.children, tabs.titles, tabs.layout.display = (
+            [VBox() for _ in TABS],
+            list(TABS),
+            "" if explored else "none",
+        )
+        tabs.selected_index = at
+        fill()
+
     tabs.observe(guard(fill), "selected_index")
     return tabs, begin
 
 # %% ../nbs/22_explorers.ipynb #220055
 def run_explorer(
-    folder: Path | str | None = None, # of a run, or its name in the runs folder; None: the newest that is finished
-): # an ipywidgets VBox
+    folder: Path
+    | str
+    | None = None,  # of a run, or its name in the runs folder; None: the newest that is finished
+):  # an ipywidgets VBox
     "A panel: choose a run; see its components, codes, interpolations, latent dimensions and history."
     from ipywidgets import Button, Dropdown, HTML, Layout
-    folder = None if folder is None else runs_folder()/folder
+
+    folder = None if folder is None else runs_folder() / folder
     loaded, parts = {}, {}
+
     def data_of(cfg):
-        if (key := _data_key(cfg)) not in loaded: loaded.clear(); loaded[key] = run_data(cfg)
+        if (key := _data_key(cfg)) not in loaded:
+            loaded.clear()
+            loaded[key] = run_data(cfg)
         return loaded[key]
-    choice = Dropdown(options=_choices(folder), value=folder or _newest(), description="run", layout=Layout(width="640px"), style=dict(description_width="40px"))
+
+    choice = Dropdown(
+        options=_choices(folder),
+        value=folder or _newest(),
+        description="run",
+        layout=Layout(width="640px"),
+        style=dict(description_width="40px"),
+    )
     again, about, message = Button(description="look again"), HTML(), HTML()
     tabs, begin = _tabs(parts, lambda act: guarded(message, act))
+
     def choose(*_):
-        begin(None); about.value = ""
-        if choice.value is not None: seen = explore(choice.value, data_of); about.value = _about(seen); begin(seen)
+        begin(None)
+        about.value = ""
+        if choice.value is not None:
+            seen = explore(choice.value, data_of)
+            about.value = _about(seen)
+            begin(seen)
+
     def look(*_):
-        at, options = choice.value, _choices(folder); loaded.clear()
-        choice.options = options; choice.value = at if at in [v for _, v in options] else None
-    choice.observe(guarded(message, choose), "value"); again.on_click(guarded(message, look)); guarded(message, choose)()
+        at, options = choice.value, _choices(folder)
+        loaded.clear()
+        choice.options = options
+        choice.value = at if at in [v for _, v in options] else None
+
+    choice.observe(guarded(message, choose), "value")
+    again.on_click(guarded(message, look))
+    guarded(message, choose)()
     parts.update(choice=choice, again=again, about=about, message=message, tabs=tabs)
     return _panel("Any run", [_row(choice, again), about, message, tabs], lambda: _still(parts), parts)
 
+# %% ../nbs/22_explorers.ipynb #220155
 def _still(parts):
     "The first picture of a tab that was looked at."
     return next((parts[k].value for k in ("every", "pair", "strip", "moved", "curves") if k in parts), b"")

@@ -35,40 +35,70 @@ from filelock import FileLock
 from jaxtyping import Float, UInt8
 from matplotlib.figure import Figure
 from scipy.io import savemat
+
+# %% ../nbs/15_faces.ipynb #150102
 from torch import Tensor
 
-from .data import SPLITS, VALIDATION, Dataset, LazyImages, _reason, cache_folder, data_folder, files_below, read_mat, read_text
+from csrae_nb.data import (
+    SPLITS,
+    VALIDATION,
+    Dataset,
+    LazyImages,
+    _reason,
+    cache_folder,
+    data_folder,
+    files_below,
+    read_mat,
+    read_text,
+)
 from .training import _writing, progress_bar, write_atomic
 
 # %% ../nbs/15_faces.ipynb #150005
 def _extra(name):
     "A library of the extra `faces`."
-    try: return import_module(name)
-    except ModuleNotFoundError as e: raise ModuleNotFoundError(f"data sets of faces need {name}: pip install 'csrae_nb[faces]'") from e
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as e:
+        raise ModuleNotFoundError(f"data sets of faces need {name}: pip install 'csrae_nb[faces]'") from e
 
 # %% ../nbs/15_faces.ipynb #150007
-UNKNOWN = -1 # intensity of an AU that nobody coded
+UNKNOWN = -1  # intensity of an AU that nobody coded
+
 
 @dataclass(frozen=True)
 class Recording:
     "A subject's video, or its frames as files, and what is known of each frame."
-    images: Path | tuple[Path, ...] # a video, or a file a frame
-    intensities: np.ndarray # (n, A), 0 to 5, or UNKNOWN
-    eyes: np.ndarray # (n, 2, 2): centres of the eyes, the left one in the picture first, as (x, y) in pixels; NaN if there is no face
+
+    images: Path | tuple[Path, ...]  # a video, or a file a frame
+    intensities: np.ndarray  # (n, A), 0 to 5, or UNKNOWN
+    eyes: np.ndarray  # (n, 2, 2): centres of the eyes, the left one in the picture first, as (x, y) in pixels; NaN if there is no face
+
 
 def _or_none(read, *args):
     "What OpenCV reads; None if it cannot."
-    try: return read(*args)
-    except _extra("cv2").error: return None # e.g. an image whose header asks for terabytes
+    try:
+        return read(*args)
+    except _extra("cv2").error:
+        return None  # e.g. an image whose header asks for terabytes
 
+# %% ../nbs/15_faces.ipynb #150607
 def _picture(file):
     "A frame from its file; None for one that cannot be read, or is cut off: of a JPEG, OpenCV would give the first part."
-    try: raw = file.read_bytes()
-    except OSError: return None
-    cut = raw[:2] == b"\xff\xd8" and b"\xff\xd9" not in raw[len(raw)//2:] # its first and its last marker
-    return None if cut else _or_none(_extra("cv2").imdecode, np.frombuffer(raw, np.uint8), _extra("cv2").IMREAD_COLOR)
+    try:
+        raw = file.read_bytes()
+    except OSError:
+        return None
+    cut = raw[:2] == b"\xff\xd8" and b"\xff\xd9" not in raw[len(raw) // 2 :]  # its first and its last marker
+    return (
+        None
+        if cut
+        else _or_none(_extra("cv2").imdecode, np.frombuffer(raw, np.uint8), _extra("cv2").IMREAD_COLOR)
+    )
 
-def frames_of(r: Recording) -> Iterator[np.ndarray | None]: # (H, W, 3), uint8, blue first, as OpenCV has them
+# %% ../nbs/15_faces.ipynb #150707
+def frames_of(
+    r: Recording,
+) -> Iterator[np.ndarray | None]:  # (H, W, 3), uint8, blue first, as OpenCV has them
     "The images of a recording; None for one that cannot be read. ValueError for a video that cannot be opened."
     cv2, n = _extra("cv2"), len(r.intensities)
     if isinstance(r.images, tuple):
@@ -76,81 +106,117 @@ def frames_of(r: Recording) -> Iterator[np.ndarray | None]: # (H, W, 3), uint8, 
         return
     video = cv2.VideoCapture(str(r.images))
     try:
-        if not video.isOpened(): raise ValueError(f"{r.images} is no video that can be read")
-        for _ in range(n): yield (_or_none(video.read) or (False, None))[1]
-    finally: video.release()
+        if not video.isOpened():
+            raise ValueError(f"{r.images} is no video that can be read")
+        for _ in range(n):
+            yield (_or_none(video.read) or (False, None))[1]
+    finally:
+        video.release()
 
 # %% ../nbs/15_faces.ipynb #150207
 def _text(file):
     "A text file; ValueError that names it if it is empty or not UTF-8."
     text = read_text(file)
-    if not text.strip(): raise ValueError(f"{file} is empty")
+    if not text.strip():
+        raise ValueError(f"{file} is empty")
     return text
+
 
 def _table(file, columns, skip=0):
     "The rows of whole numbers in a text file, `skip` lines left out; ValueError that names it, also for another number of columns."
     lines = _text(file).splitlines()[skip:]
-    if not lines: raise ValueError(f"{file} holds nothing but a header")
-    try: table = np.loadtxt(lines, delimiter=",", dtype=np.int64, comments=None, ndmin=2)
-    except (ValueError, OverflowError) as e: raise ValueError(f"{file} is no table of whole numbers: {e}") from e
-    if table.shape[1] not in columns: raise ValueError(
-        f"{file} has {table.shape[1]} columns, expected {columns.start}{' or more' if len(columns) > 1 else ''}")
+    if not lines:
+        raise ValueError(f"{file} holds nothing but a header")
+    try:
+        table = np.loadtxt(lines, delimiter=",", dtype=np.int64, comments=None, ndmin=2)
+    except (ValueError, OverflowError) as e:
+        raise ValueError(f"{file} is no table of whole numbers: {e}") from e
+    if table.shape[1] not in columns:
+        raise ValueError(
+            f"{file} has {table.shape[1]} columns, expected {columns.start}{' or more' if len(columns) > 1 else ''}"
+        )
     return table
 
+# %% ../nbs/15_faces.ipynb #150807
 def _once(frames, file):
     "The numbers of frames, if none is there twice; ValueError otherwise."
     number, times = np.unique(frames, return_counts=True)
-    if (times > 1).any(): raise ValueError(f"{file}: frame {number[times > 1][0]} is there twice")
+    if (times > 1).any():
+        raise ValueError(f"{file}: frame {number[times > 1][0]} is there twice")
     return frames.tolist()
+
 
 def _coded(values, where):
     "Intensities as int8, 9 as UNKNOWN; ValueError for a code that is neither 0 to 5 nor 9."
     if (bad := ~np.isin(values, (0, 1, 2, 3, 4, 5, 9))).any():
-        raise ValueError(f"{where}: intensity {values[bad][0]} in line {bad.argmax() + 1}; expected 0 to 5, or 9 for unknown")
+        raise ValueError(
+            f"{where}: intensity {values[bad][0]} in line {bad.argmax() + 1}; expected 0 to 5, or 9 for unknown"
+        )
     return np.where(values == 9, UNKNOWN, values).astype(np.int8)
 
 # %% ../nbs/15_faces.ipynb #150507
-LAYOUTS = {49: (19, 25, 31), 66: (36, 42, 48), 68: (36, 42, 48)} # points: where the left eye, the right eye and the mouth begin
+LAYOUTS = {
+    49: (19, 25, 31),
+    66: (36, 42, 48),
+    68: (36, 42, 48),
+}  # points: where the left eye, the right eye and the mouth begin
 
+# %% ../nbs/15_faces.ipynb #150907
 def eye_centres(
-    points: np.ndarray, # (n, 2), x and y downwards
-    counts: tuple[int, ...] = tuple(LAYOUTS), # the n that can be
-) -> np.ndarray: # (2, 2): the left one in the picture first; NaN where the points are all the same, or unknown
+    points: np.ndarray,  # (n, 2), x and y downwards
+    counts: tuple[int, ...] = tuple(LAYOUTS),  # the n that can be
+) -> (
+    np.ndarray
+):  # (2, 2): the left one in the picture first; NaN where the points are all the same, or unknown
     "Centres of the eyes from the landmarks of a face; ValueError for another layout."
-    if points.ndim != 2 or points.shape[1] != 2 or len(points) not in counts: raise ValueError(
-        f"landmarks of shape {points.shape}, expected {' or '.join(f'({n}, 2)' for n in counts)}")
+    if points.ndim != 2 or points.shape[1] != 2 or len(points) not in counts:
+        raise ValueError(
+            f"landmarks of shape {points.shape}, expected {' or '.join(f'({n}, 2)' for n in counts)}"
+        )
     left, right, mouth = LAYOUTS[len(points)]
     centres = np.stack([part.mean(0) for part in (points[left:right], points[right:mouth], points[mouth:])])
     z1, z2, m = centres @ (1, 1j)
-    if not np.isfinite(centres).all() or z1 == z2 == m: return np.full((2, 2), np.nan)
-    if z1 == z2 or not .25 < ((m - (z1 + z2)/2)/(z2 - z1)).imag < 4: raise ValueError(
-        "these landmarks are in another order: the eyes do not lie apart and above the mouth")
+    if not np.isfinite(centres).all() or z1 == z2 == m:
+        return np.full((2, 2), np.nan)
+    if z1 == z2 or not 0.25 < ((m - (z1 + z2) / 2) / (z2 - z1)).imag < 4:
+        raise ValueError(
+            "these landmarks are in another order: the eyes do not lie apart and above the mouth"
+        )
     return centres[:2]
 
+# %% ../nbs/15_faces.ipynb #151007
 def _as_points(a):
     "An array of landmarks as (n, 2), turned if it lies; None if it is none, such as the empty one, which Matlab writes as its two dimensions."
     a = np.asarray(a).astype(float)
-    if a.ndim != 2 or a.size <= 4: return None
+    if a.ndim != 2 or a.size <= 4:
+        return None
     return a.T if a.shape[0] == 2 else a
+
 
 def _eyes_of(points, counts, name):
     "(n, 2, 2) of the points of each frame, NaN for None. ValueError if most are of another layout; `name(i)` says whose they are."
     eyes, odd = np.full((len(points), 2, 2), np.nan), []
     known = [i for i, p in enumerate(points) if p is not None]
     for i in known:
-        try: eyes[i] = eye_centres(points[i], counts)
-        except ValueError as e: odd.append(f"{name(i)}: {e}")
-    if 2*len(odd) > len(known): raise ValueError(f"{odd[0]} (so are {len(odd)} of {len(known)} frames)")
+        try:
+            eyes[i] = eye_centres(points[i], counts)
+        except ValueError as e:
+            odd.append(f"{name(i)}: {e}")
+    if 2 * len(odd) > len(known):
+        raise ValueError(f"{odd[0]} (so are {len(odd)} of {len(known)} frames)")
     return eyes
 
 # %% ../nbs/15_faces.ipynb #150009
 DISFA_AUS = (1, 2, 4, 6, 9, 12, 25, 26)
 
+
 def _only(folder, patterns, what):
     "The first file below a folder that matches one of the patterns; FileNotFoundError that says what is missing."
     for pattern in patterns:
-        if found := sorted(folder.glob(pattern)): return found[0]
+        if found := sorted(folder.glob(pattern)):
+            return found[0]
     raise FileNotFoundError(f"no {what} ({' or '.join(patterns)} in {folder})")
+
 
 def _disfa_intensities(root, subject):
     "(n, A) of all frames that each AU's file has."
@@ -158,77 +224,98 @@ def _disfa_intensities(root, subject):
     for au in DISFA_AUS:
         file = _only(root, [f"Action*Labels*/{subject}/{subject}_au{au}.txt"], f"labels of AU {au}")
         table = _table(file, range(2, 3))
-        if (table[:, 0] != np.arange(1, len(table) + 1)).any(): raise ValueError(
-            f"{file}: expected lines frame,intensity, with frames 1, 2, …")
+        if (table[:, 0] != np.arange(1, len(table) + 1)).any():
+            raise ValueError(f"{file}: expected lines frame,intensity, with frames 1, 2, …")
         columns.append(_coded(table[:, 1], file))
     n = min(map(len, columns))
     return np.stack([c[:n] for c in columns], 1), {len(c) for c in columns}
 
+# %% ../nbs/15_faces.ipynb #150209
 def _numbered(files):
     "Files by the last number in each name, in its order; ValueError for two of one number."
     found = {}
     for f in files:
-        if not (digits := re.findall(r"\d+", f.stem)): continue
+        if not (digits := re.findall(r"\d+", f.stem)):
+            continue
         other = found.setdefault(int(digits[-1]), f)
-        if other != f: raise ValueError(f"{other} and {f} have the same number: keep one")
+        if other != f:
+            raise ValueError(f"{other} and {f} have the same number: keep one")
     return dict(sorted(found.items()))
 
 # %% ../nbs/15_faces.ipynb #150109
 def _first_number(numbers, labels, frames):
     "The number of the first frame's landmarks, 0 or 1; ValueError if that cannot be told."
     first, last = min(numbers), max(numbers)
-    if first == 0: return 0
-    if last in (labels, frames) or first == 1 and last not in (labels - 1, frames - 1): return 1
+    if first == 0:
+        return 0
+    if last in (labels, frames) or first == 1 and last not in (labels - 1, frames - 1):
+        return 1
     raise ValueError(
         f"landmarks are numbered {first} to {last}, for {labels} labels and {frames} frames: "
-        f"are they counted from 0 or from 1? If from 0, copy number {first} to {first - 1}, and so on down to 0; if from 1, copy number {last} to {last + 1}")
+        f"are they counted from 0 or from 1? If from 0, copy number {first} to {first - 1}, and so on down to 0; if from 1, copy number {last} to {last + 1}"
+    )
+
 
 def _video_length(video):
     "Frames of a video, as its header has them; 0 if it cannot be read."
     capture = _extra("cv2").VideoCapture(str(video))
-    try: return int(capture.get(_extra("cv2").CAP_PROP_FRAME_COUNT))
-    finally: capture.release()
+    try:
+        return int(capture.get(_extra("cv2").CAP_PROP_FRAME_COUNT))
+    finally:
+        capture.release()
+
 
 def _mat_points(file):
     "The points in a file of landmarks; None if there is none, or it is damaged or holds something else."
-    with suppress(Exception): return _as_points(read_mat(file.read_bytes())["pts"]) # readers raise what they like
+    with suppress(Exception):
+        return _as_points(read_mat(file.read_bytes())["pts"])  # readers raise what they like
 
+# %% ../nbs/15_faces.ipynb #150309
 def _disfa_eyes(root, subject, n, video):
     "(n, 2, 2): means of the six points of each eye. A single missing file of landmarks repeats the one before."
     folders = sorted(root.glob(f"Landmark*/{subject}"))
     files = _numbered(f for folder in folders for f in files_below(folder) if f.suffix == ".mat")
-    if not files: raise FileNotFoundError(f"no landmarks (Landmark_Points/{subject}/*/*.mat in {root})")
+    if not files:
+        raise FileNotFoundError(f"no landmarks (Landmark_Points/{subject}/*/*.mat in {root})")
     first = _first_number(files, n, _video_length(video))
     of = [files.get(first + i) or files.get(first + i - 1) for i in range(n)]
     points = [f and _mat_points(f) for f in of]
-    if not any(p is not None for p in points): raise ValueError(
-        f"{next(iter(files.values()))}, like all others, is no file of landmarks, expected `pts`, 66×2")
+    if not any(p is not None for p in points):
+        raise ValueError(
+            f"{next(iter(files.values()))}, like all others, is no file of landmarks, expected `pts`, 66×2"
+        )
     return _eyes_of(points, (66, 68), of.__getitem__)
 
 # %% ../nbs/15_faces.ipynb #150010
 def read_disfa(
-    root: Path, # of DISFA's folders
-    subject: str, # SN001, …
-) -> tuple[Recording, list[str]]: # and what is odd about it
+    root: Path,  # of DISFA's folders
+    subject: str,  # SN001, …
+) -> tuple[Recording, list[str]]:  # and what is odd about it
     "A subject of DISFA; FileNotFoundError or ValueError that says what is missing or wrong."
     intensities, lengths = _disfa_intensities(root, subject)
     n = len(intensities)
     odd = [f"the AUs have {' and '.join(map(str, sorted(lengths)))} labels: the first {n} frames are used"]
     video = _only(root, [f"[Vv]ideo*Left*/Left[Vv]ideo{subject}_[Cc]omp.avi"], "video of the left camera")
-    return Recording(video, intensities, _disfa_eyes(root, subject, n, video)), odd if len(lengths) > 1 else []
+    return Recording(video, intensities, _disfa_eyes(root, subject, n, video)), odd if len(
+        lengths
+    ) > 1 else []
 
 # %% ../nbs/15_faces.ipynb #150012
 FERA_AUS = (6, 10, 12, 14, 17)
 
+
 def _fera_occurrence(root, name):
     "frame: AUs that do not occur in it; empty without the file."
-    places = [root/"AUCoding"/f"{name}.csv", root/"AUCoding"/"AU_OCC"/f"{name}.csv"]
-    if (root/"AUCoding").is_dir(): places += [f for f in files_below(root/"AUCoding") if f.name == f"{name}.csv"]
-    if not (file := next(filter(Path.is_file, places), None)): return {}
+    places = [root / "AUCoding" / f"{name}.csv", root / "AUCoding" / "AU_OCC" / f"{name}.csv"]
+    if (root / "AUCoding").is_dir():
+        places += [f for f in files_below(root / "AUCoding") if f.name == f"{name}.csv"]
+    if not (file := next(filter(Path.is_file, places), None)):
+        return {}
     header = _text(file).splitlines()[0]
     is_header = not header.split(",")[0].strip().isdigit() or header.startswith("0,1,2")
     table = _table(file, range(max(FERA_AUS) + 1, 1000), int(is_header))
     return {f: {au for au in FERA_AUS if row[au] == 0} for f, row in zip(_once(table[:, 0], file), table)}
+
 
 def _fera_intensities(root, name, frames):
     "(n, A) of the given frames."
@@ -249,33 +336,43 @@ def _fera_points(file):
         refers = pred.dtype.kind == "O"
         for row in pred[()].ravel() if refers else pred[()]:
             points.append(None)
-            with suppress(Exception): points[-1] = _as_points(f[row] if refers else row) # as below
+            with suppress(Exception):
+                points[-1] = _as_points(f[row] if refers else row)  # as below
     return points
+
 
 def _places(numbers, m, file):
     "Of frames with these numbers, their places in a list of m landmarks; ValueError if that cannot be told."
-    if m == len(numbers): return range(m)
-    if m == numbers[-1] - numbers[0] + 1: return [k - numbers[0] for k in numbers] # frames are missing in between
+    if m == len(numbers):
+        return range(m)
+    if m == numbers[-1] - numbers[0] + 1:
+        return [k - numbers[0] for k in numbers]  # frames are missing in between
     raise ValueError(
-        f"{file} has landmarks of {m} frames, but there are {len(numbers)}, numbered {numbers[0]} to {numbers[-1]}")
+        f"{file} has landmarks of {m} frames, but there are {len(numbers)}, numbered {numbers[0]} to {numbers[-1]}"
+    )
 
+# %% ../nbs/15_faces.ipynb #150212
 def _fera_eyes(file, numbers):
     "(n, 2, 2) of the frames with these numbers."
-    try: points = _fera_points(file)
-    except Exception as e: raise FileNotFoundError( # readers raise what they like
-        f"landmarks that cannot be read: {file}: {_reason(e)}") from e
+    try:
+        points = _fera_points(file)
+    except Exception as e:
+        raise FileNotFoundError(  # readers raise what they like
+            f"landmarks that cannot be read: {file}: {_reason(e)}"
+        ) from e
     at = _places(numbers, len(points), file)
     return _eyes_of([points[i] for i in at], (49,), lambda i: f"{file}, frame {numbers[i]}")
 
 # %% ../nbs/15_faces.ipynb #150013
 def read_fera2015(
-    root: Path, # of FERA2015's folders
-    name: str, # subject and task: F001_T1, …
-) -> tuple[Recording, list[str]]: # and what is odd about it
+    root: Path,  # of FERA2015's folders
+    name: str,  # subject and task: F001_T1, …
+) -> tuple[Recording, list[str]]:  # and what is odd about it
     "A task of a subject of FERA2015; FileNotFoundError or ValueError that says what is missing or wrong."
-    folder = root/"BP4D-training"/name.replace("_", "/")
+    folder = root / "BP4D-training" / name.replace("_", "/")
     files = _numbered(f for f in sorted(folder.glob("*.jpg")) if not f.name.startswith("."))
-    if not files: raise FileNotFoundError(f"no frames ({folder}/*.jpg)")
+    if not files:
+        raise FileNotFoundError(f"no frames ({folder}/*.jpg)")
     intensities = _fera_intensities(root, name, list(files))
     eyes = _fera_eyes(_only(root, [f"2DFeatures/{name}.mat"], "landmarks"), list(files))
     return Recording(tuple(files.values()), intensities, eyes), []
@@ -284,271 +381,469 @@ def read_fera2015(
 @dataclass(frozen=True)
 class FaceSet:
     "A data set of faces: who is in it and what is asked."
-    read: Callable[[Path, str], tuple[Recording, list[str]]] # a recording, from the root and its name
-    layout: str # in words, for those who look for their mistake
-    aus: tuple[int, ...] # action units
-    folds: tuple[tuple[str, ...], ...] # subjects, tested in turn
-    tasks: tuple[str, ...] = () # recordings of each subject
 
-    def recordings(self) -> dict[str, str]: # name: subject
+    read: Callable[[Path, str], tuple[Recording, list[str]]]  # a recording, from the root and its name
+    layout: str  # in words, for those who look for their mistake
+    aus: tuple[int, ...]  # action units
+    folds: tuple[tuple[str, ...], ...]  # subjects, tested in turn
+    tasks: tuple[str, ...] = ()  # recordings of each subject
+
+    def recordings(self) -> dict[str, str]:  # name: subject
         "All recordings there should be."
         return {f"{s}_{t}" if t else s: s for s in sorted(sum(self.folds, ())) for t in self.tasks or ("",)}
 
-def _subjects(prefix, *parts): return tuple(tuple(f"{prefix}{int(s):03}" if s.isdigit() else s for s in part.split()) for part in parts)
 
-_disfa_folds = _subjects("SN", "2 10 1 26 27 32 30 9 16", "13 18 11 28 12 6 31 21 24", "3 29 23 25 8 5 7 17 4")
+def _subjects(prefix, *parts):
+    return tuple(tuple(f"{prefix}{int(s):03}" if s.isdigit() else s for s in part.split()) for part in parts)
 
+
+_disfa_folds = _subjects(
+    "SN", "2 10 1 26 27 32 30 9 16", "13 18 11 28 12 6 31 21 24", "3 29 23 25 8 5 7 17 4"
+)
+
+# %% ../nbs/15_faces.ipynb #150215
 FACES = {
-    "disfa": FaceSet(read_disfa, "ActionUnit_Labels/, Videos_LeftCamera/ and Landmark_Points/", DISFA_AUS, _disfa_folds),
-    "fera2015": FaceSet(read_fera2015, "BP4D-training/, AUCoding/, AU Intensity Codes3.0/ and 2DFeatures/", FERA_AUS, _subjects("",
-        "F001 M007 F018 F008 F002 M004 F010 F009 M012 M001 F016 M014 F023 M008", "M011 F003 M010 M002 F005 F022 M018 M017 F013 M016 F020 F011 M013 M005",
-        "F007 F015 F006 F019 M006 M009 F012 M003 F004 F021 F017 M015 F014"), tuple(f"T{t}" for t in range(1, 9))),
+    "disfa": FaceSet(
+        read_disfa, "ActionUnit_Labels/, Videos_LeftCamera/ and Landmark_Points/", DISFA_AUS, _disfa_folds
+    ),
+    "fera2015": FaceSet(
+        read_fera2015,
+        "BP4D-training/, AUCoding/, AU Intensity Codes3.0/ and 2DFeatures/",
+        FERA_AUS,
+        _subjects(
+            "",
+            "F001 M007 F018 F008 F002 M004 F010 F009 M012 M001 F016 M014 F023 M008",
+            "M011 F003 M010 M002 F005 F022 M018 M017 F013 M016 F020 F011 M013 M005",
+            "F007 F015 F006 F019 M006 M009 F012 M003 F004 F021 F017 M015 F014",
+        ),
+        tuple(f"T{t}" for t in range(1, 9)),
+    ),
     "faces_demo": FaceSet(read_disfa, "the layout of DISFA", DISFA_AUS, _disfa_folds),
 }
 
 # %% ../nbs/15_faces.ipynb #150115
 def fold_rows(
-    subjects: np.ndarray, # (N,) of each frame
+    subjects: np.ndarray,  # (N,) of each frame
     folds: tuple[tuple[str, ...], ...],
-    fold: int, # which one to test on
-    seed: int, # chooses the frames or subjects for validation
-    validation: str = "frames", # one of VALIDATION
-) -> dict[str, np.ndarray]: # split: rows, sorted
+    fold: int,  # which one to test on
+    seed: int,  # chooses the frames or subjects for validation
+    validation: str = "frames",  # one of VALIDATION
+) -> dict[str, np.ndarray]:  # split: rows, sorted
     "Frames of a fold's subjects to test on; of the others a tenth, of frames or of subjects, to validate and the rest to train."
-    if not 0 <= fold < len(folds): raise ValueError(f"fold={fold}; expected 0 to {len(folds) - 1}")
-    if validation not in VALIDATION: raise ValueError(
-        f"validation={validation!r}; expected one of {', '.join(VALIDATION)}")
+    if not 0 <= fold < len(folds):
+        raise ValueError(f"fold={fold}; expected 0 to {len(folds) - 1}")
+    if validation not in VALIDATION:
+        raise ValueError(f"validation={validation!r}; expected one of {', '.join(VALIDATION)}")
     test = np.isin(subjects, folds[fold])
-    of = np.arange(len(subjects)) if validation == "frames" else subjects # what is drawn from: rows, or names
+    of = (
+        np.arange(len(subjects)) if validation == "frames" else subjects
+    )  # what is drawn from: rows, or names
     some = np.random.default_rng(seed).permutation(np.unique(of[~test]))
-    tenth = round(len(some)/10) if validation == "frames" else max(1, round(len(some)/10))
+    tenth = round(len(some) / 10) if validation == "frames" else max(1, round(len(some) / 10))
     val = np.isin(of, some[:tenth]) & ~test
-    return {split: np.flatnonzero(rows) for split, rows in dict(train=~test & ~val, val=val, test=test).items()}
+    return {
+        split: np.flatnonzero(rows) for split, rows in dict(train=~test & ~val, val=val, test=test).items()
+    }
 
 # %% ../nbs/15_faces.ipynb #150019
 @dataclass(frozen=True)
 class Look:
     "What does not change from frame to frame."
-    colours: np.ndarray # (5, 3): background, skin, hair, lips, iris; 0 to 255
-    shape: np.ndarray # (6,), around 0: width of the face, of the mouth; distance and height of the eyes; length of the nose; thickness of the brows
+
+    colours: np.ndarray  # (5, 3): background, skin, hair, lips, iris; 0 to 255
+    shape: np.ndarray  # (6,), around 0: width of the face, of the mouth; distance and height of the eyes; length of the nose; thickness of the brows
+
 
 def some_look(rng: np.random.Generator) -> Look:
     "A look, drawn at random."
     base = np.array([[120, 110, 100], [150, 180, 225], [40, 50, 70], [100, 90, 190], [110, 90, 60]], float)
     spread = np.array([[60, 60, 60], [40, 45, 45], [35, 35, 45], [25, 25, 35], [50, 40, 40]], float)
-    return Look((base + spread*rng.uniform(-1, 1, (5, 3))).clip(5, 250), rng.uniform(-1, 1, 6))
+    return Look((base + spread * rng.uniform(-1, 1, (5, 3))).clip(5, 250), rng.uniform(-1, 1, 6))
 
 # %% ../nbs/15_faces.ipynb #150020
-def _mirrored(left): return np.concatenate([left, left[::-1]*(-1, 1)])
+def _mirrored(left):
+    return np.concatenate([left, left[::-1] * (-1, 1)])
 
+# %% ../nbs/15_faces.ipynb #150120
 def _brows_and_eyes(look, au):
     "20 points, as in the middle of the 66: the brows, five each, and the eyes, six each."
-    apart, high = .40 + .03*look.shape[2], -.20 + .03*look.shape[3]
-    t = np.linspace(0, 1, 5)                                           # from the outer to the inner end
-    brow = np.stack([-.68 + .46*t + .07*au[4]*t, high - .20 - .07*np.sin(np.pi*t) - .15*au[1]*t**2 - .15*au[2]*(1 - t)**2 + .13*au[4]], 1)
-    w, up, low = .17, .08*(1 - .35*au[9]), .07*(1 - .75*au[6])*(1 - .3*au[9])
-    eye = np.array([[-apart - w, high], [-apart - w/3, high - up], [-apart + w/3, high - up], [-apart + w, high], [-apart + w/3, high + low], [-apart - w/3, high + low]])
-    return np.concatenate([_mirrored(brow), eye, eye[[3, 2, 1, 0, 5, 4]]*(-1, 1)])
+    apart, high = 0.40 + 0.03 * look.shape[2], -0.20 + 0.03 * look.shape[3]
+    t = np.linspace(0, 1, 5)  # from the outer to the inner end
+    brow = np.stack(
+        [
+            -0.68 + 0.46 * t + 0.07 * au[4] * t,
+            high
+            - 0.20
+            - 0.07 * np.sin(np.pi * t)
+            - 0.15 * au[1] * t**2
+            - 0.15 * au[2] * (1 - t) ** 2
+            + 0.13 * au[4],
+        ],
+        1,
+    )
+    w, up, low = 0.17, 0.08 * (1 - 0.35 * au[9]), 0.07 * (1 - 0.75 * au[6]) * (1 - 0.3 * au[9])
+    eye = np.array(
+        [
+            [-apart - w, high],
+            [-apart - w / 3, high - up],
+            [-apart + w / 3, high - up],
+            [-apart + w, high],
+            [-apart + w / 3, high + low],
+            [-apart - w / 3, high + low],
+        ]
+    )
+    return np.concatenate([_mirrored(brow), eye, eye[[3, 2, 1, 0, 5, 4]] * (-1, 1)])
 
+# %% ../nbs/15_faces.ipynb #150220
 def _nose(look, au):
     "9 points: four down the bridge, five along the wings."
-    tip, up = .22 + .05*look.shape[4], .09*au[9]
-    return np.concatenate([np.stack([np.zeros(4), np.linspace(-.12, tip - up/2, 4)], 1), np.stack([np.linspace(-.15, .15, 5), tip + .07 - up*np.array([1, .8, .6, .8, 1])], 1)])
+    tip, up = 0.22 + 0.05 * look.shape[4], 0.09 * au[9]
+    return np.concatenate(
+        [
+            np.stack([np.zeros(4), np.linspace(-0.12, tip - up / 2, 4)], 1),
+            np.stack([np.linspace(-0.15, 0.15, 5), tip + 0.07 - up * np.array([1, 0.8, 0.6, 0.8, 1])], 1),
+        ]
+    )
 
+# %% ../nbs/15_faces.ipynb #150320
 def _mouth(look, au):
     "18 points: twelve around the lips, six around the opening."
-    w, open_ = .29 + .03*look.shape[1] + .11*au[12] + .03*au[14], .09*au[25] + .24*au[26]
-    corner = .62 - .15*au[12] - .03*au[17]
-    def arc(n, height, width): t = np.linspace(-1, 1, n); return np.stack([width*t, corner + (height - corner)*(1 - t**2)], 1)
-    upper, lower = .57 - .09*au[10], .70 + open_ - .06*au[17]
-    outer = np.concatenate([arc(7, upper, w), arc(7, lower, w)[-2:0:-1]])
-    return np.concatenate([outer, arc(5, upper + .055, .8*w)[1:4], arc(5, max(upper + .055, lower - .075), .8*w)[3:0:-1]])
+    w, open_ = 0.29 + 0.03 * look.shape[1] + 0.11 * au[12] + 0.03 * au[14], 0.09 * au[25] + 0.24 * au[26]
+    corner = 0.62 - 0.15 * au[12] - 0.03 * au[17]
 
+    def arc(n, height, width):
+        t = np.linspace(-1, 1, n)
+        return np.stack([width * t, corner + (height - corner) * (1 - t**2)], 1)
+
+    upper, lower = 0.57 - 0.09 * au[10], 0.70 + open_ - 0.06 * au[17]
+    outer = np.concatenate([arc(7, upper, w), arc(7, lower, w)[-2:0:-1]])
+    return np.concatenate(
+        [
+            outer,
+            arc(5, upper + 0.055, 0.8 * w)[1:4],
+            arc(5, max(upper + 0.055, lower - 0.075), 0.8 * w)[3:0:-1],
+        ]
+    )
+
+# %% ../nbs/15_faces.ipynb #150420
 def face_points(
     look: Look,
-    au: dict[int, float], # AU: 0 to 1
-) -> np.ndarray: # (66, 2), in units of half a face's width, y downwards
+    au: dict[int, float],  # AU: 0 to 1
+) -> np.ndarray:  # (66, 2), in units of half a face's width, y downwards
     "DISFA's 66 landmarks of a drawn face."
-    au = {k: au.get(k, 0.) for k in (1, 2, 4, 6, 9, 10, 12, 14, 17, 25, 26)}
-    t = np.linspace(-1, 1, 17)*.5*np.pi
-    jaw = np.stack([(.82 + .05*look.shape[0])*np.sin(t), -.1 + (1.2 + .15*au[26])*np.cos(t)], 1)
+    au = {k: au.get(k, 0.0) for k in (1, 2, 4, 6, 9, 10, 12, 14, 17, 25, 26)}
+    t = np.linspace(-1, 1, 17) * 0.5 * np.pi
+    jaw = np.stack([(0.82 + 0.05 * look.shape[0]) * np.sin(t), -0.1 + (1.2 + 0.15 * au[26]) * np.cos(t)], 1)
     both = _brows_and_eyes(look, au)
     return np.concatenate([jaw, both[:10], _nose(look, au), both[10:], _mouth(look, au)])
 
 # %% ../nbs/15_faces.ipynb #150021
 def draw_face(
     look: Look,
-    au: dict[int, float], # AU: 0 to 1
-    pose: np.ndarray, # (2, 3): from the face's units to pixels
-    light: float = 1., # factor of brightness
-    size: tuple[int, int] = (192, 160), # width and height, in pixels
-) -> np.ndarray: # (height, width, 3), uint8, blue first
+    au: dict[int, float],  # AU: 0 to 1
+    pose: np.ndarray,  # (2, 3): from the face's units to pixels
+    light: float = 1.0,  # factor of brightness
+    size: tuple[int, int] = (192, 160),  # width and height, in pixels
+) -> np.ndarray:  # (height, width, 3), uint8, blue first
     "The picture of a face."
     cv2, p = _extra("cv2"), face_points(look, au)
-    background, skin, hair, lips, iris = np.minimum(look.colours*light, 255); dark = .55*skin
+    background, skin, hair, lips, iris = np.minimum(look.colours * light, 255)
+    dark = 0.55 * skin
     image, unit = np.full((*size[::-1], 3), background, np.uint8), np.linalg.norm(pose[:, 0])
-    def pixels(q): return np.round((np.asarray(q, float) @ pose[:, :2].T + pose[:, 2])*16).astype(np.int32)[None]
-    def fill(q, c): cv2.fillPoly(image, pixels(q), c, cv2.LINE_AA, 4)
-    def line(q, c, width): cv2.polylines(image, pixels(q), False, c, max(1, round(width*unit)), cv2.LINE_AA, 4)
-    t = np.linspace(0, 2*np.pi, 40); ring = np.stack([np.cos(t), np.sin(t)], 1)
-    fill(ring*(1., 1.05) + (0, -.3), hair); top = np.linspace(.5*np.pi, -.5*np.pi, 17)
-    fill(np.concatenate([p[:17], np.stack([p[16, 0]*np.sin(top), -.1 - .95*np.cos(top)], 1)]), skin)
-    for side in (-1, 1): _draw_side(p, au, side, fill, line, ring, iris, hair, dark, .07 + .02*look.shape[5])
-    line(p[27:31], .8*skin, .03); line(p[31:36], dark, .04)
-    for k in range(3 if au.get(9, 0) > .2 else 0): line([(-.09, -.1 + .07*k), (.09, -.1 + .07*k)], dark*(1 - .4*au[9]) + .4*au[9]*dark*.5, .025)
-    fill(p[48:60], lips); fill(p[[48, *range(60, 63), 54, *range(63, 66)]], (30, 20, 50) if au.get(25, 0) + au.get(26, 0) > .05 else .8*lips)
-    if au.get(17, 0) > .1: line([(-.15, .98), (0, .98 - .08*au[17]), (.15, .98)], dark, .03)
+
+    def pixels(q):
+        return np.round((np.asarray(q, float) @ pose[:, :2].T + pose[:, 2]) * 16).astype(np.int32)[None]
+
+    def fill(q, c):
+        cv2.fillPoly(image, pixels(q), c, cv2.LINE_AA, 4)
+
+    def line(q, c, width):
+        cv2.polylines(image, pixels(q), False, c, max(1, round(width * unit)), cv2.LINE_AA, 4)
+
+    t = np.linspace(0, 2 * np.pi, 40)
+    ring = np.stack([np.cos(t), np.sin(t)], 1)
+    fill(ring * (1.0, 1.05) + (0, -0.3), hair)
+    top = np.linspace(0.5 * np.pi, -0.5 * np.pi, 17)
+    fill(np.concatenate([p[:17], np.stack([p[16, 0] * np.sin(top), -0.1 - 0.95 * np.cos(top)], 1)]), skin)
+    for side in (-1, 1):
+        _draw_side(p, au, side, fill, line, ring, iris, hair, dark, 0.07 + 0.02 * look.shape[5])
+    line(p[27:31], 0.8 * skin, 0.03)
+    line(p[31:36], dark, 0.04)
+    for k in range(3 if au.get(9, 0) > 0.2 else 0):
+        line(
+            [(-0.09, -0.1 + 0.07 * k), (0.09, -0.1 + 0.07 * k)],
+            dark * (1 - 0.4 * au[9]) + 0.4 * au[9] * dark * 0.5,
+            0.025,
+        )
+    fill(p[48:60], lips)
+    fill(
+        p[[48, *range(60, 63), 54, *range(63, 66)]],
+        (30, 20, 50) if au.get(25, 0) + au.get(26, 0) > 0.05 else 0.8 * lips,
+    )
+    if au.get(17, 0) > 0.1:
+        line([(-0.15, 0.98), (0, 0.98 - 0.08 * au[17]), (0.15, 0.98)], dark, 0.03)
     return image
 
+# %% ../nbs/15_faces.ipynb #150121
 def _draw_side(p, au, side, fill, line, ring, iris, hair, dark, brow):
     "Brow, eye, cheek and dimple of one side."
     of = slice(0, 5) if side < 0 else slice(5, 10)
-    eye = p[36:42] if side < 0 else p[42:48]; c = eye.mean(0)
-    fill(eye, (235, 235, 235)); fill(ring*.065 + c, iris); fill(ring*.03 + c, (10, 10, 10)); line(np.concatenate([eye, eye[:1]]), dark, .02)
+    eye = p[36:42] if side < 0 else p[42:48]
+    c = eye.mean(0)
+    fill(eye, (235, 235, 235))
+    fill(ring * 0.065 + c, iris)
+    fill(ring * 0.03 + c, (10, 10, 10))
+    line(np.concatenate([eye, eye[:1]]), dark, 0.02)
     line(p[17:27][of], hair, brow)
-    if au.get(4, 0) > .1: line([(side*.07, c[1] - .2), (side*.07, c[1] - .2 + .15*au[4])], dark, .025)
-    if au.get(6, 0) > .1: line([c + (side*.2, .13), c + (0, .13 + .06*au[6]), c + (-side*.15, .12)], dark, .03); line([c + (side*.22, .02), c + (side*(.22 + .12*au[6]), .05)], dark, .02)
-    if au.get(14, 0) > .1: line([p[48 if side < 0 else 54] + (side*.06, -.06*au[14]), p[48 if side < 0 else 54] + (side*.06, .06*au[14])], dark, .03)
+    if au.get(4, 0) > 0.1:
+        line([(side * 0.07, c[1] - 0.2), (side * 0.07, c[1] - 0.2 + 0.15 * au[4])], dark, 0.025)
+    if au.get(6, 0) > 0.1:
+        line([c + (side * 0.2, 0.13), c + (0, 0.13 + 0.06 * au[6]), c + (-side * 0.15, 0.12)], dark, 0.03)
+        line([c + (side * 0.22, 0.02), c + (side * (0.22 + 0.12 * au[6]), 0.05)], dark, 0.02)
+    if au.get(14, 0) > 0.1:
+        line(
+            [
+                p[48 if side < 0 else 54] + (side * 0.06, -0.06 * au[14]),
+                p[48 if side < 0 else 54] + (side * 0.06, 0.06 * au[14]),
+            ],
+            dark,
+            0.03,
+        )
 
 # %% ../nbs/15_faces.ipynb #150022
-DEMO_RATES = {1: .07, 2: .06, 4: .15, 6: .12, 9: .06, 10: .2, 12: .18, 14: .15, 17: .1, 25: .28, 26: .12} # how much of the time an AU is active, about; a little more, since a quarter of the subjects show it at least once
+DEMO_RATES = {
+    1: 0.07,
+    2: 0.06,
+    4: 0.15,
+    6: 0.12,
+    9: 0.06,
+    10: 0.2,
+    12: 0.18,
+    14: 0.15,
+    17: 0.1,
+    25: 0.28,
+    26: 0.12,
+}  # how much of the time an AU is active, about; a little more, since a quarter of the subjects show it at least once
 
-def some_activity(rng: np.random.Generator, n: int, aus: tuple[int, ...]) -> np.ndarray: # (n, A), 0 to 5, not rounded
+# %% ../nbs/15_faces.ipynb #150122
+def some_activity(
+    rng: np.random.Generator, n: int, aus: tuple[int, ...]
+) -> np.ndarray:  # (n, A), 0 to 5, not rounded
     "How strongly each AU acts in each frame: events that come, stay and go; 1 and 2, 6 and 12, 25 and 26 often together."
     level = np.zeros((n, len(aus)))
     for a, au in enumerate(aus):
-        for _ in range(max(int(rng.random() < .25), rng.poisson(DEMO_RATES[au]*n/45))):
+        for _ in range(max(int(rng.random() < 0.25), rng.poisson(DEMO_RATES[au] * n / 45))):
             length, start, peak = rng.integers(14, 46), rng.integers(-10, n), rng.uniform(2.2, 5)
-            t = (np.arange(n) - start)/length; event = peak*np.clip(5*np.minimum(t, 1 - t), 0, 1)
-            partner = {1: 2, 2: 1, 6: 12, 12: 6, 25: 26, 26: 25}.get(au) if rng.random() < .5 else None
-            for i in (a, *((aus.index(partner),) if partner in aus else ())): level[:, i] = np.maximum(level[:, i], event)
+            t = (np.arange(n) - start) / length
+            event = peak * np.clip(5 * np.minimum(t, 1 - t), 0, 1)
+            partner = {1: 2, 2: 1, 6: 12, 12: 6, 25: 26, 26: 25}.get(au) if rng.random() < 0.5 else None
+            for i in (a, *((aus.index(partner),) if partner in aus else ())):
+                level[:, i] = np.maximum(level[:, i], event)
     return level
 
-def some_poses(rng: np.random.Generator, n: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]: # (n, 2, 3), (n,)
+# %% ../nbs/15_faces.ipynb #150222
+def some_poses(
+    rng: np.random.Generator, n: int, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:  # (n, 2, 3), (n,)
     "A head that moves slowly, and its light."
-    t, w = np.arange(n)/n, rng.uniform(.5, 3, (5, 1)); wave = np.sin(2*np.pi*(w*t + rng.random((5, 1))))
-    angle, scale = .14*wave[0], .29*size[1]*(1 + .06*wave[1])
-    c, s, x, y = scale*np.cos(angle), scale*np.sin(angle), size[0]/2 + 8*wave[2], .5*size[1] + 5*wave[3]
-    return np.stack([np.stack([c, -s, x], 1), np.stack([s, c, y], 1)], 1), rng.uniform(.75, 1.1)*(1 + .12*wave[4])
+    t, w = np.arange(n) / n, rng.uniform(0.5, 3, (5, 1))
+    wave = np.sin(2 * np.pi * (w * t + rng.random((5, 1))))
+    angle, scale = 0.14 * wave[0], 0.29 * size[1] * (1 + 0.06 * wave[1])
+    c, s, x, y = (
+        scale * np.cos(angle),
+        scale * np.sin(angle),
+        size[0] / 2 + 8 * wave[2],
+        0.5 * size[1] + 5 * wave[3],
+    )
+    return np.stack([np.stack([c, -s, x], 1), np.stack([s, c, y], 1)], 1), rng.uniform(0.75, 1.1) * (
+        1 + 0.12 * wave[4]
+    )
 
-def some_frames(name: str, n: int, aus: tuple[int, ...], seed: int, size=(192, 160)) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]: # images, landmarks, intensities
+# %% ../nbs/15_faces.ipynb #150322
+def some_frames(
+    name: str, n: int, aus: tuple[int, ...], seed: int, size=(192, 160)
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:  # images, landmarks, intensities
     "The frames of a drawn subject, the same whenever they are drawn."
     subject, rng = name.split("_")[0], np.random.default_rng([seed, *name.encode()])
-    look, level, (poses, light) = some_look(np.random.default_rng([seed, *subject.encode()])), some_activity(rng, n, aus), some_poses(rng, n, size)
+    look, level, (poses, light) = (
+        some_look(np.random.default_rng([seed, *subject.encode()])),
+        some_activity(rng, n, aus),
+        some_poses(rng, n, size),
+    )
     for l, pose, bright in zip(level, poses, light):
-        au = dict(zip(aus, l/5)); image = draw_face(look, au, pose, bright, size).astype(float) + rng.normal(0, 4, (*size[::-1], 3))
-        yield image.clip(0, 255).astype(np.uint8), face_points(look, au) @ pose[:, :2].T + pose[:, 2], np.round(l).astype(int)
+        au = dict(zip(aus, l / 5))
+        image = draw_face(look, au, pose, bright, size).astype(float) + rng.normal(0, 4, (*size[::-1], 3))
+        yield (
+            image.clip(0, 255).astype(np.uint8),
+            face_points(look, au) @ pose[:, :2].T + pose[:, 2],
+            np.round(l).astype(int),
+        )
 
 # %% ../nbs/15_faces.ipynb #150026
 def write_disfa(
-    root: Path, # made if need be
+    root: Path,  # made if need be
     subjects: tuple[str, ...],
-    frames: int = 74, # of each
+    frames: int = 74,  # of each
     seed: int = 0,
 ) -> None:
     "Drawn subjects in the layout of DISFA."
     cv2 = _extra("cv2")
     for i, s in enumerate(subjects):
         n, odd = frames - (s == "SN010"), i % 3
-        labels, video, points = root/"ActionUnit_Labels"/s, root/"Videos_LeftCamera", root/"Landmark_Points"/s/("frame_lm" if odd else "tmp_frame_lm")
-        for folder in (labels, video, points): folder.mkdir(parents=True, exist_ok=True)
-        writer, rows = cv2.VideoWriter(str(video/f"LeftVideo{s}_{'Comp' if odd == 2 else 'comp'}.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 20, (192, 160)), []
+        labels, video, points = (
+            root / "ActionUnit_Labels" / s,
+            root / "Videos_LeftCamera",
+            root / "Landmark_Points" / s / ("frame_lm" if odd else "tmp_frame_lm"),
+        )
+        for folder in (labels, video, points):
+            folder.mkdir(parents=True, exist_ok=True)
+        writer, rows = (
+            cv2.VideoWriter(
+                str(video / f"LeftVideo{s}_{'Comp' if odd == 2 else 'comp'}.avi"),
+                cv2.VideoWriter_fourcc(*"MJPG"),
+                20,
+                (192, 160),
+            ),
+            [],
+        )
         for k, (image, p, level) in enumerate(some_frames(s, n + 9, DISFA_AUS, seed)):
-            writer.write(image); rows.append(level)
+            writer.write(image)
+            rows.append(level)
             name = f"l{k + 1:05}_lm.mat" if odd == 2 else f"{s}_{k + odd:04}_lm.mat"
-            if (s, k) != ("SN031", frames//2): savemat(points/name, dict(pts=p))
+            if (s, k) != ("SN031", frames // 2):
+                savemat(points / name, dict(pts=p))
         writer.release()
-        for a, au in enumerate(DISFA_AUS): (labels/f"{s}_au{au}.txt").write_text("".join(f"{k},{l[a]}\n" for k, l in enumerate(rows[:n], 1)))
+        for a, au in enumerate(DISFA_AUS):
+            (labels / f"{s}_au{au}.txt").write_text(
+                "".join(f"{k},{l[a]}\n" for k, l in enumerate(rows[:n], 1))
+            )
 
 # %% ../nbs/15_faces.ipynb #150027
 def write_fera2015(
-    root: Path, # made if need be
-    names: tuple[str, ...], # subjects and tasks
-    frames: int = 40, # of each
+    root: Path,  # made if need be
+    names: tuple[str, ...],  # subjects and tasks
+    frames: int = 40,  # of each
     seed: int = 0,
 ) -> None:
     "Drawn subjects in the layout of FERA2015."
     cv2, h5py = _extra("cv2"), _extra("h5py")
     for i, name in enumerate(names):
-        folder = root/"BP4D-training"/name.replace("_", "/"); folder.mkdir(parents=True, exist_ok=True); (root/"2DFeatures").mkdir(exist_ok=True)
-        images, points, levels = zip(*some_frames(name, frames, FERA_AUS, seed)); numbers = range(10, 10 + frames)
-        for k, image in zip(numbers, images): cv2.imwrite(str(folder/(f"{k:04}.jpg" if i % 2 else f"{k}.jpg")), image)
-        with h5py.File(root/"2DFeatures"/f"{name}.mat", "w") as f:
+        folder = root / "BP4D-training" / name.replace("_", "/")
+        folder.mkdir(parents=True, exist_ok=True)
+        (root / "2DFeatures").mkdir(exist_ok=True)
+        images, points, levels = zip(*some_frames(name, frames, FERA_AUS, seed))
+        numbers = range(10, 10 + frames)
+        for k, image in zip(numbers, images):
+            cv2.imwrite(str(folder / (f"{k:04}.jpg" if i % 2 else f"{k}.jpg")), image)
+        with h5py.File(root / "2DFeatures" / f"{name}.mat", "w") as f:
             of = [f.create_dataset(f"#refs#/{k}", data=p[17:].T).ref for k, p in enumerate(points)]
             f.create_dataset("fit/pred", data=np.array(of, dtype=object)[:, None], dtype=h5py.ref_dtype)
         _write_codes(root, name, numbers, np.stack(levels))
 
+# %% ../nbs/15_faces.ipynb #150127
 def _write_codes(root, name, numbers, levels):
     "Intensities of each AU, of the first frame unknown; and occurrences."
     for a, au in enumerate(FERA_AUS):
-        (folder := root/"AU Intensity Codes3.0"/f"AU{au:02}").mkdir(parents=True, exist_ok=True)
-        (folder/f"{name}_coded.csv").write_text("".join(f"{k},{9 if k == numbers[0] else l}\n" for k, l in zip(numbers, levels[:, a])))
-    (root/"AUCoding").mkdir(exist_ok=True); rows = [",".join(map(str, range(64)))]
-    for k, l in zip(numbers, levels): rows.append(",".join([str(k), *(str(int(l[FERA_AUS.index(j)] > 0)) if j in FERA_AUS and k != numbers[0] else "9" for j in range(1, 64))]))
-    (root/"AUCoding"/f"{name}.csv").write_text("\n".join(rows))
+        (folder := root / "AU Intensity Codes3.0" / f"AU{au:02}").mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}_coded.csv").write_text(
+            "".join(f"{k},{9 if k == numbers[0] else l}\n" for k, l in zip(numbers, levels[:, a]))
+        )
+    (root / "AUCoding").mkdir(exist_ok=True)
+    rows = [",".join(map(str, range(64)))]
+    for k, l in zip(numbers, levels):
+        rows.append(
+            ",".join(
+                [
+                    str(k),
+                    *(
+                        str(int(l[FERA_AUS.index(j)] > 0)) if j in FERA_AUS and k != numbers[0] else "9"
+                        for j in range(1, 64)
+                    ),
+                ]
+            )
+        )
+    (root / "AUCoding" / f"{name}.csv").write_text("\n".join(rows))
 
 # %% ../nbs/15_faces.ipynb #150032
-EYES = ((0.34, 0.38), (0.66, 0.38)) # where the eyes come to lie, as parts of the picture's width and height
-PLACES = ("fixed", "mean") # at EYES; or where they are on average in a data set, as in the paper
+EYES = ((0.34, 0.38), (0.66, 0.38))  # where the eyes come to lie, as parts of the picture's width and height
+PLACES = ("fixed", "mean")  # at EYES; or where they are on average in a data set, as in the paper
+
 
 def similarity(
-    eyes: np.ndarray, # (2, 2), rows (x, y)
-    size: int, # of the picture, in pixels
-    to: tuple[tuple[float, float], ...] = EYES, # where the eyes come to lie
-) -> np.ndarray | None: # (2, 3), for warpAffine; None for eyes that are unknown, or less than 4 pixels apart
+    eyes: np.ndarray,  # (2, 2), rows (x, y)
+    size: int,  # of the picture, in pixels
+    to: tuple[tuple[float, float], ...] = EYES,  # where the eyes come to lie
+) -> np.ndarray | None:  # (2, 3), for warpAffine; None for eyes that are unknown, or less than 4 pixels apart
     "The similarity transform that carries a face's eyes to their places."
-    (z1, z2), (w1, w2) = (np.asarray(e, float) @ (1, 1j) for e in (eyes, np.array(to)*size))
-    if not abs(z2 - z1) >= 4: return None # also for NaN
-    a = (w2 - w1)/(z2 - z1); b = w1 - a*z1
+    (z1, z2), (w1, w2) = (np.asarray(e, float) @ (1, 1j) for e in (eyes, np.array(to) * size))
+    if not abs(z2 - z1) >= 4:
+        return None  # also for NaN
+    a = (w2 - w1) / (z2 - z1)
+    b = w1 - a * z1
     return np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])
 
+# %% ../nbs/15_faces.ipynb #150132
 def aligned(
-    image: np.ndarray, # (H, W, 3)
-    to: np.ndarray, # (2, 3), from `similarity`
-    size: int, # of the picture, in pixels
-) -> np.ndarray: # (size, size, 3)
+    image: np.ndarray,  # (H, W, 3)
+    to: np.ndarray,  # (2, 3), from `similarity`
+    size: int,  # of the picture, in pixels
+) -> np.ndarray:  # (size, size, 3)
     "A face, carried to its place; where it becomes much smaller, pixels are averaged first."
-    cv2, shrink = _extra("cv2"), int(np.linalg.det(to[:, :2])**-.5)
+    cv2, shrink = _extra("cv2"), int(np.linalg.det(to[:, :2]) ** -0.5)
     if shrink > 1:
-        image = cv2.resize(image, None, fx=1/shrink, fy=1/shrink, interpolation=cv2.INTER_AREA)
-        to = np.concatenate([to[:, :2]*shrink, to[:, 2:] + to[:, :2].sum(1, keepdims=True)*(shrink - 1)/2], 1)
+        image = cv2.resize(image, None, fx=1 / shrink, fy=1 / shrink, interpolation=cv2.INTER_AREA)
+        to = np.concatenate(
+            [to[:, :2] * shrink, to[:, 2:] + to[:, :2].sum(1, keepdims=True) * (shrink - 1) / 2], 1
+        )
     return cv2.warpAffine(image, to, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 # %% ../nbs/15_faces.ipynb #150234
 def _eye_sums(faces, root, name):
     "Number of frames of a recording that are used, and the sum of their eyes, as parts of the frame's middle square."
-    try: r, _ = FACES[faces].read(root, name)
-    except Exception: return 0, np.zeros((2, 2))                       # said when it is prepared
+    try:
+        r, _ = FACES[faces].read(root, name)
+    except Exception:
+        return 0, np.zeros((2, 2))  # said when it is prepared
     used = np.isfinite(r.eyes).all((1, 2)) & (r.intensities != UNKNOWN).all(1)
     image = next((im for im in frames_of(r) if im is not None), None) if used.any() else None
-    if image is None: return 0, np.zeros((2, 2))
+    if image is None:
+        return 0, np.zeros((2, 2))
     h, w = image.shape[:2]
-    return int(used.sum()), ((r.eyes[used] - (w/2, h/2))/min(h, w) + .5).sum(0)
+    return int(used.sum()), ((r.eyes[used] - (w / 2, h / 2)) / min(h, w) + 0.5).sum(0)
+
 
 def mean_eyes(
-    faces: str, # a key of FACES
-    root: Path, # its folders
-    over: Callable = map, # goes through the recordings
-) -> tuple[tuple[float, float], ...]: # of the left and the right eye (x, y), as parts of the picture's width and height
+    faces: str,  # a key of FACES
+    root: Path,  # its folders
+    over: Callable = map,  # goes through the recordings
+) -> tuple[
+    tuple[float, float], ...
+]:  # of the left and the right eye (x, y), as parts of the picture's width and height
     "Where the eyes of a data set are on average; EYES if there are none."
     names, of = list(FACES[faces].recordings()), import_module("csrae_nb.faces")._eye_sums
-    n, sums = zip(*over(of, [faces]*len(names), [root]*len(names), names))
-    return tuple(map(tuple, (sum(sums)/sum(n)).tolist())) if sum(n) else EYES
+    n, sums = zip(*over(of, [faces] * len(names), [root] * len(names), names))
+    return tuple(map(tuple, (sum(sums) / sum(n)).tolist())) if sum(n) else EYES
 
 # %% ../nbs/15_faces.ipynb #150036
-QUALITY = 95 # of the JPEGs
-BYTES = 0.3 # a pixel, half as much again as drawn faces take: for the space that is needed
+QUALITY = 95  # of the JPEGs
+BYTES = 0.3  # a pixel, half as much again as drawn faces take: for the space that is needed
+
 
 def _why_not(r, i, image):
     "Why a frame of a recording cannot be used; None if it can."
-    if (r.intensities[i] == UNKNOWN).any(): return "not coded"
-    if similarity(r.eyes[i], 1) is None: return "no face"
-    if image is None: return "unreadable"
+    if (r.intensities[i] == UNKNOWN).any():
+        return "not coded"
+    if similarity(r.eyes[i], 1) is None:
+        return "no face"
+    if image is None:
+        return "unreadable"
     return None if ((r.eyes[i] >= 0) & (r.eyes[i] < image.shape[1::-1])).all() else "no face"
 
+# %% ../nbs/15_faces.ipynb #150236
 def _frames_to(file, r, size, to):
     "Align, compress and append the usable frames of a recording to a file; rows used, bytes of each, digest, and how many were left out why."
-    cv2 = _extra("cv2"); cv2.setNumThreads(1)
+    cv2 = _extra("cv2")
+    cv2.setNumThreads(1)
     rows, sizes, digest, lost = [], [], hashlib.sha256(), {}
     for i, image in enumerate(frames_of(r)):
         if why := _why_not(r, i, image):
@@ -556,238 +851,320 @@ def _frames_to(file, r, size, to):
             continue
         face = aligned(image, similarity(r.eyes[i], size, to), size)
         jpeg = cv2.imencode(".jpg", face, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
-        file.write(jpeg); digest.update(jpeg); rows.append(i); sizes.append(len(jpeg))
-    file.flush(); os.fsync(file.fileno())
+        file.write(jpeg)
+        digest.update(jpeg)
+        rows.append(i)
+        sizes.append(len(jpeg))
+    file.flush()
+    os.fsync(file.fileno())
     return rows, sizes, digest, lost
 
 # %% ../nbs/15_faces.ipynb #150136
 def _written(r, out, name, size, to):
     "Write the frames of a recording, then the file that says where they are, each under another name until it is whole; what is known of them."
-    temporary = out/f".{name}.jpegs.tmp"
-    with open(temporary, "wb") as f: rows, sizes, digest, lost = _frames_to(f, r, size, to)
-    if not rows: raise ValueError(f"no frame can be used: {', '.join(f'{n} {why}' for why, n in lost.items())}")
-    os.replace(temporary, out/f"{name}.jpegs")
+    temporary = out / f".{name}.jpegs.tmp"
+    with open(temporary, "wb") as f:
+        rows, sizes, digest, lost = _frames_to(f, r, size, to)
+    if not rows:
+        raise ValueError(f"no frame can be used: {', '.join(f'{n} {why}' for why, n in lost.items())}")
+    os.replace(temporary, out / f"{name}.jpegs")
     digest.update(r.intensities.tobytes())
     about = dict(frames=len(rows), bytes=sum(sizes), left_out=lost, sha256=digest.hexdigest())
     return rows, sizes, about
 
+# %% ../nbs/15_faces.ipynb #150336
 def _prepare(faces, root, name, out, size, to=EYES):
     "Prepare a recording and say what became of it; OSError if it cannot be written."
-    start, temporary = time.perf_counter(), out/f".{name}.npz.tmp"
-    try: r, odd = FACES[faces].read(root, name)
-    except Exception as e: return dict(problem=_reason(e))             # readers raise what they like
+    start, temporary = time.perf_counter(), out / f".{name}.npz.tmp"
+    try:
+        r, odd = FACES[faces].read(root, name)
+    except Exception as e:
+        return dict(problem=_reason(e))  # readers raise what they like
     try:
         with _writing(out, "CSRAE_CACHE"):
             rows, sizes, about = _written(r, out, name, size, to)
-            about |= dict(odd=odd, seconds=time.perf_counter() - start) | ({} if to == EYES else dict(eyes=to))
+            about |= dict(odd=odd, seconds=time.perf_counter() - start) | (
+                {} if to == EYES else dict(eyes=to)
+            )
             with open(temporary, "wb") as f:
                 np.savez(f, **dict(zip(_columns, (rows, sizes, r.intensities[rows], json.dumps(about)))))
-            os.replace(temporary, out/f"{name}.npz")
-    except OSError: raise
-    except Exception as e: return dict(problem=_reason(e))
+            os.replace(temporary, out / f"{name}.npz")
+    except OSError:
+        raise
+    except Exception as e:
+        return dict(problem=_reason(e))
     finally:
-        for f in out.glob(f".{name}.*.tmp"): f.unlink(missing_ok=True)
+        for f in out.glob(f".{name}.*.tmp"):
+            f.unlink(missing_ok=True)
     return about
 
+# %% ../nbs/15_faces.ipynb #150436
 _columns = ("rows", "sizes", "intensities", "about")
+
 
 def _prepared(out, name, to=None):
     "What a whole preparation of a recording says of itself; None if there is none, or none with the eyes in these places."
     try:
-        with np.load(out/f"{name}.npz") as a: rows, sizes, intensities, about = (a[k] for k in _columns)
+        with np.load(out / f"{name}.npz") as a:
+            rows, sizes, intensities, about = (a[k] for k in _columns)
         about = json.loads(str(about))
-        whole = len(rows) == len(sizes) == len(intensities) == about["frames"] and sizes.sum() == about["bytes"]
-        whole = whole and (out/f"{name}.jpegs").stat().st_size == about["bytes"]
+        whole = (
+            len(rows) == len(sizes) == len(intensities) == about["frames"] and sizes.sum() == about["bytes"]
+        )
+        whole = whole and (out / f"{name}.jpegs").stat().st_size == about["bytes"]
         return about if whole and to in (None, tuple(map(tuple, about.get("eyes", EYES)))) else None
-    except Exception: return None                                      # readers raise what they like
+    except Exception:
+        return None  # readers raise what they like
 
 # %% ../nbs/15_faces.ipynb #150037
-_DIED = "its process died: a file crashes its reader, or memory is too small (to try again, remove index.json)"
+_DIED = (
+    "its process died: a file crashes its reader, or memory is too small (to try again, remove index.json)"
+)
+
 
 def _prepare_all(args, todo, jobs, bar):
     "What became of each recording. One whose process dies, of a file that crashes its reader or for want of memory, is found by preparing the rest one by one."
     done, prepare = {}, import_module("csrae_nb.faces")._prepare
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        pool.submit(os.getpid).result()                                # if even that dies, no recording is to blame
+        pool.submit(os.getpid).result()  # if even that dies, no recording is to blame
         work = {pool.submit(prepare, *args(n)): n for n in todo}
         for f in as_completed(work):
-            with suppress(BrokenProcessPool): done[work[f]] = f.result(); bar.update()
+            with suppress(BrokenProcessPool):
+                done[work[f]] = f.result()
+                bar.update()
     for n in todo:
-        if n in done: continue
+        if n in done:
+            continue
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            try: done[n] = pool.submit(prepare, *args(n)).result()
-            except BrokenProcessPool: done[n] = dict(problem=_DIED)
+            try:
+                done[n] = pool.submit(prepare, *args(n)).result()
+            except BrokenProcessPool:
+                done[n] = dict(problem=_DIED)
         bar.update()
     return done
 
 # %% ../nbs/15_faces.ipynb #150237
 def prepare_faces(
-    name: str, # a key of FACES
-    root: Path, # its folders
-    out: Path, # where the prepared frames go
-    size: int = 256, # of the pictures, in pixels
-    jobs: int | None = None, # processes; None: one a core
-    progress: bool = True, # show a progress bar on stderr
-    eyes: str = "fixed", # where they come to lie: fixed, at EYES, or mean, where they are on average
-) -> dict: # the contents of index.json: what became of each recording
+    name: str,  # a key of FACES
+    root: Path,  # its folders
+    out: Path,  # where the prepared frames go
+    size: int = 256,  # of the pictures, in pixels
+    jobs: int | None = None,  # processes; None: one a core
+    progress: bool = True,  # show a progress bar on stderr
+    eyes: str = "fixed",  # where they come to lie: fixed, at EYES, or mean, where they are on average
+) -> dict:  # the contents of index.json: what became of each recording
     "Align and compress all recordings, those that are not yet; FileNotFoundError if none is usable, OSError before it begins if they will not fit on the disk."
-    if getattr(current_process(), "_inheriting", False): raise RuntimeError(
-        f"{name} is prepared by processes that import your script: put what the script does under if __name__ == \"__main__\":")
-    if eyes not in PLACES: raise ValueError(f"eyes={eyes!r}; expected one of {', '.join(PLACES)}")
+    if getattr(current_process(), "_inheriting", False):
+        raise RuntimeError(
+            f"{name} is prepared by processes that import your script: put what the script does under if __name__ == \"__main__\":"
+        )
+    if eyes not in PLACES:
+        raise ValueError(f"eyes={eyes!r}; expected one of {', '.join(PLACES)}")
     with _writing(out, "CSRAE_CACHE"):
         out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out/".lock").acquire()
-    with lock:                                                         # others wait, and find it done
+        lock = FileLock(out / ".lock").acquire()
+    with lock:  # others wait, and find it done
         jobs, to = jobs or os.cpu_count() or 1, EYES
         if eyes == "mean":
-            with ProcessPoolExecutor(jobs, get_context("spawn")) as pool: to = mean_eyes(name, root, pool.map)
+            with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+                to = mean_eyes(name, root, pool.map)
         wanted = list(FACES[name].recordings())
         done = {n: a for n in wanted if (a := _prepared(out, n, to))}
         todo = [n for n in wanted if n not in done]
         _check_space(name, root, out, size, todo)
-        for f in out.glob(".*.tmp"): f.unlink()
+        for f in out.glob(".*.tmp"):
+            f.unlink()
         of = dict(total=len(wanted), initial=len(done), unit="recording", desc=f"preparing {name}")
         with progress_bar(progress, **of) as bar:
-            if todo: done |= _prepare_all(lambda n: (name, root, n, out, size, to), todo, min(jobs, len(todo)), bar)
+            if todo:
+                done |= _prepare_all(
+                    lambda n: (name, root, n, out, size, to), todo, min(jobs, len(todo)), bar
+                )
         return _write_index(name, root, out, size, {n: done[n] for n in wanted})
 
 # %% ../nbs/15_faces.ipynb #150337
 def _write_index(name, root, out, size, recordings):
     "index.json; FileNotFoundError if nothing could be used."
     problems = [f"{n}: {a['problem']}" for n, a in recordings.items() if "problem" in a]
-    if len(problems) == len(recordings): raise FileNotFoundError(
-        f"no recording of {name} in {root}, expected {FACES[name].layout}; first problem: {problems[0]}")
-    if problems: warnings.warn(
-        f"{len(problems)} of {len(recordings)} recordings of {name} are left out: {'; '.join(problems[:3])}"
-        f"{' …' if len(problems) > 3 else ''} (all in {out/'index.json'}; once they are mended, the same command prepares them)")
+    if len(problems) == len(recordings):
+        raise FileNotFoundError(
+            f"no recording of {name} in {root}, expected {FACES[name].layout}; first problem: {problems[0]}"
+        )
+    if problems:
+        warnings.warn(
+            f"{len(problems)} of {len(recordings)} recordings of {name} are left out: {'; '.join(problems[:3])}"
+            f"{' …' if len(problems) > 3 else ''} (all in {out / 'index.json'}; once they are mended, the same command prepares them)"
+        )
     index = dict(name=name, size=size, recordings=recordings)
-    with _writing(out, "CSRAE_CACHE"): write_atomic(out/"index.json", json.dumps(index, indent=1))
+    with _writing(out, "CSRAE_CACHE"):
+        write_atomic(out / "index.json", json.dumps(index, indent=1))
     return index
 
 # %% ../nbs/15_faces.ipynb #150137
 def _check_space(name, root, out, size, todo):
     "OSError if the frames will not fit on the disk."
-    need, free = BYTES*size**2*sum(_frames_expected(root, n) for n in todo), shutil.disk_usage(out).free
-    if need > free: raise OSError(
-        f"preparing {name} takes about {need/2**30:.1f} GiB in {out}, where {free/2**30:.1f} GiB are free; "
-        "free some space there, or name another folder in CSRAE_CACHE")
+    need, free = BYTES * size**2 * sum(_frames_expected(root, n) for n in todo), shutil.disk_usage(out).free
+    if need > free:
+        raise OSError(
+            f"preparing {name} takes about {need / 2**30:.1f} GiB in {out}, where {free / 2**30:.1f} GiB are free; "
+            "free some space there, or name another folder in CSRAE_CACHE"
+        )
+
 
 def _frames_expected(root, name):
     "Of a recording, in either layout, without reading it."
     labels = next(iter(sorted(root.glob(f"Action*Labels*/{name}/{name}_au*.txt"))), None)
-    if labels is None: return sum(1 for _ in (root/"BP4D-training"/name.replace("_", "/")).glob("*.jpg"))
-    try: return labels.read_bytes().count(b"\n") + 1
-    except OSError: return 0                                           # said when it is prepared
+    if labels is None:
+        return sum(1 for _ in (root / "BP4D-training" / name.replace("_", "/")).glob("*.jpg"))
+    try:
+        return labels.read_bytes().count(b"\n") + 1
+    except OSError:
+        return 0  # said when it is prepared
 
 # %% ../nbs/15_faces.ipynb #150141
 def _index(folder):
     "The index of prepared frames; None if it is missing or damaged, or if what it names is."
     try:
-        index = json.loads((folder/"index.json").read_text(encoding="utf-8"))
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         names, size = FACES[index["name"]].recordings(), index["size"]
         entries = index["recordings"]
         whole = all("problem" in entries[n] or entries[n] == _prepared(folder, n) for n in names)
         return index if whole and len(entries) == len(names) and isinstance(size, int) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError): return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 # %% ../nbs/15_faces.ipynb #150042
 class FrameStore:
     "Prepared frames: their subjects and intensities in memory, their images on disk."
-    def __init__(self, folder: Path): # of `prepare_faces`
-        if (index := _index(folder)) is None: raise ValueError(
-            f"{folder} holds no whole preparation of frames: prepare them again, and only what is missing or damaged is made anew")
+
+    def __init__(self, folder: Path):  # of `prepare_faces`
+        if (index := _index(folder)) is None:
+            raise ValueError(
+                f"{folder} holds no whole preparation of frames: prepare them again, and only what is missing or damaged is made anew"
+            )
         faces, self.size, self.name = FACES[index["name"]], index["size"], index["name"]
         self.about = {n: a for n, a in index["recordings"].items() if "frames" in a}
-        tables = {n: dict(np.load(folder/f"{n}.npz")) for n in self.about}
+        tables = {n: dict(np.load(folder / f"{n}.npz")) for n in self.about}
         self.intensities = np.concatenate([t["intensities"] for t in tables.values()])
-        self.subjects = np.concatenate([[faces.recordings()[n]]*len(t["rows"]) for n, t in tables.items()])
+        self.subjects = np.concatenate([[faces.recordings()[n]] * len(t["rows"]) for n, t in tables.items()])
         self._sizes = np.concatenate([t["sizes"] for t in tables.values()])
         self._starts = np.concatenate([np.cumsum(t["sizes"]) - t["sizes"] for t in tables.values()])
         self._files = np.repeat(np.arange(len(tables)), [len(t["rows"]) for t in tables.values()])
-        self._maps = [np.memmap(folder/f"{n}.jpegs", np.uint8, "r") for n in tables]
+        self._maps = [np.memmap(folder / f"{n}.jpegs", np.uint8, "r") for n in tables]
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
         sums = [(n, a["sha256"]) for n, a in self.about.items()] + [self.size]
         self.sha256 = {self.name: hashlib.sha256(json.dumps(sums).encode()).hexdigest()}
 
-    def __len__(self): return len(self._sizes)
+    def __len__(self):
+        return len(self._sizes)
 
-    def read(self, rows: np.ndarray) -> UInt8[Tensor, "B 3 S S"]: # red first
+    def read(self, rows: np.ndarray) -> UInt8[Tensor, "B 3 S S"]:  # red first
         "Images, decoded; ValueError for one that is damaged."
         images = list(self._pool.map(self._one, rows)) or [np.empty((3, self.size, self.size), np.uint8)]
-        return torch.from_numpy(np.stack(images))[:len(rows)]
+        return torch.from_numpy(np.stack(images))[: len(rows)]
 
     def _one(self, row):
         cv2, whole, start = _extra("cv2"), self._maps[self._files[row]], self._starts[row]
-        jpeg = np.asarray(whole[start:start + self._sizes[row]])
+        jpeg = np.asarray(whole[start : start + self._sizes[row]])
         image = _or_none(cv2.imdecode, jpeg, cv2.IMREAD_COLOR)
-        if image is None or image.shape != (self.size, self.size, 3): raise ValueError(
-            f"{whole.filename} is damaged; remove it, and it is prepared anew when the data are loaded")
+        if image is None or image.shape != (self.size, self.size, 3):
+            raise ValueError(
+                f"{whole.filename} is damaged; remove it, and it is prepared anew when the data are loaded"
+            )
         return np.ascontiguousarray(image[..., ::-1].transpose(2, 0, 1))
 
 # %% ../nbs/15_faces.ipynb #150045
 def centred(
     x: UInt8[Tensor, "B 3 S S"],
-    crop: int, # s, pixels kept
-) -> Float[Tensor, "B 3 s s"]: # from -0.5 to 0.5
+    crop: int,  # s, pixels kept
+) -> Float[Tensor, "B 3 s s"]:  # from -0.5 to 0.5
     "The middle of each picture."
-    o = (x.shape[-1] - crop)//2
-    return x[..., o:o + crop, o:o + crop].float()/255 - .5
+    o = (x.shape[-1] - crop) // 2
+    return x[..., o : o + crop, o : o + crop].float() / 255 - 0.5
 
+# %% ../nbs/15_faces.ipynb #150145
 def augmented(
     x: UInt8[Tensor, "B 3 S S"],
-    crop: int, # s, pixels kept
-    generator: torch.Generator | None = None, # on x's device
-    turn: float = 10., # degrees, at most
-) -> Float[Tensor, "B 3 s s"]: # from -0.5 to 0.5
+    crop: int,  # s, pixels kept
+    generator: torch.Generator | None = None,  # on x's device
+    turn: float = 10.0,  # degrees, at most
+) -> Float[Tensor, "B 3 s s"]:  # from -0.5 to 0.5
     "A crop of each picture, mirrored or not and turned a little, at random."
     n, S = len(x), x.shape[-1]
-    u = 2*torch.rand(4, n, generator=generator, device=x.device) - 1
-    c, s, mirror, shift = (u[0]*turn*math.pi/180).cos()*crop/S, (u[0]*turn*math.pi/180).sin()*crop/S, u[1].sign(), u[2:]*(S - crop)/S
-    theta = torch.stack([torch.stack([c*mirror, -s, shift[0]], 1), torch.stack([s*mirror, c, shift[1]], 1)], 1)
-    out = F.grid_sample(x.float(), F.affine_grid(theta, (n, 3, crop, crop), align_corners=False), padding_mode="border", align_corners=False)
-    return out.round()/255 - .5
+    u = 2 * torch.rand(4, n, generator=generator, device=x.device) - 1
+    c, s, mirror, shift = (
+        (u[0] * turn * math.pi / 180).cos() * crop / S,
+        (u[0] * turn * math.pi / 180).sin() * crop / S,
+        u[1].sign(),
+        u[2:] * (S - crop) / S,
+    )
+    theta = torch.stack(
+        [torch.stack([c * mirror, -s, shift[0]], 1), torch.stack([s * mirror, c, shift[1]], 1)], 1
+    )
+    out = F.grid_sample(
+        x.float(),
+        F.affine_grid(theta, (n, 3, crop, crop), align_corners=False),
+        padding_mode="border",
+        align_corners=False,
+    )
+    return out.round() / 255 - 0.5
 
 # %% ../nbs/15_faces.ipynb #150048
 @dataclass(frozen=True)
 class FaceData(Dataset):
     "A fold of a data set of faces. x_train holds pictures as they are prepared; a model sees what `draw` and `fixed` make of them."
-    crop: int # pixels that a model sees
-    centres: LazyImages # of the training pictures
-    aus: tuple[int, ...] # columns of the labels
+
+    crop: int  # pixels that a model sees
+    centres: LazyImages  # of the training pictures
+    aus: tuple[int, ...]  # columns of the labels
 
     @property
-    def x_shape(self): return (3, self.crop, self.crop)
+    def x_shape(self):
+        return (3, self.crop, self.crop)
 
     @property
-    def answers(self): return tuple(f"AU{au}" for au in self.aus)
+    def answers(self):
+        return tuple(f"AU{au}" for au in self.aus)
 
-    def draw(self, x, generator=None): return augmented(x, self.crop, generator)
+    def draw(self, x, generator=None):
+        return augmented(x, self.crop, generator)
 
     def fixed(self, split):
-        if split not in SPLITS: raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
+        if split not in SPLITS:
+            raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
         return self.centres if split == "train" else getattr(self, f"x_{split}")
 
 # %% ../nbs/15_faces.ipynb #150049
 def _found(name):
     "The folders of a data set below CSRAE_DATA, in small or capital letters, or of drawn faces in the cache; None if there are none."
-    places = [data_folder()/name, data_folder()/name.upper(), *([cache_folder()/name] if name == "faces_demo" else [])]
+    places = [
+        data_folder() / name,
+        data_folder() / name.upper(),
+        *([cache_folder() / name] if name == "faces_demo" else []),
+    ]
     return next((p for p in places if p.is_dir()), None)
+
 
 def _find(name):
     "As `_found`, but faces_demo is drawn if need be, and what else is missing is a FileNotFoundError."
-    if found := _found(name): return found
-    if name == "faces_demo": return _drawn(name, cache_folder()/name)
+    if found := _found(name):
+        return found
+    if name == "faces_demo":
+        return _drawn(name, cache_folder() / name)
     raise FileNotFoundError(
-        f"{data_folder()/name} is not there; put {FACES[name].layout} of {name} into it, "
-        "or set CSRAE_DATA to the folder that holds it")
+        f"{data_folder() / name} is not there; put {FACES[name].layout} of {name} into it, "
+        "or set CSRAE_DATA to the folder that holds it"
+    )
 
+# %% ../nbs/15_faces.ipynb #150349
 def _drawn(name, folder):
     "A folder of drawn faces; one process draws them, others wait."
     drawing = folder.with_name(f".{name}.tmp")
     with _writing(folder.parent, "CSRAE_CACHE"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{name}.lock")):
-            if folder.is_dir(): return folder
+            if folder.is_dir():
+                return folder
             shutil.rmtree(drawing, ignore_errors=True)
             write_disfa(drawing, tuple(FACES[name].recordings()))
             os.replace(drawing, folder)
@@ -797,52 +1174,90 @@ def _drawn(name, folder):
 def _prepared_folder(name, size, eyes):
     "Where the prepared frames of a data set are, or go: beside the data, or in the cache, under a name that also tells where the data are."
     folder = f"{name}-prepared-{size}{'' if eyes == 'fixed' else f'-{eyes}-eyes'}"
-    beside, cache = data_folder()/folder, cache_folder()
-    if cache == data_folder() or _index(beside): return beside
-    return cache/f"{folder}-{hashlib.sha256(os.fsencode(data_folder().resolve())).hexdigest()[:6]}"
+    beside, cache = data_folder() / folder, cache_folder()
+    if cache == data_folder() or _index(beside):
+        return beside
+    return cache / f"{folder}-{hashlib.sha256(os.fsencode(data_folder().resolve())).hexdigest()[:6]}"
+
 
 def _readable(name, root, recording):
     "Whether a recording can be read, as far as its first image."
-    try: return next(frames_of(FACES[name].read(root, recording)[0]), None) is not None
-    except Exception: return False                                     # readers raise what they like
+    try:
+        return next(frames_of(FACES[name].read(root, recording)[0]), None) is not None
+    except Exception:
+        return False  # readers raise what they like
+
 
 def _to_prepare(name, folder):
     "Whether frames are missing or damaged, or a recording that was left out can be read now."
-    if (index := _index(folder)) is None: return True
+    if (index := _index(folder)) is None:
+        return True
     left_out = [n for n, a in index["recordings"].items() if a.get("problem", _DIED) != _DIED]
-    root = _found(name) if os.access(folder, os.W_OK) else None        # without it, what is prepared is all there is
+    root = (
+        _found(name) if os.access(folder, os.W_OK) else None
+    )  # without it, what is prepared is all there is
     return root is not None and any(_readable(name, root, n) for n in left_out)
 
 # %% ../nbs/15_faces.ipynb #150249
 def load_faces(
-    name: str, # a key of FACES
-    fold: int = 0, # whose subjects are the test
-    image_size: int = 224, # pixels that a model sees
-    split_seed: int = 0, # chooses the validation frames or subjects
-    likelihood: str = "discretized_logistic", # or gaussian
-    progress: bool = True, # show a progress bar on stderr, the first time
-    validation: str = "frames", # one of VALIDATION
-    eyes: str = "fixed", # one of PLACES
+    name: str,  # a key of FACES
+    fold: int = 0,  # whose subjects are the test
+    image_size: int = 224,  # pixels that a model sees
+    split_seed: int = 0,  # chooses the validation frames or subjects
+    likelihood: str = "discretized_logistic",  # or gaussian
+    progress: bool = True,  # show a progress bar on stderr, the first time
+    validation: str = "frames",  # one of VALIDATION
+    eyes: str = "fixed",  # one of PLACES
 ) -> FaceData:
     "A fold of a data set of faces, prepared at the first time; FileNotFoundError for what is missing, ValueError for a fold without frames."
-    if likelihood not in ("discretized_logistic", "gaussian"): raise ValueError(f"likelihood={likelihood!r}; the values of faces, from -0.5 to 0.5, call for discretized_logistic or gaussian")
-    if name not in FACES: raise ValueError(f"unknown faces {name!r}; expected one of {', '.join(FACES)}")
-    size = round(image_size*256/224); folder = _prepared_folder(name, size, eyes)
-    if _to_prepare(name, folder): prepare_faces(name, _find(name), folder, size, progress=progress, eyes=eyes)
-    store = FrameStore(folder); rows = fold_rows(store.subjects, FACES[name].folds, fold, split_seed, validation)
-    if empty := [s for s in SPLITS if not len(rows[s])]: raise ValueError(f"fold {fold} of {name} has no frames to {' and '.join(empty)}; there are {', '.join(sorted(set(store.subjects)))}")
+    if likelihood not in ("discretized_logistic", "gaussian"):
+        raise ValueError(
+            f"likelihood={likelihood!r}; the values of faces, from -0.5 to 0.5, call for discretized_logistic or gaussian"
+        )
+    if name not in FACES:
+        raise ValueError(f"unknown faces {name!r}; expected one of {', '.join(FACES)}")
+    size = round(image_size * 256 / 224)
+    folder = _prepared_folder(name, size, eyes)
+    if _to_prepare(name, folder):
+        prepare_faces(name, _find(name), folder, size, progress=progress, eyes=eyes)
+    store = FrameStore(folder)
+    rows = fold_rows(store.subjects, FACES[name].folds, fold, split_seed, validation)
+    if empty := [s for s in SPLITS if not len(rows[s])]:
+        raise ValueError(
+            f"fold {fold} of {name} has no frames to {' and '.join(empty)}; there are {', '.join(sorted(set(store.subjects)))}"
+        )
     y = {s: torch.from_numpy(store.intensities[rows[s]] >= 2).long() for s in SPLITS}
-    if rare := [f"AU {au} ({s})" for s in SPLITS for au, n in zip(FACES[name].aus, y[s].sum(0).tolist()) if not n]: warnings.warn(f"fold {fold} of {name} has no frame that shows {', '.join(rare)}")
-    def lazy(split, see, shape): return LazyImages(lambda i: see(store.read(rows[split][i])), len(rows[split]), shape)
+    if rare := [
+        f"AU {au} ({s})" for s in SPLITS for au, n in zip(FACES[name].aus, y[s].sum(0).tolist()) if not n
+    ]:
+        warnings.warn(f"fold {fold} of {name} has no frame that shows {', '.join(rare)}")
+
+    def lazy(split, see, shape):
+        return LazyImages(lambda i: see(store.read(rows[split][i])), len(rows[split]), shape)
+
     middle = {s: lazy(s, lambda x: centred(x, image_size), (3, image_size, image_size)) for s in SPLITS}
-    return FaceData(name, lazy("train", lambda x: x, (3, size, size)), middle["val"], middle["test"], *(y[s] for s in SPLITS), likelihood, False, store.sha256,
-                    crop=image_size, centres=middle["train"], aus=FACES[name].aus)
+    return FaceData(
+        name,
+        lazy("train", lambda x: x, (3, size, size)),
+        middle["val"],
+        middle["test"],
+        *(y[s] for s in SPLITS),
+        likelihood,
+        False,
+        store.sha256,
+        crop=image_size,
+        centres=middle["train"],
+        aus=FACES[name].aus,
+    )
 
 # %% ../nbs/15_faces.ipynb #150052
 def plot_activations(store: FrameStore) -> Figure:
     "Fig. 8: frames with and without each AU."
     aus, yes = FACES[store.name].aus, (store.intensities >= 2).sum(0)
-    fig, ax = plt.subplots(figsize=(6, 2.6), layout="constrained"); at = np.arange(len(aus))
-    ax.bar(at - .2, yes, .4, label="present (intensity 2 to 5)"); ax.bar(at + .2, len(store) - yes, .4, label="absent"); fig.legend(loc="outside right upper")
+    fig, ax = plt.subplots(figsize=(6, 2.6), layout="constrained")
+    at = np.arange(len(aus))
+    ax.bar(at - 0.2, yes, 0.4, label="present (intensity 2 to 5)")
+    ax.bar(at + 0.2, len(store) - yes, 0.4, label="absent")
+    fig.legend(loc="outside right upper")
     ax.set(xticks=at, xticklabels=aus, xlabel="action unit", ylabel="frames", title=store.name)
     return fig

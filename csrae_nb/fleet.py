@@ -25,28 +25,72 @@ from .divergence import GMM, Draws, _free_memory
 from .models import Autoencoder, rows_at_once
 from .networks import side_by_side
 from .priors import MoGPrior, Prior, StandardNormal, VampPrior, variance
-from .training import (MODELS, SUPERVISED, Config, NonFiniteLoss, Run, RunLocked, _check_collapse, _finish,
-                               _has_free_components, _place_components, _Training, _untrained, accelerator, check_finite,
-                               generator, identity, is_trained, load_run, open_run, prepare_data, prior_kind, progress_bar,
-                               resolve, run_lock, run_name, runs_folder, task_of, tidied, torch_defaults, validated,
-                               warmup_weight)
+
+# %% ../nbs/17_fleet.ipynb #170102
+from csrae_nb.training import (
+    MODELS,
+    SUPERVISED,
+    Config,
+    NonFiniteLoss,
+    Run,
+    RunLocked,
+    _check_collapse,
+    _finish,
+    _has_free_components,
+    _place_components,
+    _Training,
+    _untrained,
+    accelerator,
+    check_finite,
+    generator,
+    identity,
+    is_trained,
+    load_run,
+    open_run,
+    prepare_data,
+    prior_kind,
+    progress_bar,
+    resolve,
+    run_lock,
+    run_name,
+    runs_folder,
+    task_of,
+    tidied,
+    torch_defaults,
+    validated,
+    warmup_weight,
+)
 
 # %% ../nbs/17_fleet.ipynb #170005
 class Priors(Prior):
     "R priors of one kind as one: a GMM of batch (R, 1); ValueError for a kind that cannot be stacked."
-    def __init__(self,
-        priors: list[Prior], # of one kind
-        encoder: nn.Module, # the R encoders side by side, for a VampPrior
+
+    def __init__(
+        self,
+        priors: list[Prior],  # of one kind
+        encoder: nn.Module,  # the R encoders side by side, for a VampPrior
     ):
         super().__init__()
-        first = priors[0]; self.like = (first, encoder)                # in a tuple, so that they are not registered
-        if not isinstance(first, (StandardNormal, MoGPrior, VampPrior)) or getattr(first, "network", None) is not None: raise ValueError(
-            f"a {type(first).__name__}{' with a network' if isinstance(first, MoGPrior) else ''} cannot be stacked; train such runs one by one")
-        self.stacked = nn.ParameterDict({k: torch.stack([dict(p.named_parameters())[k].detach() for p in priors]) for k, _ in first.named_parameters()})
+        first = priors[0]
+        self.like = (first, encoder)  # in a tuple, so that they are not registered
+        if (
+            not isinstance(first, (StandardNormal, MoGPrior, VampPrior))
+            or getattr(first, "network", None) is not None
+        ):
+            raise ValueError(
+                f"a {type(first).__name__}{' with a network' if isinstance(first, MoGPrior) else ''} cannot be stacked; train such runs one by one"
+            )
+        self.stacked = nn.ParameterDict(
+            {
+                k: torch.stack([dict(p.named_parameters())[k].detach() for p in priors])
+                for k, _ in first.named_parameters()
+            }
+        )
 
     def forward(self) -> GMM:
         (first, encoder), p = self.like, self.stacked
-        if isinstance(first, StandardNormal): return first()
+        if isinstance(first, StandardNormal):
+            return first()
         if isinstance(first, MoGPrior):
             logw = (p.logits if "logits" in p else first.logits).log_softmax(-1).expand(p.mu.shape[:2])
             return GMM(logw[:, None], p.mu[:, None], variance(p.logvar)[:, None])
@@ -56,33 +100,46 @@ class Priors(Prior):
 # %% ../nbs/17_fleet.ipynb #170007
 class Fleet(Autoencoder):
     "R models of one architecture as one autoencoder, on R equal blocks of rows."
+
     def __init__(self, models: list[Autoencoder]):
         encoder, decoder = deepcopy(models[0].encoder), deepcopy(models[0].decoder)
-        encoder.net, decoder.net = side_by_side([m.encoder.net for m in models]), side_by_side([m.decoder.net for m in models])
+        encoder.net, decoder.net = (
+            side_by_side([m.encoder.net for m in models]),
+            side_by_side([m.decoder.net for m in models]),
+        )
         super().__init__(encoder, decoder, Priors([m.prior for m in models], encoder), models[0].likelihood)
-        self.models = tuple(models)                                    # in a tuple: not registered
-        self.register_buffer("lams", torch.tensor([[m.lam] for m in models], device=next(models[0].parameters()).device), persistent=False)
+        self.models = tuple(models)  # in a tuple: not registered
+        self.register_buffer(
+            "lams",
+            torch.tensor([[m.lam] for m in models], device=next(models[0].parameters()).device),
+            persistent=False,
+        )
 
     def divergence(self, q, p, z, generator=None):
         R = len(self.models)
         q, z = GMM(*(t.unflatten(0, (R, -1)) for t in (q.logw, q.mu, q.var))), z.unflatten(0, (R, -1))
         return self.models[0].divergence(q, p, z, generator).flatten()
 
-    def totals(self, rec, div, weight=1.):
+    def totals(self, rec, div, weight=1.0):
         "The number that each member minimises, (R,)."
         R = len(self.models)
-        return (rec.view(R, -1) + weight*self.lams*div.view(R, -1)).mean(1)
+        return (rec.view(R, -1) + weight * self.lams * div.view(R, -1)).mean(1)
 
-    def total(self, rec, div, weight=1.): return self.totals(rec, div, weight).sum()
+    def total(self, rec, div, weight=1.0):
+        return self.totals(rec, div, weight).sum()
 
 # %% ../nbs/17_fleet.ipynb #170009
 class Blocks(Draws):
     "In place of a generator: R of them, for R equal blocks of rows."
-    def __init__(self, generators: list[torch.Generator]): self.generators = generators
+
+    def __init__(self, generators: list[torch.Generator]):
+        self.generators = generators
 
     def standard_normal(self, like: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-        shape = (like.numel()//like.shape[-1]//len(self.generators), like.shape[-1])
-        return torch.cat([torch.randn(shape, generator=g, dtype=like.dtype, device=like.device) for g in self.generators]).view(like.shape)
+        shape = (like.numel() // like.shape[-1] // len(self.generators), like.shape[-1])
+        return torch.cat(
+            [torch.randn(shape, generator=g, dtype=like.dtype, device=like.device) for g in self.generators]
+        ).view(like.shape)
 
 # %% ../nbs/17_fleet.ipynb #170013
 def _pairs(fleet):
@@ -90,43 +147,70 @@ def _pairs(fleet):
     for part in ("encoder", "decoder"):
         layers = zip(*(getattr(m, part).net for m in fleet.models))
         for stacked, ls in zip(list(getattr(fleet, part).net)[1:-1], layers):
-            if isinstance(ls[0], nn.Linear): yield stacked.weight, [l.weight for l in ls], True; yield stacked.bias, [l.bias for l in ls], False
-    for k, v in fleet.prior.stacked.items(): yield v, [dict(m.prior.named_parameters())[k] for m in fleet.models], False
+            if isinstance(ls[0], nn.Linear):
+                yield stacked.weight, [l.weight for l in ls], True
+                yield stacked.bias, [l.bias for l in ls], False
+    for k, v in fleet.prior.stacked.items():
+        yield v, [dict(m.prior.named_parameters())[k] for m in fleet.models], False
 
-def _join(values, transposed): return torch.stack([v.T if transposed else v for v in values])
 
-def _part(value, r, like, transposed): v = value[r].T if transposed else value[r]; return v.reshape(like.shape)
+def _join(values, transposed):
+    return torch.stack([v.T if transposed else v for v in values])
 
+
+def _part(value, r, like, transposed):
+    v = value[r].T if transposed else value[r]
+    return v.reshape(like.shape)
+
+# %% ../nbs/17_fleet.ipynb #170113
 def _gather(fleet, opts, lr):
     "An optimiser of the fleet that goes on from the members'."
     opt = torch.optim.Adam(fleet.parameters(), lr=lr, fused=True, capturable=next(fleet.parameters()).is_cuda)
     for stacked, parts, transposed in _pairs(fleet):
         states = [o.state.get(p) for o, p in zip(opts, parts)]
-        if all(states): opt.state[stacked] = {"step": states[0]["step"].clone(), **{k: _join([s[k] for s in states], transposed).reshape(stacked.shape).contiguous() for k in ("exp_avg", "exp_avg_sq")}}
+        if all(states):
+            opt.state[stacked] = {
+                "step": states[0]["step"].clone(),
+                **{
+                    k: _join([s[k] for s in states], transposed).reshape(stacked.shape).contiguous()
+                    for k in ("exp_avg", "exp_avg_sq")
+                },
+            }
     return opt
 
+# %% ../nbs/17_fleet.ipynb #170213
 @torch.no_grad()
 def _scatter(fleet, opt, opts, diverged=()):
     "Weights and optimiser states of the fleet back to its members, but for those (by their place) that diverged."
     for stacked, parts, transposed in _pairs(fleet):
         state = opt.state[stacked]
         for r, (p, o) in enumerate(zip(parts, opts)):
-            if r in diverged: continue
+            if r in diverged:
+                continue
             p.copy_(_part(stacked, r, p, transposed))
-            o.state[p] = {"step": state["step"].clone(), **{k: _part(state[k], r, p, transposed).clone(memory_format=torch.contiguous_format) for k in ("exp_avg", "exp_avg_sq")}}
+            o.state[p] = {
+                "step": state["step"].clone(),
+                **{
+                    k: _part(state[k], r, p, transposed).clone(memory_format=torch.contiguous_format)
+                    for k in ("exp_avg", "exp_avg_sq")
+                },
+            }
 
 # %% ../nbs/17_fleet.ipynb #170114
 class _Graph:
     "A function without arguments, whose operations on a GPU are recorded in one of its calls, and then replayed."
-    EAGER = 3                                                          # calls before that, as torch asks for
 
-    def __init__(self, f, noise): # noise: the generator of all that it draws
+    EAGER = 3  # calls before that, as torch asks for
+
+    def __init__(self, f, noise):  # noise: the generator of all that it draws
         self.f, self.noise, self.calls, self.graph, self.stream = f, noise, 0, None, torch.cuda.Stream()
 
     def __call__(self):
         self.calls += 1
-        if self.calls <= self.EAGER: return self._aside()
-        if self.graph is None: self._record()
+        if self.calls <= self.EAGER:
+            return self._aside()
+        if self.graph is None:
+            self._record()
         self.graph.replay()
         return self.out
 
@@ -134,23 +218,29 @@ class _Graph:
         "A call on a stream of its own."
         main = torch.cuda.current_stream()
         self.stream.wait_stream(main)
-        with torch.cuda.stream(self.stream): out = self.f()
+        with torch.cuda.stream(self.stream):
+            out = self.f()
         main.wait_stream(self.stream)
         return out
 
     def _record(self):
         self.graph = torch.cuda.CUDAGraph()
         self.graph.register_generator_state(self.noise)
-        with torch.cuda.graph(self.graph): self.out = self.f()
+        with torch.cuda.graph(self.graph):
+            self.out = self.f()
 
 # %% ../nbs/17_fleet.ipynb #170015
 class _Steps:
     "Steps of a fleet that stays as it is; on a GPU the replays of one graph."
+
     def __init__(self, fleet, opt, data, shape, graphed, autocast=nullcontext):
         self.fleet, self.opt, self.data, self.autocast = fleet, opt, data, autocast
         device, self.graph = data.x_train.device, None
-        if not graphed: return
-        self.rows = torch.zeros(shape, dtype=torch.long, device=device)        # (R, B): where the graph looks for them
+        if not graphed:
+            return
+        self.rows = torch.zeros(
+            shape, dtype=torch.long, device=device
+        )  # (R, B): where the graph looks for them
         self.weight = torch.zeros((), dtype=fleet.lams.dtype, device=device)
         self.noise = torch.Generator(device)
         self.graph = _Graph(lambda: self.step(self.rows), self.noise)
@@ -166,16 +256,19 @@ class _Steps:
 
     def __call__(self, rows):
         "A step on these rows of the training data, (R, B): loss, reconstruction and divergence, (R, 3)."
-        if not self.graph: return self.step(rows)
+        if not self.graph:
+            return self.step(rows)
         self.rows.copy_(rows)
         return self.graph()
 
     def step(self, rows):
         data, fleet = self.data, self.fleet
         self.opt.zero_grad()
-        if self.graph: x = data.draw(data.x_train[rows.flatten()], self.noise)
-        else: x = torch.cat([data.draw(data.x_train[b], g) for b, g in zip(rows, self.noise)])
-        with self.autocast():                                          # which keeps what it has cast until its end
+        if self.graph:
+            x = data.draw(data.x_train[rows.flatten()], self.noise)
+        else:
+            x = torch.cat([data.draw(data.x_train[b], g) for b, g in zip(rows, self.noise)])
+        with self.autocast():  # which keeps what it has cast until its end
             terms = fleet.loss(x, self.weight, self.noise if self.graph else Blocks(self.noise))
         terms.loss.backward()
         self.opt.step()
@@ -186,6 +279,7 @@ class _Steps:
 # %% ../nbs/17_fleet.ipynb #170215
 class _Together:
     "Runs whose weights lie in one stack, until one of them leaves or is changed from outside."
+
     def __init__(self, ts):
         cfg, data = ts[0].cfg, ts[0].data
         self.ts, self.opts, self.fleet = ts, [t.opt for t in ts], Fleet([t.model for t in ts])
@@ -196,7 +290,7 @@ class _Together:
     def epoch(self, epoch, bar):
         "One pass of all members over their own shuffled batches: loss, reconstruction and divergence, (steps, R, 3)."
         ts, data, device = self.ts, self.ts[0].data, self.ts[0].data.x_train.device
-        rows = torch.stack([task_of(t.cfg).rows(data, epoch) for t in ts], 1).to(device)            # (steps, R, B)
+        rows = torch.stack([task_of(t.cfg).rows(data, epoch) for t in ts], 1).to(device)  # (steps, R, B)
         self.steps.begin([t.cfg.seed for t in ts], epoch, warmup_weight(ts[0].cfg, epoch))
         log = torch.zeros(len(rows), len(ts), 3, device=device)
         for i, batch in enumerate(rows):
@@ -208,50 +302,70 @@ class _Together:
         "Weights and optimiser states to the members, but for those (by their place) that diverged."
         _scatter(self.fleet, self.opt, self.opts, diverged)
 
+# %% ../nbs/17_fleet.ipynb #170315
 @torch.no_grad()
 def _validate(fleet, ts):
     "Both terms of each member on the validation images, (R, 2)."
-    x, draws, sums = ts[0].val, Blocks([generator(t.cfg.seed, "validation", device=ts[0].val.device) for t in ts]), 0.
+    x, draws, sums = (
+        ts[0].val,
+        Blocks([generator(t.cfg.seed, "validation", device=ts[0].val.device) for t in ts]),
+        0.0,
+    )
     for xb in x.split(rows_at_once(x)):
-        terms = fleet.loss(xb.expand(len(ts), *xb.shape).flatten(0, 1), 1., draws)
+        terms = fleet.loss(xb.expand(len(ts), *xb.shape).flatten(0, 1), 1.0, draws)
         both = [t.view(len(ts), -1).double().sum(1) for t in (terms.reconstruction, terms.divergence)]
         sums = sums + torch.stack(both, 1)
-    return sums/len(x)
+    return sums / len(x)
 
 # %% ../nbs/17_fleet.ipynb #170017
-def stackable(cfg: Config) -> bool: # resolved
+def stackable(cfg: Config) -> bool:  # resolved
     "Whether a run can be a member of a fleet: fully connected networks, no labels, no network in the prior, no IWAE."
-    if cfg.labels or cfg.network not in ("mlp", "pinwheel") or cfg.objective != "cs" or cfg.prior_network and prior_kind(cfg) == "mog": return False
+    if (
+        cfg.labels
+        or cfg.network not in ("mlp", "pinwheel")
+        or cfg.objective != "cs"
+        or cfg.prior_network
+        and prior_kind(cfg) == "mog"
+    ):
+        return False
     return cfg.model != SUPERVISED and MODELS[cfg.model].loss is Autoencoder.loss
+
 
 def fleets(
     configs: Iterable[Config],
-    size: int = 64, # runs in a fleet, at most
-) -> list[list[Config]]: # of two runs or more
+    size: int = 64,  # runs in a fleet, at most
+) -> list[list[Config]]:  # of two runs or more
     "Which configurations can be trained together: those that differ in seed, lam and beta only."
     groups = {}
     for c in map(resolve, configs):
-        if stackable(c): groups.setdefault(str({**identity(c), "seed": 0, "lam": 0, "beta": 0}), []).append(c)
-    parts = [g[i:i+size] for g in groups.values() for i in range(0, len(g), size)]
+        if stackable(c):
+            groups.setdefault(str({**identity(c), "seed": 0, "lam": 0, "beta": 0}), []).append(c)
+    parts = [g[i : i + size] for g in groups.values() for i in range(0, len(g), size)]
     return [p for p in parts if len(p) > 1]
 
 # %% ../nbs/17_fleet.ipynb #170018
-SAVE_EVERY = 60. # seconds between checkpoints of a fleet
+SAVE_EVERY = 60.0  # seconds between checkpoints of a fleet
+
 
 def _diverged(log, ts, epoch):
     "The members (by their place) whose loss was not finite in an epoch, and the error of each."
     errors = {}
     for r in range(len(ts)):
-        try: check_finite(log[:, r], epoch)
-        except NonFiniteLoss as e: errors[r] = e
+        try:
+            check_finite(log[:, r], epoch)
+        except NonFiniteLoss as e:
+            errors[r] = e
     return errors
+
 
 def _place_all(ts):
     "Free components of each run to the k-means clusters of its codes."
-    workers = len(ts) if ts[0].acc.device.type == "cuda" else 1       # where the processor has nothing else to do
+    workers = len(ts) if ts[0].acc.device.type == "cuda" else 1  # where the processor has nothing else to do
     with ThreadPoolExecutor(min(workers, os.cpu_count())) as pool:
-        for _ in pool.map(lambda t: _place_components(t.model, t.opt, t.data, t.cfg), ts): pass
+        for _ in pool.map(lambda t: _place_components(t.model, t.opt, t.data, t.cfg), ts):
+            pass
 
+# %% ../nbs/17_fleet.ipynb #170418
 def _epoch_together(together, epoch, bar):
     "An epoch of runs of one architecture, trained and validated; the error of each that it ended, by run."
     start, ts = time.perf_counter(), together.ts
@@ -261,14 +375,20 @@ def _epoch_together(together, epoch, bar):
     failed = {ts[r]: e for r, e in errors.items()}
     means = log[:, :, 1:].mean(0).tolist()
     trained = {t: means[r] for r, t in enumerate(ts) if t not in failed}
-    if not trained: return failed
-    if epoch == ts[0].cfg.kmeans_epoch and _has_free_components(ts[0].model): _place_all(list(trained))
-    with ts[0].acc.autocast(): valid = _validate(Fleet([t.model for t in trained]), list(trained)).tolist()
-    seconds = (time.perf_counter() - start)/len(ts)
+    if not trained:
+        return failed
+    if epoch == ts[0].cfg.kmeans_epoch and _has_free_components(ts[0].model):
+        _place_all(list(trained))
+    with ts[0].acc.autocast():
+        valid = _validate(Fleet([t.model for t in trained]), list(trained)).tolist()
+    seconds = (time.perf_counter() - start) / len(ts)
     for (t, (rec, div)), (vrec, vdiv) in zip(trained.items(), valid):
-        try: t.record(seconds, train_reconstruction=rec, train_divergence=div, **validated(vrec, vdiv))
-        except NonFiniteLoss as e: failed[t] = e
-        else: _check_collapse(t)
+        try:
+            t.record(seconds, train_reconstruction=rec, train_divergence=div, **validated(vrec, vdiv))
+        except NonFiniteLoss as e:
+            failed[t] = e
+        else:
+            _check_collapse(t)
     return failed
 
 # %% ../nbs/17_fleet.ipynb #170118
@@ -278,8 +398,9 @@ def _train_together(ts, bar):
     left = _finish_those_done(ts)
     while going := [t for t in left if not t.done and t not in failed]:
         epoch = min(t.meta["epoch"] for t in going) + 1
-        now = [t for t in going if t.meta["epoch"] + 1 == epoch]       # others are ahead: they wait
-        if together is None or together.ts != now or epoch == now[0].cfg.kmeans_epoch + 1: together = _Together(now)
+        now = [t for t in going if t.meta["epoch"] + 1 == epoch]  # others are ahead: they wait
+        if together is None or together.ts != now or epoch == now[0].cfg.kmeans_epoch + 1:
+            together = _Together(now)
         failed |= {t: t.failed(e) for t, e in _epoch_together(together, epoch, bar).items()}
         left = [t for t in left if t not in failed]
         if time.monotonic() - saved > SAVE_EVERY or all(t.done for t in left):
@@ -287,76 +408,106 @@ def _train_together(ts, bar):
             left, saved = _finish_those_done(left), time.monotonic()
     return [failed.get(t) for t in ts]
 
+
 def _finish_those_done(ts):
     "Finish the runs that are done, and return the others."
     for t in ts:
-        if t.done: _finish(t)
+        if t.done:
+            _finish(t)
     return [t for t in ts if not t.done]
 
 # %% ../nbs/17_fleet.ipynb #170318
-def _before(path): return path/"checkpoint.before.safetensors" # of a run's folder
+def _before(path):
+    return path / "checkpoint.before.safetensors"  # of a run's folder
+
 
 def _save_together(ts):
     "Save all runs, so that a kill at any moment leaves all of them at one epoch."
-    for t in ts: _link(t.file, _before(t.path))
-    for t in ts: t.save()
+    for t in ts:
+        _link(t.file, _before(t.path))
+    for t in ts:
+        t.save()
     _forget(t.path for t in ts)
+
 
 def _link(file, name):
     "Give a file a second name, or where the disk knows no such thing, copy it."
     name.unlink(missing_ok=True)
-    try: os.link(file, name)
-    except OSError: shutil.copy(file, name)
+    try:
+        os.link(file, name)
+    except OSError:
+        shutil.copy(file, name)
+
 
 def _forget(paths):
     "Remove the checkpoints before the last."
-    for path in paths: _before(path).unlink(missing_ok=True)
+    for path in paths:
+        _before(path).unlink(missing_ok=True)
 
+# %% ../nbs/17_fleet.ipynb #170518
 def _agree(paths):
     "Bring all runs to one epoch, after a kill while they were saved."
     if all(_before(p).exists() for p in paths):
-        for p in paths: os.replace(_before(p), p/"checkpoint.safetensors")
+        for p in paths:
+            os.replace(_before(p), p / "checkpoint.safetensors")
     _forget(paths)
 
 # %% ../nbs/17_fleet.ipynb #170019
-def _to_train(configs): return [c for c in configs if not is_trained(runs_folder()/run_name(c))]
+def _to_train(configs):
+    return [c for c in configs if not is_trained(runs_folder() / run_name(c))]
+
 
 def _check_room(configs, data, device):
     "ValueError if these runs together, and on a GPU the data, do not fit into memory."
-    sizes = [t.numel()*t.element_size() for t in _untrained(configs[0], data, "cpu")[0].parameters()]
+    sizes = [t.numel() * t.element_size() for t in _untrained(configs[0], data, "cpu")[0].parameters()]
     # of each its weights, gradients, Adam's two means and the best so far, and most once more in the stack: measured
-    need = 11*len(configs)*sum(sizes)
-    if device.type != "cpu": need += sum(t.numel()*t.element_size() for t in vars(data).values() if isinstance(t, Tensor))
-    if need > (free := _free_memory(device)): raise ValueError(f"{len(configs)} runs side by side need about "
-        f"{need/2**30:.1f} GiB, {free/2**30:.1f} GiB are free; take fewer at a time (csrae-sweep --fleet-size)")
+    need = 11 * len(configs) * sum(sizes)
+    if device.type != "cpu":
+        need += sum(t.numel() * t.element_size() for t in vars(data).values() if isinstance(t, Tensor))
+    if need > (free := _free_memory(device)):
+        raise ValueError(
+            f"{len(configs)} runs side by side need about "
+            f"{need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; take fewer at a time (csrae-sweep --fleet-size)"
+        )
 
 # %% ../nbs/17_fleet.ipynb #170319
 def fit_fleet(
-    configs: list[Config], # that differ in seed, lam and beta only
-    data: Dataset | dict | None = None, # as in fit
-    progress: bool = True, # show a progress bar on stderr
-) -> list[Run | Exception]: # for each, its run, or why there is none
+    configs: list[Config],  # that differ in seed, lam and beta only
+    data: Dataset | dict | None = None,  # as in fit
+    progress: bool = True,  # show a progress bar on stderr
+) -> list[Run | Exception]:  # for each, its run, or why there is none
     """Train runs together, each into its own folder, as `fit` would one by one; ValueError for runs that do not go together, or
     not into memory."""
     configs = [resolve(c) for c in configs]
-    if fleets(configs, len(configs)) != [configs]: raise ValueError("these runs do not go together: a fleet's differ in seed, "
-        "lam and beta only, with fully connected networks and without labels")
+    if fleets(configs, len(configs)) != [configs]:
+        raise ValueError(
+            "these runs do not go together: a fleet's differ in seed, "
+            "lam and beta only, with fully connected networks and without labels"
+        )
     with torch_defaults(configs[0].threads):
         data = prepare_data(configs[0], data)
-        with accelerator(configs[0]) as acc: return _fit_fleet(configs, data, acc, progress)
+        with accelerator(configs[0]) as acc:
+            return _fit_fleet(configs, data, acc, progress)
 
+# %% ../nbs/17_fleet.ipynb #170419
 def _fit_fleet(configs, data, acc, progress):
     "`fit_fleet` with its surroundings settled."
-    if acc.num_processes > 1: raise ValueError(f"a fleet is for one process, this is one of {acc.num_processes}")
-    if todo := _to_train(configs): _check_room(todo, data, acc.device)
+    if acc.num_processes > 1:
+        raise ValueError(f"a fleet is for one process, this is one of {acc.num_processes}")
+    if todo := _to_train(configs):
+        _check_room(todo, data, acc.device)
     data, mine, out = data.to(acc.device), {}, {}
     with ExitStack() as locks:
         for c in configs:
             path = open_run(c)
-            if is_trained(path): continue
-            try: locks.enter_context(run_lock(path))
-            except RunLocked as e: out[path] = e
-            else: mine[path] = c
+            if is_trained(path):
+                continue
+            try:
+                locks.enter_context(run_lock(path))
+            except RunLocked as e:
+                out[path] = e
+            else:
+                mine[path] = c
         mine = {path: c for path, c in mine.items() if not tidied(path)}
         _agree(mine)
         ts = [_Training(c, data, acc, path) for path, c in mine.items()]
@@ -366,20 +517,24 @@ def _fit_fleet(configs, data, acc, progress):
 # %% ../nbs/17_fleet.ipynb #170219
 def _train_all(ts, data, progress):
     "The runs that are not finished; by folder, None or the error that ended it."
-    for t in ts: t.val = ts[0].val                                     # one copy of the same images
+    for t in ts:
+        t.val = ts[0].val  # one copy of the same images
     steps = [len(task_of(t.cfg).rows(data, 1)) for t in ts]
-    total = sum(s*t.cfg.epochs for s, t in zip(steps, ts))
-    done = sum(s*t.meta["epoch"] for s, t in zip(steps, ts))
-    with progress_bar(progress, total=total, initial=done, unit="step", desc=f"training {len(ts)} runs") as bar:
+    total = sum(s * t.cfg.epochs for s, t in zip(steps, ts))
+    done = sum(s * t.meta["epoch"] for s, t in zip(steps, ts))
+    with progress_bar(
+        progress, total=total, initial=done, unit="step", desc=f"training {len(ts)} runs"
+    ) as bar:
         return dict(zip((t.path for t in ts), _train_together(ts, bar)))
 
 # %% ../nbs/17_fleet.ipynb #170119
 def train_fleets(
     configs: Iterable[Config],
-    size: int = 64, # runs in a fleet, at most
-    progress: bool = True, # show progress bars on stderr
+    size: int = 64,  # runs in a fleet, at most
+    progress: bool = True,  # show progress bars on stderr
 ) -> None:
     "Train what can be trained together of what is not trained yet; a run that fails is named on stderr, and left to be tried alone."
     for group in fleets(_to_train(configs), size):
         for c, out in zip(group, fit_fleet(group, None, progress)):
-            if isinstance(out, Exception): tqdm.write(f"{run_name(c)}: {out}", file=sys.stderr)
+            if isinstance(out, Exception):
+                tqdm.write(f"{run_name(c)}: {out}", file=sys.stderr)

@@ -20,9 +20,10 @@ from .priors import LOG_VAR, variance, within
 @dataclass(frozen=True)
 class Likelihood:
     "Base of the likelihoods: n_params, and the range of x that check enforces."
-    n_params = 1 # decoder outputs for each value of x
-    low, high = -math.inf, math.inf # values that x may take
-    remedy = "" # what to do with others
+
+    n_params = 1  # decoder outputs for each value of x
+    low, high = -math.inf, math.inf  # values that x may take
+    remedy = ""  # what to do with others
 
     def inputs(self, x: Float[Tensor, "B *X"]) -> Float[Tensor, "B *X"]:
         "x as the networks are given it."
@@ -31,17 +32,22 @@ class Likelihood:
     def check(self, x: Tensor, name: str = "x") -> None:
         "ValueError if x holds NaN or values outside the likelihood's range: the range seen, and what to do."
         low, high = (v.item() for v in x.aminmax())
-        if not math.isfinite(low) or not math.isfinite(high): raise ValueError(
-            f"{name} holds {(~x.isfinite()).sum().item()} values that are NaN or infinite, of {x.numel()}; clean the data first")
-        if low < self.low or high > self.high: raise ValueError(
-            f"{name} ranges from {low:g} to {high:g}, but {type(self).__name__} needs values from {self.low:g} to "
-            f"{self.high:g}; {self.remedy}")
+        if not math.isfinite(low) or not math.isfinite(high):
+            raise ValueError(
+                f"{name} holds {(~x.isfinite()).sum().item()} values that are NaN or infinite, of {x.numel()}; clean the data first"
+            )
+        if low < self.low or high > self.high:
+            raise ValueError(
+                f"{name} ranges from {low:g} to {high:g}, but {type(self).__name__} needs values from {self.low:g} to "
+                f"{self.high:g}; {self.remedy}"
+            )
 
 # %% ../nbs/04_likelihoods.ipynb #040007
 @dataclass(frozen=True)
 class Bernoulli(Likelihood):
     "p(x|z) of binary x, by logits, Eq. (19); grey levels in [0, 1] are taken as probabilities."
-    low, high = 0., 1.
+
+    low, high = 0.0, 1.0
     remedy = "give grey levels as uint8, or divided by the largest; other numbers call for gaussian"
 
     def log_prob(self, x: Float[Tensor, "B *X"], out: Float[Tensor, "B 1 *X"]) -> Float[Tensor, "B"]:
@@ -52,7 +58,9 @@ class Bernoulli(Likelihood):
         "E[x|z]."
         return out[:, 0].sigmoid()
 
-    def sample(self, out: Float[Tensor, "B 1 *X"], generator: torch.Generator | None = None) -> Float[Tensor, "B *X"]:
+    def sample(
+        self, out: Float[Tensor, "B 1 *X"], generator: torch.Generator | None = None
+    ) -> Float[Tensor, "B *X"]:
         "A draw of x."
         return torch.bernoulli(self.mean(out), generator=generator)
 
@@ -60,37 +68,41 @@ class Bernoulli(Likelihood):
 @dataclass(frozen=True, eq=False)
 class Units:
     "What 0 and 1 of the networks are in the units of the data: for all of x, or for each of its columns."
+
     mean: Float[Tensor, "d"]
-    scale: Float[Tensor, "d"] # above 0
+    scale: Float[Tensor, "d"]  # above 0
 
     def inward(self, x: Float[Tensor, "B *X"]) -> Float[Tensor, "B *X"]:
-        return (x - self.mean.to(x))/self.scale.to(x)
+        return (x - self.mean.to(x)) / self.scale.to(x)
 
     def outward(self, x: Float[Tensor, "B *X"]) -> Float[Tensor, "B *X"]:
-        return self.mean.to(x) + self.scale.to(x)*x
+        return self.mean.to(x) + self.scale.to(x) * x
 
     def record(self) -> dict[str, list[float]]:
         "For a file of JSON; `Units.read` reads it."
         return dict(mean=self.mean.tolist(), scale=self.scale.tolist())
 
     @classmethod
-    def read(cls, record: dict[str, list[float]] | None) -> "Units | None": # None: of None
-        if record is None: return None
+    def read(cls, record: dict[str, list[float]] | None) -> "Units | None":  # None: of None
+        if record is None:
+            return None
         return cls(*(torch.tensor(record[k], dtype=torch.float32, device="cpu") for k in ("mean", "scale")))
 
 # %% ../nbs/04_likelihoods.ipynb #040010
 @dataclass(frozen=True)
 class Gaussian(Likelihood):
     "p(x|z) of continuous x: N(x | mean, σ²), with σ² = exp(second output) + min_var."
-    min_var: float = 1e-4 # smallest variance, in units squared
-    units: Units | None = None # of the networks; None: those of the data
+
+    min_var: float = 1e-4  # smallest variance, in units squared
+    units: Units | None = None  # of the networks; None: those of the data
     n_params = 2
 
     def inputs(self, x: Float[Tensor, "B *X"]) -> Float[Tensor, "B *X"]:
         "x as the networks are given it."
         return self.units.inward(x) if self.units else x
 
-    def _outputs(self, x): return self.units.outward(x) if self.units else x
+    def _outputs(self, x):
+        return self.units.outward(x) if self.units else x
 
     def _normal(self, out):
         mean, var = within(out[:, 0]), variance(out[:, 1]) + self.min_var
@@ -99,57 +111,69 @@ class Gaussian(Likelihood):
     def log_prob(self, x: Float[Tensor, "B *X"], out: Float[Tensor, "B 2 *X"]) -> Float[Tensor, "B"]:
         "log p(x|z), summed over the values of x."
         logp = self._normal(out).log_prob(within(self.inputs(x)))
-        if self.units: logp = logp - self.units.scale.to(x).log()
+        if self.units:
+            logp = logp - self.units.scale.to(x).log()
         return logp.flatten(1).sum(1)
 
     def mean(self, out: Float[Tensor, "B 2 *X"]) -> Float[Tensor, "B *X"]:
         "E[x|z]."
         return self._outputs(out[:, 0])
 
-    def sample(self, out: Float[Tensor, "B 2 *X"], generator: torch.Generator | None = None) -> Float[Tensor, "B *X"]:
+    def sample(
+        self, out: Float[Tensor, "B 2 *X"], generator: torch.Generator | None = None
+    ) -> Float[Tensor, "B *X"]:
         "A draw of x."
         d = self._normal(out)
         noise = torch.randn(d.loc.shape, generator=generator, dtype=d.loc.dtype, device=d.loc.device)
-        return self._outputs(d.loc + d.scale*noise)
+        return self._outputs(d.loc + d.scale * noise)
 
 # %% ../nbs/04_likelihoods.ipynb #040013
 @dataclass(frozen=True)
 class DiscretizedLogistic(Likelihood):
     "p(x|z) of values on an even grid: a logistic density cut into bins, by mean and log scale."
-    bins: int = 256 # values a pixel can take, evenly from low to high
+
+    bins: int = 256  # values a pixel can take, evenly from low to high
     n_params = 2
     low, high = -0.5, 0.5
     remedy = "give grey levels from 0 to 255 as uint8, or as x/255 - 0.5; other numbers call for gaussian"
 
     @property
-    def width(self) -> float: # distance between neighbouring values
+    def width(self) -> float:  # distance between neighbouring values
         return (self.high - self.low) / (self.bins - 1)
 
     def log_prob(self, x: Float[Tensor, "B *X"], out: Float[Tensor, "B 2 *X"]) -> Float[Tensor, "B"]:
         "log of the probability of x's bin, summed over the values of x."
-        inv = (-out[:, 1].clamp(-12, LOG_VAR)).exp()                    # s ≥ e⁻¹²: all mass in one bin
-        d, h = x - out[:, 0], self.width/2
-        upper, lower = F.logsigmoid((d + h)*inv), F.logsigmoid(-(d - h)*inv)
-        inner = upper + lower + torch.log(-torch.expm1(-self.width*inv))
-        return torch.where(x < self.low + h, upper, torch.where(x > self.high - h, lower, inner)).flatten(1).sum(1)
+        inv = (-out[:, 1].clamp(-12, LOG_VAR)).exp()  # s ≥ e⁻¹²: all mass in one bin
+        d, h = x - out[:, 0], self.width / 2
+        upper, lower = F.logsigmoid((d + h) * inv), F.logsigmoid(-(d - h) * inv)
+        inner = upper + lower + torch.log(-torch.expm1(-self.width * inv))
+        return (
+            torch.where(x < self.low + h, upper, torch.where(x > self.high - h, lower, inner))
+            .flatten(1)
+            .sum(1)
+        )
 
     def mean(self, out: Float[Tensor, "B 2 *X"]) -> Float[Tensor, "B *X"]:
         "The logistic's mean, within the data's range."
         return out[:, 0].clamp(self.low, self.high)
 
-    def sample(self, out: Float[Tensor, "B 2 *X"], generator: torch.Generator | None = None) -> Float[Tensor, "B *X"]:
+    def sample(
+        self, out: Float[Tensor, "B 2 *X"], generator: torch.Generator | None = None
+    ) -> Float[Tensor, "B *X"]:
         "A draw of x, on the grid of values."
         u = torch.rand(out[:, 0].shape, generator=generator, dtype=out.dtype, device=out.device)
-        x = out[:, 0] + out[:, 1].clamp_max(LOG_VAR).exp()*u.logit(1e-6)
-        return ((x.clamp(self.low, self.high) - self.low)/self.width).round()*self.width + self.low
+        x = out[:, 0] + out[:, 1].clamp_max(LOG_VAR).exp() * u.logit(1e-6)
+        return ((x.clamp(self.low, self.high) - self.low) / self.width).round() * self.width + self.low
 
 # %% ../nbs/04_likelihoods.ipynb #040018
 LIKELIHOODS = {"bernoulli": Bernoulli, "gaussian": Gaussian, "discretized_logistic": DiscretizedLogistic}
 
+
 def make_likelihood(
-    name: str, # a key of LIKELIHOODS
-    units: Units | None = None, # of a gaussian
+    name: str,  # a key of LIKELIHOODS
+    units: Units | None = None,  # of a gaussian
 ) -> Likelihood:
     "The likelihood of that name; ValueError that lists the known ones."
-    if name not in LIKELIHOODS: raise ValueError(f"unknown likelihood {name!r}; expected one of {', '.join(LIKELIHOODS)}")
+    if name not in LIKELIHOODS:
+        raise ValueError(f"unknown likelihood {name!r}; expected one of {', '.join(LIKELIHOODS)}")
     return LIKELIHOODS[name](**(dict(units=units) if units else {}))

@@ -17,7 +17,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .divergence import GMM, Draws, cs_divergence, kl_divergence, matrix_log_prob, pairwise_log_overlap
+from csrae_nb.divergence import (
+    GMM,
+    Draws,
+    cs_divergence,
+    kl_divergence,
+    matrix_log_prob,
+    pairwise_log_overlap,
+)
 from .divergence import unchecked
 from .likelihoods import Likelihood
 from .priors import Prior, StandardNormal, Unchecked, VampPrior
@@ -26,53 +33,75 @@ from .priors import Prior, StandardNormal, Unchecked, VampPrior
 @dataclass(frozen=True)
 class Terms:
     "What a model's loss returns: the number to minimise, and its two terms image by image."
-    loss: Float[Tensor, ""] # mean over the batch
-    reconstruction: Float[Tensor, "B"] # −log p(x|z), in nats
-    divergence: Float[Tensor, "B"] # D(q‖p), in nats, without its weight
+
+    loss: Float[Tensor, ""]  # mean over the batch
+    reconstruction: Float[Tensor, "B"]  # −log p(x|z), in nats
+    divergence: Float[Tensor, "B"]  # D(q‖p), in nats, without its weight
 
 # %% ../nbs/06_models.ipynb #060107
 def _check_parts(encoder, prior, lam):
     "ValueError for a weight that is none, or a VampPrior of another encoder."
-    if not 0 <= lam < math.inf: raise ValueError(f"lam={lam}; the divergence's weight must be a number of at least 0")
-    if isinstance(prior, VampPrior) and prior.encoder is not encoder: raise ValueError(
-        "the VampPrior holds another encoder than the model; make it by VampPrior(encoder, pseudo_inputs) with the model's own")
+    if not 0 <= lam < math.inf:
+        raise ValueError(f"lam={lam}; the divergence's weight must be a number of at least 0")
+    if isinstance(prior, VampPrior) and prior.encoder is not encoder:
+        raise ValueError(
+            "the VampPrior holds another encoder than the model; make it by VampPrior(encoder, pseudo_inputs) with the model's own"
+        )
 
 # %% ../nbs/06_models.ipynb #060007
 class Autoencoder(Unchecked):
     "An encoder, a decoder, a prior and a likelihood, trained by −E log p(x|z) + λ D(q‖p), Eq. (13)."
-    def __init__(self,
-        encoder: nn.Module, # x (B, *X) to q(z|x), a GMM with batch B
-        decoder: nn.Module, # z (B, D) to the likelihood's parameters (B, P, *X)
-        prior: Prior, # p(z)
-        likelihood: Likelihood, # p(x|z)
-        lam: float = 1., # weight of the divergence: λ, or β for the KL
+
+    def __init__(
+        self,
+        encoder: nn.Module,  # x (B, *X) to q(z|x), a GMM with batch B
+        decoder: nn.Module,  # z (B, D) to the likelihood's parameters (B, P, *X)
+        prior: Prior,  # p(z)
+        likelihood: Likelihood,  # p(x|z)
+        lam: float = 1.0,  # weight of the divergence: λ, or β for the KL
     ):
         super().__init__()
         _check_parts(encoder, prior, lam)
-        self.encoder, self.decoder, self.prior, self.likelihood, self.lam = encoder, decoder, prior, likelihood, lam
+        self.encoder, self.decoder, self.prior, self.likelihood, self.lam = (
+            encoder,
+            decoder,
+            prior,
+            likelihood,
+            lam,
+        )
 
-    def divergence(self, q: GMM, p: GMM, z: Float[Tensor, "B D"], generator: torch.Generator | Draws | None = None) -> Float[Tensor, "B"]:
+    def divergence(
+        self, q: GMM, p: GMM, z: Float[Tensor, "B D"], generator: torch.Generator | Draws | None = None
+    ) -> Float[Tensor, "B"]:
         "D(q‖p); for divergences that need draws from q there is z, the one that is decoded, and the generator of more."
         raise NotImplementedError(f"{type(self).__name__} must define divergence(q, p, z, generator)")
 
     @unchecked()
-    def loss(self, x: Float[Tensor, "B *X"], weight: float | Float[Tensor, ""] = 1., generator: torch.Generator | Draws | None = None) -> Terms:
+    def loss(
+        self,
+        x: Float[Tensor, "B *X"],
+        weight: float | Float[Tensor, ""] = 1.0,
+        generator: torch.Generator | Draws | None = None,
+    ) -> Terms:
         "Eq. (13), negated: one draw of z for each x; `weight` scales λ."
         q, p = self.prior.jointly(self.posterior, self.likelihood.inputs(x))
         z = q.rsample(generator)
         rec, div = -self.likelihood.log_prob(x, self.decode(z)), self.divergence(q, p, z, generator)
         return Terms(self.total(rec, div, weight), rec, div)
 
-    def total(self, rec, div, weight=1.): return (rec + weight*self.lam*div).mean()  # the number to minimise
+    def total(self, rec, div, weight=1.0):
+        return (rec + weight * self.lam * div).mean()  # the number to minimise
 
-    def forward(self, x, weight=1., generator=None) -> Terms: return self.loss(x, weight, generator)
+    def forward(self, x, weight=1.0, generator=None) -> Terms:
+        return self.loss(x, weight, generator)
 
     @unchecked()
     def encode(self, x: Float[Tensor, "B *X"]) -> GMM:
         "q(z|x), one Gaussian for each x."
         return self.posterior(self.likelihood.inputs(x))
 
-    def posterior(self, x): return self.encoder(x)                     # of x in the units of the networks
+    def posterior(self, x):
+        return self.encoder(x)  # of x in the units of the networks
 
     def decode(self, z: Float[Tensor, "B D"]) -> Float[Tensor, "B P *X"]:
         "Parameters of p(x|z)."
@@ -81,55 +110,77 @@ class Autoencoder(Unchecked):
 # %% ../nbs/06_models.ipynb #060108
 def in_eval_mode(f: Callable) -> Callable:
     "A function whose first argument is a model, without gradients and in eval mode; the mode of each part is kept."
+
     @wraps(f)
     def asked(model, *args, **kw):
         training = [m for m in model.modules() if m.training]
-        for m in training: m.training = False
+        for m in training:
+            m.training = False
         try:
-            with torch.no_grad(): return f(model, *args, **kw)
+            with torch.no_grad():
+                return f(model, *args, **kw)
         finally:
-            for m in training: m.training = True
+            for m in training:
+                m.training = True
+
     return asked
 
 # %% ../nbs/06_models.ipynb #060009
 def rows_at_once(
-    x, # a tensor (n, *X), or what stands for one
+    x,  # a tensor (n, *X), or what stands for one
 ) -> int:
     "How many examples to take at a time without training: a thousand, of large images fewer."
-    return max(1, min(1000, 2**22//math.prod(x.shape[1:])))
+    return max(1, min(1000, 2**22 // math.prod(x.shape[1:])))
+
 
 @in_eval_mode
 def _reconstruct(self: Autoencoder, x: Float[Tensor, "B *X"]) -> Float[Tensor, "B *X"]:
     "E[x|z] at the mean of q(z|x)."
-    return torch.cat([self.likelihood.mean(self.decode(self.encode(xb).mu[:, 0])) for xb in x.split(rows_at_once(x))])
+    return torch.cat(
+        [self.likelihood.mean(self.decode(self.encode(xb).mu[:, 0])) for xb in x.split(rows_at_once(x))]
+    )
+
 
 @in_eval_mode
-def _sample(self: Autoencoder,
-    n: int, # number of samples
+def _sample(
+    self: Autoencoder,
+    n: int,  # number of samples
     generator: torch.Generator | None = None,
-    component: int | None = None, # of the prior; None: all
-    prior: GMM | None = None, # sample from this mixture, a refitted prior say, in place of the model's own
-    rows: int = 1000, # images at a time
+    component: int | None = None,  # of the prior; None: all
+    prior: GMM | None = None,  # sample from this mixture, a refitted prior say, in place of the model's own
+    rows: int = 1000,  # images at a time
 ) -> Float[Tensor, "n *X"]:
     "E[x|z] at n codes drawn from the prior."
     z = (prior or self.prior()).sample(n, generator, component)
     return torch.cat([self.likelihood.mean(self.decode(zb)) for zb in z.split(rows)])
+
 
 Autoencoder.reconstruct, Autoencoder.sample = _reconstruct, _sample
 
 # %% ../nbs/06_models.ipynb #060011
 class VAE(Autoencoder):
     "Variational autoencoder, Eq. (1); `lam` is β. Prior N(0, I) in the paper; a mixture prior makes the KL a one-draw estimate."
-    def divergence(self, q, p, z, generator=None): return kl_divergence(q, p, z)
+
+    def divergence(self, q, p, z, generator=None):
+        return kl_divergence(q, p, z)
 
 # %% ../nbs/06_models.ipynb #060012
 class MixtureVAE(VAE):
     "VAE with a mixture prior, such as a MoGPrior; its KL is a mean over `kl_samples` draws, the decoded one first; `lam` is β."
-    def __init__(self, encoder, decoder, prior: Prior, likelihood: Likelihood, lam: float = 1.,
-        kl_samples: int = 1, # S, draws of z in the KL
+
+    def __init__(
+        self,
+        encoder,
+        decoder,
+        prior: Prior,
+        likelihood: Likelihood,
+        lam: float = 1.0,
+        kl_samples: int = 1,  # S, draws of z in the KL
     ):
-        if isinstance(prior, StandardNormal): raise ValueError("a MixtureVAE needs a mixture prior, got StandardNormal; use VAE for it")
-        if kl_samples < 1: raise ValueError(f"kl_samples={kl_samples}; the KL to a mixture needs at least 1 draw")
+        if isinstance(prior, StandardNormal):
+            raise ValueError("a MixtureVAE needs a mixture prior, got StandardNormal; use VAE for it")
+        if kl_samples < 1:
+            raise ValueError(f"kl_samples={kl_samples}; the KL to a mixture needs at least 1 draw")
         super().__init__(encoder, decoder, prior, likelihood, lam)
         self.kl_samples = kl_samples
 
@@ -140,40 +191,59 @@ class MixtureVAE(VAE):
 # %% ../nbs/06_models.ipynb #060013
 class VampPriorVAE(MixtureVAE):
     "MixtureVAE with the mixture of posteriors of Eq. (23) as its prior; `lam` is β."
-    def __init__(self, encoder, decoder, prior: VampPrior, likelihood, lam=1., kl_samples=1):
-        if not isinstance(prior, VampPrior): raise ValueError(f"a VampPriorVAE needs a VampPrior, got {type(prior).__name__}")
+
+    def __init__(self, encoder, decoder, prior: VampPrior, likelihood, lam=1.0, kl_samples=1):
+        if not isinstance(prior, VampPrior):
+            raise ValueError(f"a VampPriorVAE needs a VampPrior, got {type(prior).__name__}")
         super().__init__(encoder, decoder, prior, likelihood, lam, kl_samples)
 
 # %% ../nbs/06_models.ipynb #060016
 def paper_eq21(
-    q: GMM, # batch of single Gaussians
-    p: GMM, # mixture with weights 1/K
-) -> Float[Tensor, "B"]: # not a divergence: unbounded below when p is learned
+    q: GMM,  # batch of single Gaussians
+    p: GMM,  # mixture with weights 1/K
+) -> Float[Tensor, "B"]:  # not a divergence: unbounded below when p is learned
     "The penalty printed in Eqs. (21) and (59), sign turned: kept to study the paper, wrong as a divergence."
-    K, twice = p.logw.shape[-1], 2*p.var[None]                         # a pair's variance is 2σ²ₖ', as printed
-    self_p = -0.5*((p.mu[:, None] - p.mu[None])**2/twice + (2*math.pi*twice).log()).sum(-1)  # (K, K)
-    self_q = (2*math.pi**0.5*q.var[..., 0, :].sqrt()).log().sum(-1)
+    K, twice = p.logw.shape[-1], 2 * p.var[None]  # a pair's variance is 2σ²ₖ', as printed
+    self_p = -0.5 * ((p.mu[:, None] - p.mu[None]) ** 2 / twice + (2 * math.pi * twice).log()).sum(
+        -1
+    )  # (K, K)
+    self_q = (2 * math.pi**0.5 * q.var[..., 0, :].sqrt()).log().sum(-1)
     return -pairwise_log_overlap(q, p)[:, 0].logsumexp(-1) + self_p.logsumexp((0, 1)) - self_q + math.log(K)
 
 # %% ../nbs/06_models.ipynb #060017
 class CSRAE(Autoencoder):
     "Cauchy–Schwarz regularised autoencoder, Eq. (20); prior N(0, I) in the paper, or any mixture."
-    def __init__(self, encoder, decoder, prior: Prior, likelihood: Likelihood, lam: float = 1.,
-        objective: str = "cs", # "cs": Eq. (2); "paper_eq21": the penalty as printed in (21), with a warning
+
+    def __init__(
+        self,
+        encoder,
+        decoder,
+        prior: Prior,
+        likelihood: Likelihood,
+        lam: float = 1.0,
+        objective: str = "cs",  # "cs": Eq. (2); "paper_eq21": the penalty as printed in (21), with a warning
     ):
         super().__init__(encoder, decoder, prior, likelihood, lam)
-        if objective not in ("cs", "paper_eq21"): raise ValueError(f"unknown objective {objective!r}; expected cs or paper_eq21")
-        if objective == "paper_eq21": warnings.warn("objective='paper_eq21' is Eq. (21) as printed: not a divergence, and unbounded "
-            "below with a learned prior; use objective='cs' for anything but studying it", stacklevel=2)
+        if objective not in ("cs", "paper_eq21"):
+            raise ValueError(f"unknown objective {objective!r}; expected cs or paper_eq21")
+        if objective == "paper_eq21":
+            warnings.warn(
+                "objective='paper_eq21' is Eq. (21) as printed: not a divergence, and unbounded "
+                "below with a learned prior; use objective='cs' for anything but studying it",
+                stacklevel=2,
+            )
         self.objective = objective
 
-    def divergence(self, q, p, z, generator=None): return paper_eq21(q, p) if self.objective == "paper_eq21" else cs_divergence(q, p)
+    def divergence(self, q, p, z, generator=None):
+        return paper_eq21(q, p) if self.objective == "paper_eq21" else cs_divergence(q, p)
 
 # %% ../nbs/06_models.ipynb #060018
 class MixtureCSRAE(CSRAE):
     "CSRAE with a mixture prior: a MoGPrior, Eq. (22), or a VampPrior, Eq. (23)."
-    def __init__(self, encoder, decoder, prior: Prior, likelihood, lam=1., objective="cs"):
-        if isinstance(prior, StandardNormal): raise ValueError("a MixtureCSRAE needs a mixture prior, got StandardNormal; use CSRAE for it")
+
+    def __init__(self, encoder, decoder, prior: Prior, likelihood, lam=1.0, objective="cs"):
+        if isinstance(prior, StandardNormal):
+            raise ValueError("a MixtureCSRAE needs a mixture prior, got StandardNormal; use CSRAE for it")
         super().__init__(encoder, decoder, prior, likelihood, lam, objective)
 
 # %% ../nbs/06_models.ipynb #060031
@@ -181,43 +251,57 @@ class MixtureCSRAE(CSRAE):
 def _log_weights(model, x, q, log_prior, samples, generator):
     "log p(x|z) and log p(z) − log q(z|x) at `samples` draws of z for each x, both of shape (S, B)."
     q = GMM(*(t.expand(samples, *t.shape) for t in (q.logw, q.mu, q.var)))
-    z = q.rsample(generator)                                           # (S, B, D)
-    xs = x.expand(samples, *x.shape).flatten(0, 1)                     # (S·B, *X)
+    z = q.rsample(generator)  # (S, B, D)
+    xs = x.expand(samples, *x.shape).flatten(0, 1)  # (S·B, *X)
     rec = model.likelihood.log_prob(xs, model.decode(z.flatten(0, 1))).view(samples, -1)
     return rec, log_prior(z) - q.log_prob(z)
 
 # %% ../nbs/06_models.ipynb #060032
 class IWAE(VAE):
     "Importance weighted autoencoder: log-mean over S draws of p(x|z)(p(z)/q(z|x))^β; `lam` is β. Terms: mean reconstruction, and the KL."
-    def __init__(self, encoder, decoder, prior: Prior, likelihood: Likelihood, lam: float = 1.,
-        samples: int = 5, # S, importance samples
+
+    def __init__(
+        self,
+        encoder,
+        decoder,
+        prior: Prior,
+        likelihood: Likelihood,
+        lam: float = 1.0,
+        samples: int = 5,  # S, importance samples
     ):
         super().__init__(encoder, decoder, prior, likelihood, lam)
-        if samples < 1: raise ValueError(f"samples={samples}; IWAE needs at least 1 importance sample")
+        if samples < 1:
+            raise ValueError(f"samples={samples}; IWAE needs at least 1 importance sample")
         self.samples = samples
 
-    def loss(self, x, weight=1., generator=None) -> Terms:
+    def loss(self, x, weight=1.0, generator=None) -> Terms:
         q, p = self.prior.jointly(self.posterior, self.likelihood.inputs(x))
         rec, ratio = _log_weights(self, x, q, p.log_prob, self.samples, generator)
-        bound = (rec + weight*self.lam*ratio).logsumexp(0) - math.log(self.samples)
+        bound = (rec + weight * self.lam * ratio).logsumexp(0) - math.log(self.samples)
         div = kl_divergence(q, p) if q.mu.shape[-2] == p.mu.shape[-2] == 1 else -ratio.mean(0)
         return Terms(-bound.mean(), -rec.mean(0), div)
 
 # %% ../nbs/06_models.ipynb #060036
 @in_eval_mode
-def _log_likelihood(self: Autoencoder,
+def _log_likelihood(
+    self: Autoencoder,
     x: Float[Tensor, "B *X"],
-    samples: int = 5000, # S, draws of z for each x
+    samples: int = 5000,  # S, draws of z for each x
     generator: torch.Generator | None = None,
-    rows: int = 1000, # decoder rows at a time
-) -> Float[Tensor, "B"]: # nats; an estimate from below
+    rows: int = 1000,  # decoder rows at a time
+) -> Float[Tensor, "B"]:  # nats; an estimate from below
     "log p(x) by importance sampling, Eq. (28)."
-    if samples < 1: raise ValueError(f"samples={samples}; expected at least 1")
+    if samples < 1:
+        raise ValueError(f"samples={samples}; expected at least 1")
     log_prior, s, out = matrix_log_prob(self.prior()), min(samples, rows), []
-    for xb in x.split(max(1, rows//s)):
+    for xb in x.split(max(1, rows // s)):
         q = self.encode(xb)
-        draws = [sum(_log_weights(self, xb, q, log_prior, min(s, samples - i), generator)) for i in range(0, samples, s)]
+        draws = [
+            sum(_log_weights(self, xb, q, log_prior, min(s, samples - i), generator))
+            for i in range(0, samples, s)
+        ]
         out.append(torch.cat(draws).logsumexp(0) - math.log(samples))
     return torch.cat(out)
+
 
 Autoencoder.log_likelihood = _log_likelihood

@@ -24,20 +24,21 @@ from .priors import variance, within
 
 # %% ../nbs/05_networks.ipynb #050005
 def glorot_(
-    module: nn.Module, # all its linear and convolutional layers are set
+    module: nn.Module,  # all its linear and convolutional layers are set
     generator: torch.Generator | None = None,
-) -> nn.Module: # the same module
+) -> nn.Module:  # the same module
     "Glorot-uniform weights and zero biases, in place."
     for m in module.modules():
         if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
-            nn.init.xavier_uniform_(m.weight, generator=generator); nn.init.zeros_(m.bias)
+            nn.init.xavier_uniform_(m.weight, generator=generator)
+            nn.init.zeros_(m.bias)
     return module
 
 # %% ../nbs/05_networks.ipynb #050006
 def mlp(
-    *sizes: int, # inputs, hidden layers, outputs
-    act: type[nn.Module] = nn.ReLU, # activation between layers, none after the last
-    generator: torch.Generator | None = None, # draws the weights
+    *sizes: int,  # inputs, hidden layers, outputs
+    act: type[nn.Module] = nn.ReLU,  # activation between layers, none after the last
+    generator: torch.Generator | None = None,  # draws the weights
 ) -> nn.Sequential:
     "Fully connected layers with activations between them, Glorot-initialised."
     layers = [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), act())]
@@ -46,36 +47,45 @@ def mlp(
 # %% ../nbs/05_networks.ipynb #050108
 class Linears(nn.Module):
     "R linear layers side by side: (R, B, inputs) to (R, B, outputs)."
+
     def __init__(self, layers: Sequence[nn.Linear]):
         super().__init__()
         self.weight = nn.Parameter(torch.stack([l.weight.T for l in layers]).detach())
         self.bias = nn.Parameter(torch.stack([l.bias[None] for l in layers]).detach())
 
-    def forward(self, h: Float[Tensor, "R B I"]) -> Float[Tensor, "R B O"]: return torch.baddbmm(self.bias, h, self.weight)
+    def forward(self, h: Float[Tensor, "R B I"]) -> Float[Tensor, "R B O"]:
+        return torch.baddbmm(self.bias, h, self.weight)
+
 
 def side_by_side(
-    nets: Sequence[nn.Sequential], # R fully connected networks of the same layers
-) -> nn.Sequential: # (R·B, inputs) to (R·B, outputs)
+    nets: Sequence[nn.Sequential],  # R fully connected networks of the same layers
+) -> nn.Sequential:  # (R·B, inputs) to (R·B, outputs)
     "R networks as one, on R equal blocks of rows; ValueError for layers other than linear ones and activations."
     kinds = {tuple((type(l), getattr(l, "weight", torch.empty(0)).shape) for l in net) for net in nets}
-    if len(kinds) > 1: raise ValueError("the networks have different layers; only like ones go side by side")
-    if odd := [type(l).__name__ for l in nets[0] if not isinstance(l, nn.Linear) and list(l.parameters())]: raise ValueError(f"only fully connected networks go side by side; got {', '.join(odd)}")
+    if len(kinds) > 1:
+        raise ValueError("the networks have different layers; only like ones go side by side")
+    if odd := [type(l).__name__ for l in nets[0] if not isinstance(l, nn.Linear) and list(l.parameters())]:
+        raise ValueError(f"only fully connected networks go side by side; got {', '.join(odd)}")
     layers = [Linears(ls) if isinstance(ls[0], nn.Linear) else ls[0] for ls in zip(*nets)]
     return nn.Sequential(nn.Unflatten(0, (len(nets), -1)), *layers, nn.Flatten(0, 1))
 
 # %% ../nbs/05_networks.ipynb #050009
 class Encoder(nn.Module):
     "x → q(z|x): one Gaussian with diagonal covariance, Eq. (17); ValueError for another shape of x."
-    def __init__(self,
-        x_shape: tuple[int, ...], # shape of one x
-        net: nn.Module, # x as a row of numbers to (μ, log σ²), a row of 2D
+
+    def __init__(
+        self,
+        x_shape: tuple[int, ...],  # shape of one x
+        net: nn.Module,  # x as a row of numbers to (μ, log σ²), a row of 2D
     ):
         super().__init__()
         self.x_shape, self.net = tuple(x_shape), net
 
-    def forward(self, x: Float[Tensor, "B *X"]) -> GMM: # batch B, one component
-        if tuple(x.shape[1:]) != self.x_shape: raise ValueError(
-            f"got x of shape {tuple(x.shape)}; expected a batch of {self.x_shape}: (B, {', '.join(map(str, self.x_shape))})")
+    def forward(self, x: Float[Tensor, "B *X"]) -> GMM:  # batch B, one component
+        if tuple(x.shape[1:]) != self.x_shape:
+            raise ValueError(
+                f"got x of shape {tuple(x.shape)}; expected a batch of {self.x_shape}: (B, {', '.join(map(str, self.x_shape))})"
+            )
         h = self.net(within(x).flatten(1))
         mu, logvar = h.to(torch.promote_types(h.dtype, torch.float32)).chunk(2, -1)
         return GMM.gaussian(within(mu), variance(logvar))
@@ -83,9 +93,11 @@ class Encoder(nn.Module):
 # %% ../nbs/05_networks.ipynb #050010
 class Decoder(nn.Module):
     "z → parameters of p(x|z), P for each value of x."
-    def __init__(self,
-        net: nn.Module, # z to a row of as many numbers as out_shape holds
-        out_shape: tuple[int, ...], # (P, *X), P being the likelihood's n_params
+
+    def __init__(
+        self,
+        net: nn.Module,  # z to a row of as many numbers as out_shape holds
+        out_shape: tuple[int, ...],  # (P, *X), P being the likelihood's n_params
     ):
         super().__init__()
         self.net, self.out_shape = net, tuple(out_shape)
@@ -98,184 +110,283 @@ class Decoder(nn.Module):
 @dataclass(frozen=True)
 class Network:
     "A row of Table 6: builders of its networks, all from rows of numbers to rows of numbers. The last argument is the generator of the weights."
-    encoder: Callable[..., nn.Module] # (x_shape, outputs, generator)
-    decoder: Callable[..., nn.Module] # (inputs, out_shape, generator)
-    prior: Callable[..., nn.Module] # (components, outputs, generator)
+
+    encoder: Callable[..., nn.Module]  # (x_shape, outputs, generator)
+    decoder: Callable[..., nn.Module]  # (inputs, out_shape, generator)
+    prior: Callable[..., nn.Module]  # (components, outputs, generator)
 
 # %% ../nbs/05_networks.ipynb #050014
 def fully_connected(
-    encoder: tuple[int, ...], # sizes of its hidden layers
+    encoder: tuple[int, ...],  # sizes of its hidden layers
     decoder: tuple[int, ...],
     prior: tuple[int, ...] = (784, 256),
-    act: type[nn.Module] = nn.ReLU, # of encoder and decoder; the prior's is ReLU
+    act: type[nn.Module] = nn.ReLU,  # of encoder and decoder; the prior's is ReLU
 ) -> Network:
     "A row of Table 6 that has fully connected layers only."
-    return Network(lambda x_shape, n, g: mlp(math.prod(x_shape), *encoder, n, act=act, generator=g),
-                   lambda n, out_shape, g: mlp(n, *decoder, math.prod(out_shape), act=act, generator=g),
-                   lambda K, n, g: mlp(K, *prior, n, generator=g))
+    return Network(
+        lambda x_shape, n, g: mlp(math.prod(x_shape), *encoder, n, act=act, generator=g),
+        lambda n, out_shape, g: mlp(n, *decoder, math.prod(out_shape), act=act, generator=g),
+        lambda K, n, g: mlp(K, *prior, n, generator=g),
+    )
 
 # %% ../nbs/05_networks.ipynb #050016
 class ResidualBlock(nn.Sequential):
     "x + f(x), with f = ReLU, Conv 3×3, ReLU, Conv 1×1."
-    def __init__(self, channels: int = 256): # of x, of f(x), and in between
-        super().__init__(nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, channels, 1))
 
-    def forward(self, h: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]: return h + super().forward(h)
+    def __init__(self, channels: int = 256):  # of x, of f(x), and in between
+        super().__init__(
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 1),
+        )
+
+    def forward(self, h: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        return h + super().forward(h)
 
 # %% ../nbs/05_networks.ipynb #050019
 def _image_shape(x_shape):
     "(C, H, W) of images that can be halved twice; ValueError for others."
-    if len(x_shape) != 3: raise ValueError(f"the residual network takes images of shape (C, H, W), got {tuple(x_shape)}; "
-        "use network mlp, or give the images an axis of channels: (1, H, W) if they are grey")
-    if x_shape[1] % 4 or x_shape[2] % 4: raise ValueError(f"the residual network halves images twice, so H and W of (C, H, W) must be multiples of 4, "
-        f"got {tuple(x_shape)}; crop or pad them, put the channels first, or use network mlp")
+    if len(x_shape) != 3:
+        raise ValueError(
+            f"the residual network takes images of shape (C, H, W), got {tuple(x_shape)}; "
+            "use network mlp, or give the images an axis of channels: (1, H, W) if they are grey"
+        )
+    if x_shape[1] % 4 or x_shape[2] % 4:
+        raise ValueError(
+            f"the residual network halves images twice, so H and W of (C, H, W) must be multiples of 4, "
+            f"got {tuple(x_shape)}; crop or pad them, put the channels first, or use network mlp"
+        )
     return x_shape
 
 # %% ../nbs/05_networks.ipynb #050020
 def residual_encoder(
-    x_shape: tuple[int, ...], # (C, H, W), H and W multiples of 4
-    outputs: int, # 2D
-    generator: torch.Generator | None = None, # draws the weights
-) -> nn.Sequential: # (B, C·H·W) to (B, outputs)
+    x_shape: tuple[int, ...],  # (C, H, W), H and W multiples of 4
+    outputs: int,  # 2D
+    generator: torch.Generator | None = None,  # draws the weights
+) -> nn.Sequential:  # (B, C·H·W) to (B, outputs)
     "Encoder of Table 6's CIFAR-10 row; ValueError for x that are no such images."
     C, H, W = _image_shape(x_shape)
-    return glorot_(nn.Sequential(nn.Unflatten(1, (C, H, W)),
-        nn.Conv2d(C, 128, 4, stride=2, padding=1), nn.ReLU(),
-        nn.Conv2d(128, 256, 4, stride=2, padding=1), nn.ReLU(),
-        nn.Conv2d(256, 256, 3, padding=1), ResidualBlock(), ResidualBlock(), nn.ReLU(),
-        nn.Conv2d(256, 256, 1), nn.ReLU(), nn.Conv2d(256, 256, 1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(256*(H//4)*(W//4), outputs)), generator)
+    return glorot_(
+        nn.Sequential(
+            nn.Unflatten(1, (C, H, W)),
+            nn.Conv2d(C, 128, 4, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(128, 256, 4, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(256, 256, 3, padding=1),
+            ResidualBlock(),
+            ResidualBlock(),
+            nn.ReLU(),
+            nn.Conv2d(256, 256, 1),
+            nn.ReLU(),
+            nn.Conv2d(256, 256, 1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(256 * (H // 4) * (W // 4), outputs),
+        ),
+        generator,
+    )
 
 # %% ../nbs/05_networks.ipynb #050021
 def residual_decoder(
-    inputs: int, # D
-    out_shape: tuple[int, ...], # (P, C, H, W), H and W multiples of 4
-    generator: torch.Generator | None = None, # draws the weights
-) -> nn.Sequential: # (B, inputs) to (B, P·C·H·W)
+    inputs: int,  # D
+    out_shape: tuple[int, ...],  # (P, C, H, W), H and W multiples of 4
+    generator: torch.Generator | None = None,  # draws the weights
+) -> nn.Sequential:  # (B, inputs) to (B, P·C·H·W)
     "Decoder of Table 6's CIFAR-10 row; ValueError for x that are no such images."
     C, H, W = _image_shape(out_shape[1:])
-    return glorot_(nn.Sequential(nn.Linear(inputs, 256*(H//4)*(W//4)), nn.Unflatten(1, (256, H//4, W//4)),
-        ResidualBlock(), ResidualBlock(), nn.ReLU(),
-        nn.ConvTranspose2d(256, 256, 1), nn.ReLU(),
-        nn.ConvTranspose2d(256, 256, 4, stride=2, padding=1), nn.ReLU(),
-        nn.ConvTranspose2d(256, out_shape[0]*C, 4, stride=2, padding=1), nn.Flatten()), generator)
+    return glorot_(
+        nn.Sequential(
+            nn.Linear(inputs, 256 * (H // 4) * (W // 4)),
+            nn.Unflatten(1, (256, H // 4, W // 4)),
+            ResidualBlock(),
+            ResidualBlock(),
+            nn.ReLU(),
+            nn.ConvTranspose2d(256, 256, 1),
+            nn.ReLU(),
+            nn.ConvTranspose2d(256, 256, 4, stride=2, padding=1),
+            nn.ReLU(),
+            nn.ConvTranspose2d(256, out_shape[0] * C, 4, stride=2, padding=1),
+            nn.Flatten(),
+        ),
+        generator,
+    )
 
 # %% ../nbs/05_networks.ipynb #050025
 class GatedDense(nn.Module):
     "h = (Wx + b) ⊙ σ(Vx + c)."
+
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
         self.linear, self.gate = nn.Linear(inputs, outputs), nn.Linear(inputs, outputs)
 
-    def forward(self, x: Float[Tensor, "*B i"]) -> Float[Tensor, "*B o"]: return self.linear(x) * self.gate(x).sigmoid()
+    def forward(self, x: Float[Tensor, "*B i"]) -> Float[Tensor, "*B o"]:
+        return self.linear(x) * self.gate(x).sigmoid()
+
 
 def gated_prior(components: int, outputs: int, generator: torch.Generator | None = None) -> nn.Sequential:
     "Prior network of Table 6's CIFAR-10 row, from one-hot codes (K, K) to (K, outputs)."
-    return glorot_(nn.Sequential(GatedDense(components, 256), nn.ReLU(), GatedDense(256, 256), nn.ReLU(), nn.Linear(256, outputs)), generator)
+    return glorot_(
+        nn.Sequential(
+            GatedDense(components, 256), nn.ReLU(), GatedDense(256, 256), nn.ReLU(), nn.Linear(256, outputs)
+        ),
+        generator,
+    )
 
 # %% ../nbs/05_networks.ipynb #050028
 def _face_shape(x_shape):
     "(C, H, W), and the size that is left after four convolutions; ValueError for other images."
-    if len(x_shape) != 3 or any(n % 64 != 32 for n in x_shape[1:]): raise ValueError(
-        f"the network for faces takes images of shape (C, H, W) with H and W of 32, 96, 160, 224, … pixels, got {tuple(x_shape)}; crop or resize them, or use another network")
-    return x_shape, tuple((n//32 + 1)//2 for n in x_shape[1:])
+    if len(x_shape) != 3 or any(n % 64 != 32 for n in x_shape[1:]):
+        raise ValueError(
+            f"the network for faces takes images of shape (C, H, W) with H and W of 32, 96, 160, 224, … pixels, got {tuple(x_shape)}; crop or resize them, or use another network"
+        )
+    return x_shape, tuple((n // 32 + 1) // 2 for n in x_shape[1:])
 
-def _normed(layer): return layer, nn.BatchNorm2d(layer.out_channels), nn.ReLU()
 
+def _normed(layer):
+    return layer, nn.BatchNorm2d(layer.out_channels), nn.ReLU()
+
+# %% ../nbs/05_networks.ipynb #050128
 def face_features(
-    x_shape: tuple[int, ...], # (C, H, W)
+    x_shape: tuple[int, ...],  # (C, H, W)
     outputs: int = 512,
-    generator: torch.Generator | None = None, # draws the weights
-) -> nn.Sequential: # (B, C·H·W) to (B, outputs)
+    generator: torch.Generator | None = None,  # draws the weights
+) -> nn.Sequential:  # (B, C·H·W) to (B, outputs)
     "The convolutions of Table 6's row for DISFA; ValueError for x that are no such images."
     (C, H, W), left = _face_shape(x_shape)
-    return glorot_(nn.Sequential(nn.Unflatten(1, (C, H, W)),
-        *_normed(nn.Conv2d(C, 32, 7, stride=4, padding=3)), *_normed(nn.Conv2d(32, 32, 7, stride=4, padding=3)),
-        *_normed(nn.Conv2d(32, 64, 4, stride=2, padding=2)), *_normed(nn.Conv2d(64, 64, 4, stride=2, padding=1)),
-        *_normed(nn.Conv2d(64, outputs, left)), nn.Flatten()), generator)
+    return glorot_(
+        nn.Sequential(
+            nn.Unflatten(1, (C, H, W)),
+            *_normed(nn.Conv2d(C, 32, 7, stride=4, padding=3)),
+            *_normed(nn.Conv2d(32, 32, 7, stride=4, padding=3)),
+            *_normed(nn.Conv2d(32, 64, 4, stride=2, padding=2)),
+            *_normed(nn.Conv2d(64, 64, 4, stride=2, padding=1)),
+            *_normed(nn.Conv2d(64, outputs, left)),
+            nn.Flatten(),
+        ),
+        generator,
+    )
 
+# %% ../nbs/05_networks.ipynb #050228
 def face_images(
     inputs: int,
-    out_shape: tuple[int, ...], # (P, C, H, W)
-    generator: torch.Generator | None = None, # draws the weights
-) -> nn.Sequential: # (B, inputs) to (B, P·C·H·W)
+    out_shape: tuple[int, ...],  # (P, C, H, W)
+    generator: torch.Generator | None = None,  # draws the weights
+) -> nn.Sequential:  # (B, inputs) to (B, P·C·H·W)
     "The mirror image of `face_features`."
     (C, _, _), left = _face_shape(out_shape[1:])
-    return glorot_(nn.Sequential(nn.Unflatten(1, (inputs, 1, 1)), *_normed(nn.ConvTranspose2d(inputs, 64, left)),
-        *_normed(nn.ConvTranspose2d(64, 64, 4, stride=2, padding=1)), *_normed(nn.ConvTranspose2d(64, 32, 4, stride=2, padding=2)),
-        *_normed(nn.ConvTranspose2d(32, 32, 4, stride=4)), nn.ConvTranspose2d(32, out_shape[0]*C, 4, stride=4), nn.Flatten()), generator)
+    return glorot_(
+        nn.Sequential(
+            nn.Unflatten(1, (inputs, 1, 1)),
+            *_normed(nn.ConvTranspose2d(inputs, 64, left)),
+            *_normed(nn.ConvTranspose2d(64, 64, 4, stride=2, padding=1)),
+            *_normed(nn.ConvTranspose2d(64, 32, 4, stride=2, padding=2)),
+            *_normed(nn.ConvTranspose2d(32, 32, 4, stride=4)),
+            nn.ConvTranspose2d(32, out_shape[0] * C, 4, stride=4),
+            nn.Flatten(),
+        ),
+        generator,
+    )
 
 # %% ../nbs/05_networks.ipynb #050029
-def face_encoder(x_shape: tuple[int, ...], outputs: int, generator: torch.Generator | None = None) -> nn.Sequential: # (B, C·H·W) to (B, outputs)
+def face_encoder(
+    x_shape: tuple[int, ...], outputs: int, generator: torch.Generator | None = None
+) -> nn.Sequential:  # (B, C·H·W) to (B, outputs)
     "Encoder of Table 6's row for DISFA, without labels."
     return nn.Sequential(face_features(x_shape, 512, generator), mlp(512, 300, outputs, generator=generator))
 
-def face_decoder(inputs: int, out_shape: tuple[int, ...], generator: torch.Generator | None = None) -> nn.Sequential: # (B, inputs) to (B, P·C·H·W)
+
+def face_decoder(
+    inputs: int, out_shape: tuple[int, ...], generator: torch.Generator | None = None
+) -> nn.Sequential:  # (B, inputs) to (B, P·C·H·W)
     "Decoder of Table 6's row for DISFA, without labels."
-    return nn.Sequential(mlp(inputs, 512, generator=generator), nn.ReLU(), face_images(512, out_shape, generator))
+    return nn.Sequential(
+        mlp(inputs, 512, generator=generator), nn.ReLU(), face_images(512, out_shape, generator)
+    )
 
 # %% ../nbs/05_networks.ipynb #050131
 def torchvision_module(name: str):
     "A module of torchvision; ModuleNotFoundError that says what to install."
-    try: return import_module(name)
-    except ModuleNotFoundError as e: raise ModuleNotFoundError(f"this needs torchvision ({e}): pip install 'csrae_nb[faces]'") from e
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as e:
+        raise ModuleNotFoundError(f"this needs torchvision ({e}): pip install 'csrae_nb[faces]'") from e
     except RuntimeError as e:
-        if "torchvision::nms" not in str(e): raise
-    for module in [m for m in sys.modules if m.split(".")[0] == "torchvision"]: del sys.modules[module]
+        if "torchvision::nms" not in str(e):
+            raise
+    for module in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
+        del sys.modules[module]
     torchvision_module.library = torch.library.Library("torchvision", "DEF")
-    for op in ("nms", "qnms"): torchvision_module.library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    for op in ("nms", "qnms"):
+        torchvision_module.library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return import_module(name)
 
+# %% ../nbs/05_networks.ipynb #050231
 def resnet18_features(
-    x_shape: tuple[int, ...], # (3, H, W)
+    x_shape: tuple[int, ...],  # (3, H, W)
     outputs: int = 512,
-    generator: torch.Generator | None = None, # draws the weights
-) -> nn.Sequential: # (B, 3·H·W) to (B, outputs)
+    generator: torch.Generator | None = None,  # draws the weights
+) -> nn.Sequential:  # (B, 3·H·W) to (B, outputs)
     "ResNet18 up to its 512 features, as torchvision initialises it; ValueError for x that are no colour images."
-    if len(x_shape) != 3 or x_shape[0] != 3 or outputs != 512: raise ValueError(f"resnet18 takes colour images (3, H, W) to 512 features, got {tuple(x_shape)} and {outputs}")
+    if len(x_shape) != 3 or x_shape[0] != 3 or outputs != 512:
+        raise ValueError(
+            f"resnet18 takes colour images (3, H, W) to 512 features, got {tuple(x_shape)} and {outputs}"
+        )
     seed = torch.empty((), dtype=torch.long, device="cpu").random_(generator=generator).item()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed); net = torchvision_module("torchvision.models").resnet18(weights=None)
+        torch.manual_seed(seed)
+        net = torchvision_module("torchvision.models").resnet18(weights=None)
     net.fc = nn.Identity()
     return nn.Sequential(nn.Unflatten(1, tuple(x_shape)), net)
 
-def resnet18_encoder(x_shape: tuple[int, ...], outputs: int, generator: torch.Generator | None = None) -> nn.Sequential: # (B, 3·H·W) to (B, outputs)
+
+def resnet18_encoder(
+    x_shape: tuple[int, ...], outputs: int, generator: torch.Generator | None = None
+) -> nn.Sequential:  # (B, 3·H·W) to (B, outputs)
     "ResNet18 in the place of `face_features`."
-    return nn.Sequential(resnet18_features(x_shape, 512, generator), mlp(512, 300, outputs, generator=generator))
+    return nn.Sequential(
+        resnet18_features(x_shape, 512, generator), mlp(512, 300, outputs, generator=generator)
+    )
 
 # %% ../nbs/05_networks.ipynb #050032
-NETWORKS = { # a network of another kind is one more row
-    "mlp":      fully_connected(encoder=(300, 300), decoder=(300, 300)),
+NETWORKS = {  # a network of another kind is one more row
+    "mlp": fully_connected(encoder=(300, 300), decoder=(300, 300)),
     "pinwheel": fully_connected(encoder=(5, 10), decoder=(10, 5), act=nn.Softplus),
     "residual": Network(residual_encoder, residual_decoder, gated_prior),
-    "faces":    Network(face_encoder, face_decoder, fully_connected((), ()).prior),
+    "faces": Network(face_encoder, face_decoder, fully_connected((), ()).prior),
     "resnet18": Network(resnet18_encoder, face_decoder, fully_connected((), ()).prior),
 }
 
+
 def _row(name):
-    if name not in NETWORKS: raise ValueError(f"unknown network {name!r}; expected one of {', '.join(NETWORKS)}")
+    if name not in NETWORKS:
+        raise ValueError(f"unknown network {name!r}; expected one of {', '.join(NETWORKS)}")
     return NETWORKS[name]
 
 # %% ../nbs/05_networks.ipynb #050033
 def make_networks(
-    name: str, # a key of NETWORKS
-    x_shape: tuple[int, ...], # shape of one x
-    latent_dim: int, # D
-    n_params: int, # P, the likelihood's n_params
-    generator: torch.Generator | None = None, # draws the weights, the encoder's first
+    name: str,  # a key of NETWORKS
+    x_shape: tuple[int, ...],  # shape of one x
+    latent_dim: int,  # D
+    n_params: int,  # P, the likelihood's n_params
+    generator: torch.Generator | None = None,  # draws the weights, the encoder's first
 ) -> tuple[Encoder, Decoder]:
     "Encoder and decoder of Table 6's row `name`; ValueError that lists the known names, or for x that do not suit the network."
-    if latent_dim < 1: raise ValueError(f"latent_dim={latent_dim}; expected at least 1")
+    if latent_dim < 1:
+        raise ValueError(f"latent_dim={latent_dim}; expected at least 1")
     row, out_shape = _row(name), (n_params, *x_shape)
-    return (Encoder(x_shape, row.encoder(x_shape, 2*latent_dim, generator)),
-            Decoder(row.decoder(latent_dim, out_shape, generator), out_shape))
+    return (
+        Encoder(x_shape, row.encoder(x_shape, 2 * latent_dim, generator)),
+        Decoder(row.decoder(latent_dim, out_shape, generator), out_shape),
+    )
 
 # %% ../nbs/05_networks.ipynb #050034
 def prior_network(
-    name: str, # a key of NETWORKS
-    components: int, # K
-    latent_dim: int, # D
-    generator: torch.Generator | None = None, # draws the weights
-) -> nn.Module: # one-hot codes (K, K) to (K, 2D)
+    name: str,  # a key of NETWORKS
+    components: int,  # K
+    latent_dim: int,  # D
+    generator: torch.Generator | None = None,  # draws the weights
+) -> nn.Module:  # one-hot codes (K, K) to (K, 2D)
     "Network of a MoGPrior, Table 6's p(z) in the row `name`; ValueError that lists the known names."
-    return _row(name).prior(components, 2*latent_dim, generator)
+    return _row(name).prior(components, 2 * latent_dim, generator)

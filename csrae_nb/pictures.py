@@ -22,20 +22,28 @@ from .training import Run, generator
 
 # %% ../nbs/11_samples.ipynb #110007
 def show_examples(
-    ax, # matplotlib axes
-    xs: Float[Tensor, "n *X"], # examples
-    columns: int = 10, # images in a row
-    **kw, # of the scatter or line plot
+    ax,  # matplotlib axes
+    xs: Float[Tensor, "n *X"],  # examples
+    columns: int = 10,  # images in a row
+    **kw,  # of the scatter or line plot
 ) -> None:
     "Draw examples into one axes: a grid of images, points if they have two values, or lines."
-    xs = xs.detach().cpu(); shape = tuple(xs.shape[1:])
-    if shape == (2,): ax.plot(*xs.T, ".", ms=2, **kw); return
-    if not is_picture(shape): ax.plot(xs.flatten(1).T, lw=0.7, **kw); return
-    xs = (xs - xs.min())/(xs.max() - xs.min()).clamp_min(1e-8)
+    xs = xs.detach().cpu()
+    shape = tuple(xs.shape[1:])
+    if shape == (2,):
+        ax.plot(*xs.T, ".", ms=2, **kw)
+        return
+    if not is_picture(shape):
+        ax.plot(xs.flatten(1).T, lw=0.7, **kw)
+        return
+    xs = (xs - xs.min()) / (xs.max() - xs.min()).clamp_min(1e-8)
     xs = xs[:, None] if len(shape) == 2 else xs
     pad = torch.ones((-len(xs)) % columns, *xs.shape[1:])
-    grid = torch.nn.functional.pad(torch.cat([xs, pad]), (0, 1, 0, 1), value=0.5).unflatten(0, (-1, columns))   # (rows, columns, C, H, W)
-    ax.imshow(grid.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).squeeze(-1), cmap="gray_r"); ax.axis("off")
+    grid = torch.nn.functional.pad(torch.cat([xs, pad]), (0, 1, 0, 1), value=0.5).unflatten(
+        0, (-1, columns)
+    )  # (rows, columns, C, H, W)
+    ax.imshow(grid.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).squeeze(-1), cmap="gray_r")
+    ax.axis("off")
 
 # %% ../nbs/11_samples.ipynb #110008
 def plot_history(run: Run) -> Figure:
@@ -43,125 +51,170 @@ def plot_history(run: Run) -> Figure:
     e = [r["epoch"] for r in run.history]
     fig, axs = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
     for ax, k in zip(axs, ("reconstruction", "divergence")):
-        for split in ("train", "val"): ax.plot(e, [r[f"{split}_{k}"] for r in run.history], label={"val": "validation"}.get(split, split))
-        ax.axvline(run.best_epoch, ls=":", c="grey"); ax.set(xlabel="epoch", ylabel=f"{k}, nats")
-    axs[0].legend(); axs[0].set_title("dotted: the epoch that was kept", fontsize=9)
+        for split in ("train", "val"):
+            ax.plot(
+                e, [r[f"{split}_{k}"] for r in run.history], label={"val": "validation"}.get(split, split)
+            )
+        ax.axvline(run.best_epoch, ls=":", c="grey")
+        ax.set(xlabel="epoch", ylabel=f"{k}, nats")
+    axs[0].legend()
+    axs[0].set_title("dotted: the epoch that was kept", fontsize=9)
     return fig
 
 # %% ../nbs/11_samples.ipynb #110009
 def plot_reconstructions(
     run: Run,
     data: Dataset,
-    n: int = 20, # test examples
+    n: int = 20,  # test examples
 ) -> Figure:
     "Test examples, and what the decoder makes of their codes' means."
-    x = data.fixed("test")[:n if is_picture(data.x_shape) else 1000].to(run.device)
+    x = data.fixed("test")[: n if is_picture(data.x_shape) else 1000].to(run.device)
     fig, axs = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", sharex=True, sharey=True)
-    for ax, xs, title in zip(axs, (x, run.model.reconstruct(x)), ("test data", "reconstructions")): show_examples(ax, xs); ax.set_title(title)
+    for ax, xs, title in zip(axs, (x, run.model.reconstruct(x)), ("test data", "reconstructions")):
+        show_examples(ax, xs)
+        ax.set_title(title)
     return fig
 
 # %% ../nbs/11_samples.ipynb #110010
-SOURCES = { # of samples: what a picture calls them
-    "samples": "the prior as trained", "samples_refit": "the prior after one EM step",
-    "samples_refit15": "the prior after fifteen", "samples_expost": "a mixture fitted afterwards"}
+SOURCES = {  # of samples: what a picture calls them
+    "samples": "the prior as trained",
+    "samples_refit": "the prior after one EM step",
+    "samples_refit15": "the prior after fifteen",
+    "samples_expost": "a mixture fitted afterwards",
+}
+
 
 def plot_samples(
     run: Run,
     data: Dataset,
-    n: int = 50, # samples of each kind
+    n: int = 50,  # samples of each kind
 ) -> Figure:
     "Samples from each source of codes, named; all four go through the same decoder."
     n, sources = n if is_picture(data.x_shape) else 1000, sample_sources(run, run_codes(run, data, "train"))
     fig, axs = plt.subplots(2, 2, figsize=(9, 5.5), layout="constrained", sharex=True, sharey=True)
     for ax, (name, source) in zip(axs.flat, sources.items()):
-        show_examples(ax, run.model.sample(n, generator(run.cfg.seed, "samples", device=run.device), prior=source)); ax.set_title(SOURCES[name], fontsize=10)
+        show_examples(
+            ax, run.model.sample(n, generator(run.cfg.seed, "samples", device=run.device), prior=source)
+        )
+        ax.set_title(SOURCES[name], fontsize=10)
     return fig
 
 # %% ../nbs/11_samples.ipynb #110011
 def plot_components(
     run: Run,
     data: Dataset,
-    components: int = 20, # how many: those with the largest occupancy
-    n: int = 6, # samples of each
+    components: int = 20,  # how many: those with the largest occupancy
+    n: int = 6,  # samples of each
 ) -> Figure:
     "Samples component by component, the most used first, and the occupancy of all components."
     m, g = run.model, generator(run.cfg.seed, "component samples", device=run.device)
-    used = occupancy(m.prior(), run_codes(run, data, "test")); order = used.argsort(descending=True)
+    used = occupancy(m.prior(), run_codes(run, data, "test"))
+    order = used.argsort(descending=True)
     fig, axs = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", width_ratios=(2, 1))
     if is_picture(data.x_shape):
         top = order[:components]
         xs = torch.stack([m.sample(n, g, component=k.item()) for k in top], 1).flatten(0, 1)
-        show_examples(axs[0], xs, columns=len(top)); axs[0].set_title("a column a component, the most used first")
+        show_examples(axs[0], xs, columns=len(top))
+        axs[0].set_title("a column a component, the most used first")
     else:
-        for k in order[:components]: show_examples(axs[0], m.sample(200, g, component=k.item()))
+        for k in order[:components]:
+            show_examples(axs[0], m.sample(200, g, component=k.item()))
         axs[0].set_title("a colour a component")
-    axs[1].bar(range(len(used)), used[order].cpu()); axs[1].set(xlabel="component, by occupancy", ylabel="share of test codes",
-        title=f"effective K = {effective_components(used):.1f} of {len(used)}")
+    axs[1].bar(range(len(used)), used[order].cpu())
+    axs[1].set(
+        xlabel="component, by occupancy",
+        ylabel="share of test codes",
+        title=f"effective K = {effective_components(used):.1f} of {len(used)}",
+    )
     return fig
 
 # %% ../nbs/11_samples.ipynb #110111
 def plot_overlap(
-    run: Run, # with a mixture prior
+    run: Run,  # with a mixture prior
     data: Dataset,
 ) -> Figure:
     "Overlaps of the prior's components, the most used first: dark off the diagonal where components are alike."
-    p = run.model.prior(); used = occupancy(p, run_codes(run, data, "test")); order = used.argsort(descending=True)
+    p = run.model.prior()
+    used = occupancy(p, run_codes(run, data, "test"))
+    order = used.argsort(descending=True)
     fig, ax = plt.subplots(figsize=(4.4, 3.6), layout="constrained")
-    image = ax.imshow(overlap_matrix(p)[order][:, order].cpu(), cmap="Greys", vmin=0, vmax=1); fig.colorbar(image, label="overlap, $e^{-D_{CS}}$")
-    ax.set(xlabel="component, by occupancy", ylabel="component, by occupancy", title=f"{distinct_components(p, used):.1f} of {len(used)} are in use and distinct"); ax.locator_params(integer=True)
+    image = ax.imshow(overlap_matrix(p)[order][:, order].cpu(), cmap="Greys", vmin=0, vmax=1)
+    fig.colorbar(image, label="overlap, $e^{-D_{CS}}$")
+    ax.set(
+        xlabel="component, by occupancy",
+        ylabel="component, by occupancy",
+        title=f"{distinct_components(p, used):.1f} of {len(used)} are in use and distinct",
+    )
+    ax.locator_params(integer=True)
     return fig
 
 # %% ../nbs/11_samples.ipynb #110012
 def plot_codes(
     run: Run,
     data: Dataset,
-    n: int = 2000, # test examples
+    n: int = 2000,  # test examples
 ) -> Figure:
     "Test codes and the means of the prior's components, on the codes' two leading principal axes if there are more than two."
     z = run_codes(run, data, "test")[:n].cpu()
     mu, centre = run.model.prior().mu.detach().cpu(), z.mean(0)
     many_axes = z.shape[1] > 2 and len(z) > 1
-    axes = torch.linalg.svd(z - centre, full_matrices=False).Vh[:2].T if many_axes else torch.eye(z.shape[1], 2)
+    axes = (
+        torch.linalg.svd(z - centre, full_matrices=False).Vh[:2].T if many_axes else torch.eye(z.shape[1], 2)
+    )
     fig, ax = plt.subplots(figsize=(5.5, 4.5), layout="constrained")
     y = data.y_test[:n].cpu() if data.y_test is not None else None
-    if many := y is not None and y.ndim > 1: y = y.clamp_min(0).sum(1)
-    ten = dict(cmap="tab10", vmin=-.5, vmax=9.5) if y is not None and y.max() < 10 else {}
+    if many := y is not None and y.ndim > 1:
+        y = y.clamp_min(0).sum(1)
+    ten = dict(cmap="tab10", vmin=-0.5, vmax=9.5) if y is not None and y.max() < 10 else {}
     points, size = (z - centre) @ axes, 12 if len(z) < 500 else 3
     known = torch.ones(len(z), dtype=torch.bool) if y is None else y >= 0
-    if not known.all(): ax.scatter(*points[~known].T, s=size, c="#cccccc", label="without a label")
+    if not known.all():
+        ax.scatter(*points[~known].T, s=size, c="#cccccc", label="without a label")
     s = ax.scatter(*points[known].T, s=size, c=None if y is None else y[known], **ten)
-    if y is not None: fig.colorbar(s, label="answers that are yes" if many else "class", ticks=range(10) if ten else None)
-    ax.plot(*((mu - centre) @ axes).T, "k+", ms=8, label="prior's means"); ax.legend(fontsize=8)
+    if y is not None:
+        fig.colorbar(s, label="answers that are yes" if many else "class", ticks=range(10) if ten else None)
+    ax.plot(*((mu - centre) @ axes).T, "k+", ms=8, label="prior's means")
+    ax.legend(fontsize=8)
     ax.set(xlabel="first axis", ylabel="second axis", title="codes of test data")
     return fig
 
 # %% ../nbs/11_samples.ipynb #110020
 def compare_reconstructions(
-    runs: dict[str, Run], # name: run
+    runs: dict[str, Run],  # name: run
     data: Dataset,
-    n: int = 12, # test images
+    n: int = 12,  # test images
 ) -> Figure:
     "A row of test images, then a row of reconstructions a model (Fig. 5)."
     x = data.fixed("test")[:n]
     rows = {"test images": x, **{name: r.model.reconstruct(x.to(r.device)) for name, r in runs.items()}}
-    fig, axs = plt.subplots(len(rows), 1, figsize=(9, .95*len(rows)), layout="constrained")
-    for ax, (name, xs) in zip(axs, rows.items()): show_examples(ax, xs, columns=n); ax.set_title(name, fontsize=8, loc="left", pad=2)
+    fig, axs = plt.subplots(len(rows), 1, figsize=(9, 0.95 * len(rows)), layout="constrained")
+    for ax, (name, xs) in zip(axs, rows.items()):
+        show_examples(ax, xs, columns=n)
+        ax.set_title(name, fontsize=8, loc="left", pad=2)
     return fig
 
 # %% ../nbs/11_samples.ipynb #110021
 def compare_samples(
-    runs: dict[str, Run], # name: run
+    runs: dict[str, Run],  # name: run
     data: Dataset,
-    source: str = "samples", # a name of SOURCES
-    n: int = 36, # samples of each
+    source: str = "samples",  # a name of SOURCES
+    n: int = 36,  # samples of each
 ) -> Figure:
     "A panel of samples a model, from the same kind of source (Fig. 6); ValueError for an unknown one."
-    if source not in SOURCES: raise ValueError(f"unknown source {source!r}; expected one of {', '.join(SOURCES)}")
-    rows = 1 if len(runs) < 4 else 2; columns = math.ceil(len(runs)/rows)
-    fig, axs = plt.subplots(rows, columns, figsize=(9, 3.2*rows*3/columns), layout="constrained", squeeze=False)
-    for ax in axs.flat: ax.axis("off")
+    if source not in SOURCES:
+        raise ValueError(f"unknown source {source!r}; expected one of {', '.join(SOURCES)}")
+    rows = 1 if len(runs) < 4 else 2
+    columns = math.ceil(len(runs) / rows)
+    fig, axs = plt.subplots(
+        rows, columns, figsize=(9, 3.2 * rows * 3 / columns), layout="constrained", squeeze=False
+    )
+    for ax in axs.flat:
+        ax.axis("off")
     for ax, (name, r) in zip(axs.flat, runs.items()):
         codes = sample_sources(r, run_codes(r, data, "train"))[source]
-        show_examples(ax, r.model.sample(n, generator(r.cfg.seed, "samples", device=r.device), prior=codes), columns=6); ax.set_title(name, fontsize=9)
+        show_examples(
+            ax, r.model.sample(n, generator(r.cfg.seed, "samples", device=r.device), prior=codes), columns=6
+        )
+        ax.set_title(name, fontsize=9)
     fig.suptitle(f"codes from {SOURCES[source]}", fontsize=10)
     return fig

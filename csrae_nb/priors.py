@@ -19,25 +19,30 @@ from .divergence import GMM, pairwise_log_overlap, unchecked
 # %% ../nbs/03_priors.ipynb #030131
 class Unchecked(nn.Module):
     "A module whose mixtures are taken as they are when it is called."
+
     @unchecked()
-    def __call__(self, *args, **kw): return super().__call__(*args, **kw)
+    def __call__(self, *args, **kw):
+        return super().__call__(*args, **kw)
 
 # %% ../nbs/03_priors.ipynb #030005
 class Prior(Unchecked):
     "A prior p(z) over codes: calling it gives a GMM, the rest follows."
 
-    def forward(self) -> GMM: # unbatched: logw (K), mu and var (K, D)
+    def forward(self) -> GMM:  # unbatched: logw (K), mu and var (K, D)
         raise NotImplementedError(f"{type(self).__name__} must define forward() -> GMM")
 
-    def jointly(self,
-        encode: Callable, # examples to what is to be known of them: their posteriors, or features
+    def jointly(
+        self,
+        encode: Callable,  # examples to what is to be known of them: their posteriors, or features
         x: Float[Tensor, "B *X"],
-        posterior: Callable = lambda q: q, # what `encode` gives, to posteriors
-    ) -> tuple: # what encode gives for x, and p(z)
+        posterior: Callable = lambda q: q,  # what `encode` gives, to posteriors
+    ) -> tuple:  # what encode gives for x, and p(z)
         "Encode a batch and make the prior for a step of training, for a prior that needs both at once."
         return encode(x), self()
 
-    def sample(self, n: int, generator: torch.Generator | None = None, component: int | None = None) -> Float[Tensor, "n D"]:
+    def sample(
+        self, n: int, generator: torch.Generator | None = None, component: int | None = None
+    ) -> Float[Tensor, "n D"]:
         "n codes, from the mixture or from one of its components."
         return self().sample(n, generator, component)
 
@@ -48,26 +53,32 @@ class Prior(Unchecked):
     def refit(self, codes: Float[Tensor, "n D"], steps: int = 1) -> GMM:
         "This prior after EM steps on training codes: a new mixture beside the prior, which stays as it is."
         gmm = self()
-        for _ in range(steps): gmm = em_step(gmm, codes)
+        for _ in range(steps):
+            gmm = em_step(gmm, codes)
         return gmm
 
 # %% ../nbs/03_priors.ipynb #030007
 class StandardNormal(Prior):
     "p(z) = N(0, I) in D dimensions."
+
     def __init__(self, latent_dim: int):
         super().__init__()
-        if latent_dim < 1: raise ValueError(f"latent_dim={latent_dim}; expected at least 1")
+        if latent_dim < 1:
+            raise ValueError(f"latent_dim={latent_dim}; expected at least 1")
         self.register_buffer("mu", torch.zeros(1, latent_dim), persistent=False)
 
-    def forward(self) -> GMM: return GMM(self.mu[:, 0], self.mu, torch.ones_like(self.mu))
+    def forward(self) -> GMM:
+        return GMM(self.mu[:, 0], self.mu, torch.ones_like(self.mu))
 
 # %% ../nbs/03_priors.ipynb #030208
-LOG_VAR = 30. # the largest |log σ²|
-FAR = 1e10 # the largest number that a network is given, and the largest mean
+LOG_VAR = 30.0  # the largest |log σ²|
+FAR = 1e10  # the largest number that a network is given, and the largest mean
+
 
 def variance(logvar: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
     "σ² from its logarithm, between e⁻³⁰ and e³⁰."
     return logvar.clamp(-LOG_VAR, LOG_VAR).exp()
+
 
 def within(x: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
     "The numbers, those beyond ±10¹⁰ brought back to it."
@@ -76,81 +87,112 @@ def within(x: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
 # %% ../nbs/03_priors.ipynb #030010
 class MoGPrior(Prior):
     "Mixture of K Gaussians, Eq. (22), by free parameters or by a network that maps one-hot codes (K, K) to (K, 2D)."
-    def __init__(self,
-        components: int, # K
-        latent_dim: int, # D
-        network: nn.Module | None = None, # one-hot codes to means and log variances; None: free parameters
-        learned_weights: bool = False, # False: weights 1/K
-        generator: torch.Generator | None = None, # draws the free means from N(0, 1)
+
+    def __init__(
+        self,
+        components: int,  # K
+        latent_dim: int,  # D
+        network: nn.Module | None = None,  # one-hot codes to means and log variances; None: free parameters
+        learned_weights: bool = False,  # False: weights 1/K
+        generator: torch.Generator | None = None,  # draws the free means from N(0, 1)
     ):
         super().__init__()
-        if components < 1 or latent_dim < 1: raise ValueError(f"components={components}, latent_dim={latent_dim}; expected at least 1 each")
+        if components < 1 or latent_dim < 1:
+            raise ValueError(f"components={components}, latent_dim={latent_dim}; expected at least 1 each")
         K, D = components, latent_dim
         self.network = network
         if network is None:
             self.mu = nn.Parameter(torch.randn(K, D, generator=generator))
             self.logvar = nn.Parameter(torch.zeros(K, D))
-        else: self.register_buffer("codes", torch.eye(K), persistent=False)
+        else:
+            self.register_buffer("codes", torch.eye(K), persistent=False)
         logits = torch.zeros(K)
-        if learned_weights: self.logits = nn.Parameter(logits)
-        else: self.register_buffer("logits", logits, persistent=False)
+        if learned_weights:
+            self.logits = nn.Parameter(logits)
+        else:
+            self.register_buffer("logits", logits, persistent=False)
 
     def forward(self) -> GMM:
-        if self.network is None: mu, logvar = self.mu, self.logvar
-        else: h = self.network(self.codes); mu, logvar = h.to(torch.promote_types(h.dtype, torch.float32)).chunk(2, -1)
+        if self.network is None:
+            mu, logvar = self.mu, self.logvar
+        else:
+            h = self.network(self.codes)
+            mu, logvar = h.to(torch.promote_types(h.dtype, torch.float32)).chunk(2, -1)
         return GMM(self.logits.log_softmax(-1), mu, variance(logvar))
 
     @torch.no_grad()
     def init_from_codes(self, codes: Float[Tensor, "n D"], seed: int = 0):
         "Set every component to a k-means cluster of the codes; ValueError for a network, or fewer codes than components."
-        if self.network is not None: raise ValueError("a MoGPrior with a network has no free parameters to set from codes")
+        if self.network is not None:
+            raise ValueError("a MoGPrior with a network has no free parameters to set from codes")
         n, mu, var = kmeans(codes, len(self.mu), seed)
-        self.mu.copy_(mu); self.logvar.copy_(var.log().clamp(-LOG_VAR, LOG_VAR))
-        if isinstance(self.logits, nn.Parameter): self.logits.copy_((n.clamp_min(1)/len(codes)).log())
+        self.mu.copy_(mu)
+        self.logvar.copy_(var.log().clamp(-LOG_VAR, LOG_VAR))
+        if isinstance(self.logits, nn.Parameter):
+            self.logits.copy_((n.clamp_min(1) / len(codes)).log())
 
 # %% ../nbs/03_priors.ipynb #030012
 def kmeans(
-    codes: Float[Tensor, "n D"], # draws from q(z|x)
-    K: int, # clusters
-    seed: int, # the same codes and seed give the same clusters, to the bit
-) -> tuple[Float[Tensor, "K"], Float[Tensor, "K D"], Float[Tensor, "K D"]]: # counts, means, variances
+    codes: Float[Tensor, "n D"],  # draws from q(z|x)
+    K: int,  # clusters
+    seed: int,  # the same codes and seed give the same clusters, to the bit
+) -> tuple[Float[Tensor, "K"], Float[Tensor, "K D"], Float[Tensor, "K D"]]:  # counts, means, variances
     "Clusters of the codes by scikit-learn's k-means, on one thread; ValueError for fewer codes than clusters."
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
-    if len(codes) < K: raise ValueError(f"k-means of {len(codes)} codes into {K} components; use at most as many components as codes")
-    with threadpool_limits(1): labels = KMeans(K, n_init=1, random_state=seed).fit(codes.cpu().double().numpy()).labels_
-    r = torch.eye(K, dtype=codes.dtype, device=codes.device)[torch.as_tensor(labels, device=codes.device).long()]  # (n, K)
-    n = r.sum(0); mu = (r.T @ codes) / n.clamp_min(1)[:, None]
-    square = r.T @ (codes - r @ mu)**2                                                                              # (K, D)
-    var = (square + square.sum(0)/len(codes)) / (n[:, None] + 1)
-    return n, mu, var.maximum(1e-6*codes.var(0)).clamp_min(1e-30)      # where each code is a cluster, none has a spread
+
+    if len(codes) < K:
+        raise ValueError(
+            f"k-means of {len(codes)} codes into {K} components; use at most as many components as codes"
+        )
+    with threadpool_limits(1):
+        labels = KMeans(K, n_init=1, random_state=seed).fit(codes.cpu().double().numpy()).labels_
+    r = torch.eye(K, dtype=codes.dtype, device=codes.device)[
+        torch.as_tensor(labels, device=codes.device).long()
+    ]  # (n, K)
+    n = r.sum(0)
+    mu = (r.T @ codes) / n.clamp_min(1)[:, None]
+    square = r.T @ (codes - r @ mu) ** 2  # (K, D)
+    var = (square + square.sum(0) / len(codes)) / (n[:, None] + 1)
+    return (
+        n,
+        mu,
+        var.maximum(1e-6 * codes.var(0)).clamp_min(1e-30),
+    )  # where each code is a cluster, none has a spread
 
 # %% ../nbs/03_priors.ipynb #030016
 def _normalises_batches(net):
     "Whether an output of a network depends, at the moment, on the other rows of the batch."
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in net.modules())
 
+
 def _rows(q, rows):
     "Some rows of a tensor or of a GMM."
     return GMM(q.logw[rows], q.mu[rows], q.var[rows]) if isinstance(q, GMM) else q[rows]
 
+# %% ../nbs/03_priors.ipynb #030116
 class VampPrior(Prior):
     "Mixture of the posteriors of K learned pseudo-inputs, Eq. (23); uniform weights."
+
     encoder = property(lambda self: self._encoder[0], doc="What reads the pseudo-inputs: the model's own.")
 
-    def __init__(self,
-        encoder: nn.Module, # x (B, *X) to a GMM of one component
-        pseudo_inputs: Float[Tensor, "K *X"], # where the pseudo-inputs start: training examples
+    def __init__(
+        self,
+        encoder: nn.Module,  # x (B, *X) to a GMM of one component
+        pseudo_inputs: Float[Tensor, "K *X"],  # where the pseudo-inputs start: training examples
     ):
         super().__init__()
-        if len(pseudo_inputs) < 1: raise ValueError("a VampPrior needs at least one pseudo-input")
-        self._encoder = (encoder,)                                     # in a tuple, so that it is not registered again
+        if len(pseudo_inputs) < 1:
+            raise ValueError("a VampPrior needs at least one pseudo-input")
+        self._encoder = (encoder,)  # in a tuple, so that it is not registered again
         self.pseudo_inputs = nn.Parameter(pseudo_inputs.clone())
 
-    def forward(self) -> GMM: return self._mixture(self._encoder[0](self.pseudo_inputs))
+    def forward(self) -> GMM:
+        return self._mixture(self._encoder[0](self.pseudo_inputs))
 
     def jointly(self, encode, x, posterior=lambda q: q):
-        if not _normalises_batches(self._encoder[0]): return super().jointly(encode, x)
+        if not _normalises_batches(self._encoder[0]):
+            return super().jointly(encode, x)
         both = encode(torch.cat([x, self.pseudo_inputs]))
         return _rows(both, slice(len(x))), self._mixture(posterior(_rows(both, slice(len(x), None))))
 
@@ -161,47 +203,51 @@ class VampPrior(Prior):
 # %% ../nbs/03_priors.ipynb #030019
 @torch.no_grad()
 def occupancy(
-    gmm: GMM, # unbatched mixture of K components
-    codes: Float[Tensor, "n D"], # draws from q(z|x)
-) -> Float[Tensor, "K"]: # sums to one
+    gmm: GMM,  # unbatched mixture of K components
+    codes: Float[Tensor, "n D"],  # draws from q(z|x)
+) -> Float[Tensor, "K"]:  # sums to one
     "Share of the codes that each component is responsible for."
     return gmm.responsibilities(codes).mean(0)
 
 # %% ../nbs/03_priors.ipynb #030020
 def effective_components(
-    occupancy: Float[Tensor, "K"], # shares that sum to one
-) -> float: # between 1 and K
+    occupancy: Float[Tensor, "K"],  # shares that sum to one
+) -> float:  # between 1 and K
     "exp of the entropy of the occupancy: how many components are in use."
     return torch.special.entr(occupancy).sum().exp().item()
 
 # %% ../nbs/03_priors.ipynb #030122
 @torch.no_grad()
 def overlap_matrix(
-    gmm: GMM, # unbatched mixture of K components
-) -> Float[Tensor, "K K"]: # between 0 and 1, 1 on the diagonal
+    gmm: GMM,  # unbatched mixture of K components
+) -> Float[Tensor, "K K"]:  # between 0 and 1, 1 on the diagonal
     "How much components overlap: exp(−D_CS) of each pair."
-    z = pairwise_log_overlap(gmm, gmm); own = z.diagonal()/2
+    z = pairwise_log_overlap(gmm, gmm)
+    own = z.diagonal() / 2
     return (z - own[:, None] - own).exp().clamp_max(1)
 
+
 def distinct_components(
-    gmm: GMM, # unbatched mixture of K components
-    occupancy: Float[Tensor, "K"], # shares that sum to one
-) -> float: # between 1 and K
+    gmm: GMM,  # unbatched mixture of K components
+    occupancy: Float[Tensor, "K"],  # shares that sum to one
+) -> float:  # between 1 and K
     "How many components are in use and distinct: 1/Σ πₖ cₖₗ πₗ with their overlaps c; 1 where the mixture acts as one Gaussian."
-    return 1/(occupancy @ overlap_matrix(gmm) @ occupancy).clamp_max(1).item()
+    return 1 / (occupancy @ overlap_matrix(gmm) @ occupancy).clamp_max(1).item()
 
 # %% ../nbs/03_priors.ipynb #030023
 @torch.no_grad()
 @unchecked()
 def em_step(
-    gmm: GMM, # unbatched mixture
-    codes: Float[Tensor, "n D"], # draws from q(z|x)
-    floor: float = 1e-6, # smallest variance, relative to the codes' own
+    gmm: GMM,  # unbatched mixture
+    codes: Float[Tensor, "n D"],  # draws from q(z|x)
+    floor: float = 1e-6,  # smallest variance, relative to the codes' own
 ) -> GMM:
     "One step of expectation–maximisation of a diagonal mixture on codes: their mean log-likelihood does not fall."
-    r = gmm.responsibilities(codes)                                    # (n, K)
+    r = gmm.responsibilities(codes)  # (n, K)
     n, centre = r.sum(0)[:, None], codes.mean(0)
     used, z, count = n > 1e-3, codes - centre, n.clamp_min(1e-3)
     mu = (r.T @ z) / count
-    var = ((r.T @ z**2)/count - mu**2).clamp_min(1e-30).maximum(floor*codes.var(0))
-    return GMM((n[:, 0]/len(codes)).log(), torch.where(used, mu + centre, gmm.mu), torch.where(used, var, gmm.var))
+    var = ((r.T @ z**2) / count - mu**2).clamp_min(1e-30).maximum(floor * codes.var(0))
+    return GMM(
+        (n[:, 0] / len(codes)).log(), torch.where(used, mu + centre, gmm.mu), torch.where(used, var, gmm.var)
+    )

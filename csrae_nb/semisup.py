@@ -35,10 +35,12 @@ from .training import Config, Run, RunLocked, Task, assemble, generator, has_cs,
 @dataclass(frozen=True)
 class OneLabel:
     "y is one of C classes, with a softmax of C outputs as its distribution; labels are integers (n)."
-    outputs: int # C
-    names: tuple[str, ...] = () # of the classes
 
-    def code(self, y: Int[Tensor, "n"]) -> Float[Tensor, "n C"]: return F.one_hot(y, self.outputs).float()
+    outputs: int  # C
+    names: tuple[str, ...] = ()  # of the classes
+
+    def code(self, y: Int[Tensor, "n"]) -> Float[Tensor, "n C"]:
+        return F.one_hot(y, self.outputs).float()
 
     def every(self) -> Float[Tensor, "C C"]:
         "The codes of all labels that there are."
@@ -48,20 +50,25 @@ class OneLabel:
         "log q(y) of each of them."
         return logits.log_softmax(-1)
 
-    def mean(self, logits: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]: return logits.softmax(-1)
+    def mean(self, logits: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
+        return logits.softmax(-1)
 
-    def best(self, logits: Float[Tensor, "n C"]) -> Int[Tensor, "n"]: return logits.argmax(-1)
+    def best(self, logits: Float[Tensor, "n C"]) -> Int[Tensor, "n"]:
+        return logits.argmax(-1)
 
-    def relax(self, logits: Float[Tensor, "n C"], temperature: float, normal: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
+    def relax(
+        self, logits: Float[Tensor, "n C"], temperature: float, normal: Float[Tensor, "n C"]
+    ) -> Float[Tensor, "n C"]:
         "Draws of the code, softened so that gradients pass (Gumbel-softmax), from standard normal numbers."
-        return ((logits - (-torch.special.log_ndtr(normal)).log())/temperature).softmax(-1)
+        return ((logits - (-torch.special.log_ndtr(normal)).log()) / temperature).softmax(-1)
 
     def kl(self, logits: Float[Tensor, "n C"], prior: Float[Tensor, "C"]) -> Float[Tensor, "n"]:
         "KL(q(y|x)‖p(y)) in nats, of two rows of logits."
         log_q = logits.log_softmax(-1)
-        return (log_q.exp()*(log_q - prior.log_softmax(-1))).sum(-1)
+        return (log_q.exp() * (log_q - prior.log_softmax(-1))).sum(-1)
 
-    def cross_entropy(self, logits: Float[Tensor, "n C"], y: Int[Tensor, "n"]) -> Float[Tensor, "n"]: return F.cross_entropy(logits, y, reduction="none")
+    def cross_entropy(self, logits: Float[Tensor, "n C"], y: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
+        return F.cross_entropy(logits, y, reduction="none")
 
     def prior(self, y: Int[Tensor, "n"]) -> Float[Tensor, "C"]:
         "Logits of p(y): uniform."
@@ -71,121 +78,177 @@ class OneLabel:
 @dataclass(frozen=True)
 class ManyLabels:
     "y is L answers of yes (1) or no (0), each with its own Bernoulli distribution; labels are (n, L)."
-    outputs: int # L
-    names: tuple[str, ...] = () # of the questions
 
-    def code(self, y: Int[Tensor, "n L"]) -> Float[Tensor, "n L"]: return y.float()
+    outputs: int  # L
+    names: tuple[str, ...] = ()  # of the questions
+
+    def code(self, y: Int[Tensor, "n L"]) -> Float[Tensor, "n L"]:
+        return y.float()
 
     def every(self) -> Float[Tensor, "R L"]:
         "All 2^L rows of answers."
-        return torch.cartesian_prod(*[torch.tensor([0., 1.])]*self.outputs).view(-1, self.outputs)
+        return torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * self.outputs).view(-1, self.outputs)
 
     def log_prob(self, logits: Float[Tensor, "n L"]) -> Float[Tensor, "n R"]:
         "log q(y) of each of them."
         yes = self.every().to(logits)
         return F.logsigmoid(logits) @ yes.T + F.logsigmoid(-logits) @ (1 - yes).T
 
-    def mean(self, logits: Float[Tensor, "n L"]) -> Float[Tensor, "n L"]: return logits.sigmoid()
+    def mean(self, logits: Float[Tensor, "n L"]) -> Float[Tensor, "n L"]:
+        return logits.sigmoid()
 
-    def best(self, logits: Float[Tensor, "n L"]) -> Int[Tensor, "n L"]: return (logits > 0).long()
+    def best(self, logits: Float[Tensor, "n L"]) -> Int[Tensor, "n L"]:
+        return (logits > 0).long()
 
-    def relax(self, logits: Float[Tensor, "n L"], temperature: float, normal: Float[Tensor, "n L"]) -> Float[Tensor, "n L"]:
+    def relax(
+        self, logits: Float[Tensor, "n L"], temperature: float, normal: Float[Tensor, "n L"]
+    ) -> Float[Tensor, "n L"]:
         "Draws of the code, softened so that gradients pass (the relaxed Bernoulli), from standard normal numbers."
-        return ((logits + torch.special.log_ndtr(normal) - torch.special.log_ndtr(-normal))/temperature).sigmoid()
+        return (
+            (logits + torch.special.log_ndtr(normal) - torch.special.log_ndtr(-normal)) / temperature
+        ).sigmoid()
 
     def kl(self, logits: Float[Tensor, "n L"], prior: Float[Tensor, "L"]) -> Float[Tensor, "n"]:
         "KL(q(y|x)‖p(y)) in nats: a sum over the answers."
-        q, yes, no = logits.sigmoid(), F.logsigmoid(logits) - F.logsigmoid(prior), F.logsigmoid(-logits) - F.logsigmoid(-prior)
-        return (q*yes + (1 - q)*no).sum(-1)
+        q, yes, no = (
+            logits.sigmoid(),
+            F.logsigmoid(logits) - F.logsigmoid(prior),
+            F.logsigmoid(-logits) - F.logsigmoid(-prior),
+        )
+        return (q * yes + (1 - q) * no).sum(-1)
 
     def cross_entropy(self, logits: Float[Tensor, "n L"], y: Int[Tensor, "n L"]) -> Float[Tensor, "n"]:
         return F.binary_cross_entropy_with_logits(logits, y.float(), reduction="none").sum(-1)
 
     def prior(self, y: Int[Tensor, "n L"]) -> Float[Tensor, "L"]:
         "Logits of p(y): the frequencies among the labels, with one yes and one no added."
-        return ((y.sum(0) + 1)/(len(y) + 2)).logit()
+        return ((y.sum(0) + 1) / (len(y) + 2)).logit()
 
 # %% ../nbs/14_semi_supervised.ipynb #140209
 def _error(self: OneLabel, logits: Float[Tensor, "n C"], y: Int[Tensor, "n"]) -> dict[str, float]:
     "Wrong predictions, in percent of all."
-    return dict(error=100*(self.best(logits) != y)[y >= 0].float().mean().item())
+    return dict(error=100 * (self.best(logits) != y)[y >= 0].float().mean().item())
+
 
 def _f1(self: ManyLabels, logits: Float[Tensor, "n L"], y: Int[Tensor, "n L"]) -> dict[str, float | None]:
     "F1 of each answer in percent, None where no yes is to be found, and before them the mean of those that are not None."
-    guess, truth = self.best(logits)*(y >= 0), (y == 1).long()
+    guess, truth = self.best(logits) * (y >= 0), (y == 1).long()
     yes = truth.sum(0)
-    f1 = (200*(guess*truth).sum(0)/(guess.sum(0) + yes).clamp_min(1)).tolist()
-    each = {f"f1_{name}": v if n else None for name, v, n in zip(self.names or range(self.outputs), f1, yes.tolist())}
+    f1 = (200 * (guess * truth).sum(0) / (guess.sum(0) + yes).clamp_min(1)).tolist()
+    each = {
+        f"f1_{name}": v if n else None
+        for name, v, n in zip(self.names or range(self.outputs), f1, yes.tolist())
+    }
     known = [v for v in each.values() if v is not None]
-    return dict(f1=sum(known)/max(1, len(known)), **each)
+    return dict(f1=sum(known) / max(1, len(known)), **each)
+
 
 OneLabel.judge, ManyLabels.judge = _error, _f1
-OneLabel.measure, ManyLabels.measure = "error", "f1" # what an epoch is chosen by
+OneLabel.measure, ManyLabels.measure = "error", "f1"  # what an epoch is chosen by
 
 # %% ../nbs/14_semi_supervised.ipynb #140211
 def cycled(
     rows: Int[Tensor, "n"],
-    wanted: int, # how many
-    generator: torch.Generator | None = None, # draws the order
-) -> Int[Tensor, "m"]: # m = wanted
+    wanted: int,  # how many
+    generator: torch.Generator | None = None,  # draws the order
+) -> Int[Tensor, "m"]:  # m = wanted
     "Rows in random order, each once before any comes again."
-    return torch.cat([rows[:0], *(rows[torch.randperm(len(rows), generator=generator)] for _ in range(-(-wanted//len(rows))))])[:wanted]
+    return torch.cat(
+        [
+            rows[:0],
+            *(rows[torch.randperm(len(rows), generator=generator)] for _ in range(-(-wanted // len(rows)))),
+        ]
+    )[:wanted]
 
-def _in_turn(self: OneLabel, y: Int[Tensor, "n"], steps: int, size: int, generator: torch.Generator) -> Int[Tensor, "steps size"]:
+
+def _in_turn(
+    self: OneLabel, y: Int[Tensor, "n"], steps: int, size: int, generator: torch.Generator
+) -> Int[Tensor, "steps size"]:
     "Which labelled images each batch takes: all of them in random order, again and again."
-    return cycled(torch.arange(len(y)), steps*size, generator).view(steps, size)
+    return cycled(torch.arange(len(y)), steps * size, generator).view(steps, size)
 
-def _balanced(self: ManyLabels, y: Int[Tensor, "n L"], steps: int, size: int, generator: torch.Generator) -> Int[Tensor, "steps size"]:
+# %% ../nbs/14_semi_supervised.ipynb #140311
+def _balanced(
+    self: ManyLabels, y: Int[Tensor, "n L"], steps: int, size: int, generator: torch.Generator
+) -> Int[Tensor, "steps size"]:
     "Which labelled images each batch takes: as many yes as no to one answer, the answers in turn (Appendix B.2)."
     turns = [a for a in range(self.outputs) if 0 < y[:, a].sum() < len(y)]
-    if not turns: return cycled(torch.arange(len(y)), steps*size, generator).view(steps, size)
-    out, first = torch.empty(steps, size, dtype=torch.long), torch.randint(len(turns), (), generator=generator).item()  # which begins is drawn
+    if not turns:
+        return cycled(torch.arange(len(y)), steps * size, generator).view(steps, size)
+    out, first = (
+        torch.empty(steps, size, dtype=torch.long),
+        torch.randint(len(turns), (), generator=generator).item(),
+    )  # which begins is drawn
     for k, a in enumerate(turns[first:] + turns[:first]):
-        own = out[k::len(turns)]                               # the steps of this answer
-        for value, part in ((1, own[:, :size//2]), (0, own[:, size//2:])): part.copy_(cycled((y[:, a] == value).nonzero()[:, 0], part.numel(), generator).view(part.shape))
+        own = out[k :: len(turns)]  # the steps of this answer
+        for value, part in ((1, own[:, : size // 2]), (0, own[:, size // 2 :])):
+            part.copy_(cycled((y[:, a] == value).nonzero()[:, 0], part.numel(), generator).view(part.shape))
     return out
+
 
 OneLabel.batches, ManyLabels.batches = _in_turn, _balanced
 
 # %% ../nbs/14_semi_supervised.ipynb #140114
-def _draw_class(self: OneLabel, logits: Float[Tensor, "C"], n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n C"]:
+def _draw_class(
+    self: OneLabel, logits: Float[Tensor, "C"], n: int, generator: torch.Generator | None = None
+) -> Float[Tensor, "n C"]:
     "Codes of n labels drawn from a row of logits."
     return self.every().to(logits)[torch.multinomial(logits.softmax(-1), n, True, generator=generator)]
 
-def _draw_answers(self: ManyLabels, logits: Float[Tensor, "L"], n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n L"]:
+
+def _draw_answers(
+    self: ManyLabels, logits: Float[Tensor, "L"], n: int, generator: torch.Generator | None = None
+) -> Float[Tensor, "n L"]:
     "Codes of n labels drawn from a row of logits."
     return torch.bernoulli(logits.sigmoid().expand(n, -1), generator=generator)
+
 
 OneLabel.draw, ManyLabels.draw = _draw_class, _draw_answers
 
 # %% ../nbs/14_semi_supervised.ipynb #140115
-def _all_classes(self: OneLabel) -> tuple[Float[Tensor, "R C"], list[str]]: # codes and their names
+def _all_classes(self: OneLabel) -> tuple[Float[Tensor, "R C"], list[str]]:  # codes and their names
     "The labels that a picture shows: all classes."
     return self.every(), list(self.names or map(str, range(self.outputs)))
 
-def _one_yes_at_a_time(self: ManyLabels) -> tuple[Float[Tensor, "R L"], list[str]]: # codes and their names
+
+def _one_yes_at_a_time(self: ManyLabels) -> tuple[Float[Tensor, "R L"], list[str]]:  # codes and their names
     "The labels that a picture shows: no to all, then yes to one at a time."
-    return torch.cat([torch.zeros(1, self.outputs), torch.eye(self.outputs)]), ["none", *(self.names or map(str, range(self.outputs)))]
+    return torch.cat([torch.zeros(1, self.outputs), torch.eye(self.outputs)]), [
+        "none",
+        *(self.names or map(str, range(self.outputs))),
+    ]
+
 
 OneLabel.shown, ManyLabels.shown = _all_classes, _one_yes_at_a_time
 
 # %% ../nbs/14_semi_supervised.ipynb #140011
 class Joined(nn.Module):
     "The linear layer of a and b side by side; their rows broadcast against each other."
-    def __init__(self,
-        a: int, # numbers in a row of a
+
+    def __init__(
+        self,
+        a: int,  # numbers in a row of a
         b: int,
         outputs: int,
-        generator: torch.Generator | None = None, # draws the weights
+        generator: torch.Generator | None = None,  # draws the weights
     ):
         super().__init__()
-        self.of_a, self.of_b, whole = nn.Linear(a, outputs), nn.Linear(b, outputs, bias=False), glorot_(nn.Linear(a + b, outputs), generator)
-        with torch.no_grad(): self.of_a.weight.copy_(whole.weight[:, :a]); self.of_b.weight.copy_(whole.weight[:, a:]); self.of_a.bias.copy_(whole.bias)
+        self.of_a, self.of_b, whole = (
+            nn.Linear(a, outputs),
+            nn.Linear(b, outputs, bias=False),
+            glorot_(nn.Linear(a + b, outputs), generator),
+        )
+        with torch.no_grad():
+            self.of_a.weight.copy_(whole.weight[:, :a])
+            self.of_b.weight.copy_(whole.weight[:, a:])
+            self.of_a.bias.copy_(whole.bias)
 
-    def forward(self,
+    def forward(
+        self,
         a: Float[Tensor, "*#A a"],
         b: Float[Tensor, "*#B b"],
-        pairs: tuple[Tensor | slice, Tensor] | None = None, # which rows of a meet which rows of b; None: all, broadcast
+        pairs: tuple[Tensor | slice, Tensor]
+        | None = None,  # which rows of a meet which rows of b; None: all, broadcast
     ) -> Float[Tensor, "*AB o"]:
         a, b = self.of_a(a), self.of_b(b)
         return a + b if pairs is None else a[pairs[0]] + b[pairs[1]]
@@ -194,16 +257,22 @@ class Joined(nn.Module):
 @dataclass(frozen=True)
 class LabelNetwork:
     "A row of Table 6's semi-supervised part. The last argument of a builder is the generator of the weights."
-    image: Callable[..., nn.Module] # h_x: (x_shape, outputs, generator), from rows of numbers
-    decoder: Callable[..., nn.Module] # all but the first layer: (inputs, out_shape, generator), to rows of numbers
-    features: int = 300 # of an image
-    label: tuple[int, ...] = (256, 256) # h_y's layers
-    hidden: int = 300 # of the one hidden layer of q(y|x), and of that of q(z|x, y)
-    first: int = 300 # outputs of the decoder's first layer
 
-LABEL_NETWORKS = { # by the names in `Config.network`
-    "mlp": LabelNetwork(lambda x_shape, n, g: nn.Sequential(mlp(math.prod(x_shape), 300, n, generator=g), nn.ReLU()),
-                        lambda n, out_shape, g: mlp(n, 300, math.prod(out_shape), generator=g)),
+    image: Callable[..., nn.Module]  # h_x: (x_shape, outputs, generator), from rows of numbers
+    decoder: Callable[
+        ..., nn.Module
+    ]  # all but the first layer: (inputs, out_shape, generator), to rows of numbers
+    features: int = 300  # of an image
+    label: tuple[int, ...] = (256, 256)  # h_y's layers
+    hidden: int = 300  # of the one hidden layer of q(y|x), and of that of q(z|x, y)
+    first: int = 300  # outputs of the decoder's first layer
+
+
+LABEL_NETWORKS = {  # by the names in `Config.network`
+    "mlp": LabelNetwork(
+        lambda x_shape, n, g: nn.Sequential(mlp(math.prod(x_shape), 300, n, generator=g), nn.ReLU()),
+        lambda n, out_shape, g: mlp(n, 300, math.prod(out_shape), generator=g),
+    ),
     "faces": LabelNetwork(face_features, face_images, features=512, first=512),
     "resnet18": LabelNetwork(resnet18_features, face_images, features=512, first=512),
 }
@@ -211,19 +280,25 @@ LABEL_NETWORKS = { # by the names in `Config.network`
 # %% ../nbs/14_semi_supervised.ipynb #140014
 class LabelClassifier(nn.Module):
     "x → h_x → logits of q(y|x)."
-    def __init__(self,
-        x_shape: tuple[int, ...], # shape of one x
+
+    def __init__(
+        self,
+        x_shape: tuple[int, ...],  # shape of one x
         kind: OneLabel | ManyLabels,
         network: LabelNetwork,
-        generator: torch.Generator | None = None, # draws the weights
+        generator: torch.Generator | None = None,  # draws the weights
     ):
         super().__init__()
         self.x_shape, self.kind = tuple(x_shape), kind
-        self.image, self.classifier = network.image(x_shape, network.features, generator), mlp(network.features, network.hidden, kind.outputs, generator=generator)
+        self.image, self.classifier = (
+            network.image(x_shape, network.features, generator),
+            mlp(network.features, network.hidden, kind.outputs, generator=generator),
+        )
 
     def features(self, x: Float[Tensor, "B *X"]) -> Float[Tensor, "B F"]:
         "h_x."
-        if tuple(x.shape[1:]) != self.x_shape: raise ValueError(f"got x of shape {tuple(x.shape)}; expected a batch of {self.x_shape}")
+        if tuple(x.shape[1:]) != self.x_shape:
+            raise ValueError(f"got x of shape {tuple(x.shape)}; expected a batch of {self.x_shape}")
         return self.image(within(x).flatten(1))
 
     def classify(self, h: Float[Tensor, "B F"]) -> Float[Tensor, "B C"]:
@@ -233,57 +308,72 @@ class LabelClassifier(nn.Module):
 # %% ../nbs/14_semi_supervised.ipynb #140214
 class LabelEncoder(LabelClassifier):
     "x and the code of y → q(z|x, y), and x → logits of q(y|x)."
-    def __init__(self,
-        x_shape: tuple[int, ...], # shape of one x
-        latent_dim: int, # D
+
+    def __init__(
+        self,
+        x_shape: tuple[int, ...],  # shape of one x
+        latent_dim: int,  # D
         kind: OneLabel | ManyLabels,
         network: LabelNetwork,
-        generator: torch.Generator | None = None, # draws the weights
+        generator: torch.Generator | None = None,  # draws the weights
     ):
         super().__init__(x_shape, kind, network, generator)
         n, h, g = network.features, network.hidden, generator
-        self.label, self.both, self.code = nn.Sequential(mlp(kind.outputs, *network.label, generator=g), nn.ReLU()), Joined(n, network.label[-1], h, g), mlp(h, 2*latent_dim, generator=g)
+        self.label, self.both, self.code = (
+            nn.Sequential(mlp(kind.outputs, *network.label, generator=g), nn.ReLU()),
+            Joined(n, network.label[-1], h, g),
+            mlp(h, 2 * latent_dim, generator=g),
+        )
 
-    def posterior(self,
+    def posterior(
+        self,
         h: Float[Tensor, "*#A F"],
         code: Float[Tensor, "*#B C"],
-        pairs: tuple[Tensor, Tensor] | None = None, # which rows of h meet which codes; None: all, broadcast
-    ) -> GMM: # batch of the pairs, or of both broadcast
+        pairs: tuple[Tensor, Tensor] | None = None,  # which rows of h meet which codes; None: all, broadcast
+    ) -> GMM:  # batch of the pairs, or of both broadcast
         "q(z|x, y) from h_x and a code."
         mu, logvar = self.code(self.both(h, self.label(code), pairs).relu()).float().chunk(2, -1)
         return GMM.gaussian(within(mu), variance(logvar))
 
-    def at_mean(self, h: Float[Tensor, "B F"]) -> GMM: # batch B, one component
+    def at_mean(self, h: Float[Tensor, "B F"]) -> GMM:  # batch B, one component
         "q(z|x, y) at the mean code of q(y|x), from h_x: what a VampPrior asks for."
         return self.posterior(h, self.kind.mean(self.classify(h)))
 
-    def forward(self, x: Float[Tensor, "B *X"]) -> GMM: return self.at_mean(self.features(x))
+    def forward(self, x: Float[Tensor, "B *X"]) -> GMM:
+        return self.at_mean(self.features(x))
 
 # %% ../nbs/14_semi_supervised.ipynb #140015
 class LabelDecoder(nn.Module):
     "z and the code of y → parameters of p(x|z, y)."
-    def __init__(self,
-        out_shape: tuple[int, ...], # (P, *X), P being the likelihood's n_params
-        latent_dim: int, # D
+
+    def __init__(
+        self,
+        out_shape: tuple[int, ...],  # (P, *X), P being the likelihood's n_params
+        latent_dim: int,  # D
         kind: OneLabel | ManyLabels,
         network: LabelNetwork,
-        generator: torch.Generator | None = None, # draws the weights
+        generator: torch.Generator | None = None,  # draws the weights
     ):
         super().__init__()
         self.out_shape = tuple(out_shape)
         self.label = nn.Sequential(mlp(kind.outputs, *network.label, generator=generator), nn.ReLU())
-        self.both, self.net = Joined(latent_dim, network.label[-1], network.first, generator), network.decoder(network.first, self.out_shape, generator)
+        self.both, self.net = (
+            Joined(latent_dim, network.label[-1], network.first, generator),
+            network.decoder(network.first, self.out_shape, generator),
+        )
 
-    def forward(self,
+    def forward(
+        self,
         z: Float[Tensor, "*A D"],
         code: Float[Tensor, "*#B C"],
-        of: Int[Tensor, "A"] | None = None, # which code each z has; None: its own, broadcast
-    ) -> Float[Tensor, "..."]: # (*A, P, *X)
+        of: Int[Tensor, "A"] | None = None,  # which code each z has; None: its own, broadcast
+    ) -> Float[Tensor, "..."]:  # (*A, P, *X)
         h = self.both(within(z), self.label(code), None if of is None else (slice(None), of)).relu()
         return self.net(h.flatten(0, -2)).float().view(*z.shape[:-1], *self.out_shape)
 
 # %% ../nbs/14_semi_supervised.ipynb #140117
-RARE = .01 # ρ, the probability below which a label is tried on an image only now and then
+RARE = 0.01  # ρ, the probability below which a label is tried on an image only now and then
+
 
 def _normal_like(t, generator):
     "Draws from N(0, 1) in the shape (rows, numbers) of t."
@@ -297,17 +387,28 @@ def _features(model, x):
 # %% ../nbs/14_semi_supervised.ipynb #140017
 class SemiSupervised(Autoencoder):
     "M2: an autoencoder's divergence, prior and likelihood, with the label as a second latent variable, Eqs. (25)–(27) corrected."
-    def __init__(self,
-        inner: Autoencoder, # made with a LabelEncoder and a LabelDecoder; its divergence is used
-        prior: Float[Tensor, "C"], # logits of p(y)
-        share: float, # n_l/N, the labelled part of the training data
-        alpha: float = 1., # α, weight of the classification
-        beta: float = 1., # β, weight of KL(q(y|x)‖p(y))
-        temperature: float | None = None, # of a softened draw of y; None: sum over all y
+
+    def __init__(
+        self,
+        inner: Autoencoder,  # made with a LabelEncoder and a LabelDecoder; its divergence is used
+        prior: Float[Tensor, "C"],  # logits of p(y)
+        share: float,  # n_l/N, the labelled part of the training data
+        alpha: float = 1.0,  # α, weight of the classification
+        beta: float = 1.0,  # β, weight of KL(q(y|x)‖p(y))
+        temperature: float | None = None,  # of a softened draw of y; None: sum over all y
     ):
         super().__init__(inner.encoder, inner.decoder, inner.prior, inner.likelihood, inner.lam)
-        if not 0 < share <= 1: raise ValueError(f"share={share}; expected the part of the training data that has labels, above 0 and at most 1")
-        self.kind, self.share, self.alpha, self.beta, self.temperature = inner.encoder.kind, share, alpha, beta, temperature
+        if not 0 < share <= 1:
+            raise ValueError(
+                f"share={share}; expected the part of the training data that has labels, above 0 and at most 1"
+            )
+        self.kind, self.share, self.alpha, self.beta, self.temperature = (
+            inner.encoder.kind,
+            share,
+            alpha,
+            beta,
+            temperature,
+        )
         self.divergence = inner.divergence
         self.register_buffer("label_prior", prior.clone())
 
@@ -315,73 +416,113 @@ class SemiSupervised(Autoencoder):
         "Codes (R, C), which of them is tried on which image (rows of logits, rows of codes), with weights whose mean is q(y|x), and whether always."
         if self.temperature is not None:
             every = torch.arange(len(logits), device=logits.device)
-            return self.kind.relax(logits, self.temperature, _normal_like(logits, generator)), every, every, torch.ones_like(every), every >= 0
-        q = self.kind.log_prob(logits).exp()                             # (U, R)
+            return (
+                self.kind.relax(logits, self.temperature, _normal_like(logits, generator)),
+                every,
+                every,
+                torch.ones_like(every),
+                every >= 0,
+            )
+        q = self.kind.log_prob(logits).exp()  # (U, R)
         often = (q >= RARE) | (q == q.amax(1, keepdim=True)) | (not self.training)
-        chance = torch.where(often, 1., (q.detach()/RARE).clamp_min(1e-4))                         # in single precision ndtr rounds one draw in 3e7 to 0
+        chance = torch.where(
+            often, 1.0, (q.detach() / RARE).clamp_min(1e-4)
+        )  # in single precision ndtr rounds one draw in 3e7 to 0
         image, code = (torch.special.ndtr(_normal_like(q, generator)) <= chance).nonzero(as_tuple=True)
-        return self.kind.every().to(q), image, code, q[image, code]/chance[image, code], often[image, code]
+        return self.kind.every().to(q), image, code, q[image, code] / chance[image, code], often[image, code]
 
-    def forward(self, x, weight=1., generator=None, y=None): return self.loss(x, weight, generator, y)
+    def forward(self, x, weight=1.0, generator=None, y=None):
+        return self.loss(x, weight, generator, y)
 
     def given(self, y: Int[Tensor, "*L"]) -> Autoencoder:
         "p(x|y) and q(z|x, y) for one label, an autoencoder like any other."
         return _Given(self, self.kind.code(y[None])[0])
 
+# %% ../nbs/14_semi_supervised.ipynb #140217
 @in_eval_mode
 def _predict(self, x: Float[Tensor, "B *X"] | LazyImages) -> Float[Tensor, "B C"]:
     "Logits of q(y|x)."
     return torch.cat([self.encoder.classify(_features(self, xb)) for xb in x.split(rows_at_once(x))])
 
+
 SemiSupervised.predict = _predict
 
 # %% ../nbs/14_semi_supervised.ipynb #140018
 def _mean_of_pairs(
-    t: Float[Tensor, "P"], # of each pair
-    image: Int[Tensor, "P"], # whose it is
+    t: Float[Tensor, "P"],  # of each pair
+    image: Int[Tensor, "P"],  # whose it is
     weight: Float[Tensor, "P"],
-    always: Tensor, # (P,), whether the pair is always tried
-    n: int, # images
+    always: Tensor,  # (P,), whether the pair is always tried
+    n: int,  # images
 ) -> Float[Tensor, "n"]:
     "Σ_y q_y t_y of each image, as b + Σ_y q_y (t_y − b)."
-    def total(v): return v.new_zeros(n).index_add(0, image, v)
-    base = (total(t*weight*always)/total(weight*always)).detach()
-    return base + total(weight*(t - base[image]))
 
-def _loss(self: SemiSupervised,
+    def total(v):
+        return v.new_zeros(n).index_add(0, image, v)
+
+    base = (total(t * weight * always) / total(weight * always)).detach()
+    return base + total(weight * (t - base[image]))
+
+# %% ../nbs/14_semi_supervised.ipynb #140118
+def _loss(
+    self: SemiSupervised,
     x: Float[Tensor, "B *X"],
-    weight: float = 1., # of what unlabelled images teach the classifier: a factor of that gradient, not of the loss
+    weight: float = 1.0,  # of what unlabelled images teach the classifier: a factor of that gradient, not of the loss
     generator: torch.Generator | Draws | None = None,
-    y: Int[Tensor, "n *L"] | None = None, # labels of the first n images; None: no label is known
-) -> Terms: # the divergence and reconstruction of an unlabelled image are means over q(y|x)
+    y: Int[Tensor, "n *L"] | None = None,  # labels of the first n images; None: no label is known
+) -> Terms:  # the divergence and reconstruction of an unlabelled image are means over q(y|x)
     n = 0 if y is None else len(y)
     h, p = self.prior.jointly(self.encoder.features, self.likelihood.inputs(x), self.encoder.at_mean)
-    logits = self.encoder.classify(h); guess = logits[n:]*weight + logits[n:].detach()*(1 - weight)  # a smaller gradient, the same value
+    logits = self.encoder.classify(h)
+    guess = logits[n:] * weight + logits[n:].detach() * (1 - weight)  # a smaller gradient, the same value
     codes, i, j, w, always = self._tried(guess, generator)
-    first, ones = torch.arange(n, device=x.device), w.new_ones(n); known = logits[:0] if n == 0 else self.kind.code(y)
-    codes, image, code = torch.cat([known, codes]), torch.cat([first, n + i]), torch.cat([first, n + j])  # labelled images have one pair each
+    first, ones = torch.arange(n, device=x.device), w.new_ones(n)
+    known = logits[:0] if n == 0 else self.kind.code(y)
+    codes, image, code = (
+        torch.cat([known, codes]),
+        torch.cat([first, n + i]),
+        torch.cat([first, n + j]),
+    )  # labelled images have one pair each
     q = self.encoder.posterior(h, codes, (image, code))
-    z = q.mu[:, 0] + q.var[:, 0].sqrt()*_normal_like(h.new_empty(len(x), q.mu.shape[-1], dtype=q.mu.dtype), generator)[image]
-    rec, div = -self.likelihood.log_prob(x[image], self.decoder(z, codes, code)), self.divergence(q, p, z, generator)
-    rec, div = (_mean_of_pairs(t, image, torch.cat([ones, w]).to(t), torch.cat([ones.bool(), always]), len(x)) for t in (rec, div))
-    total = rec + self.lam*div                                     # −L or its mean over y
-    f, u = n/len(x), total[n:] + self.beta*self.kind.kl(guess, self.label_prior)
-    if n == 0: return Terms(u.mean(), rec, div)
-    labelled = total[:n] + self.kind.cross_entropy(self.label_prior.expand(n, -1), y)                # −log p(y)
-    loss = self.share/f*labelled.sum() + self.alpha/f*self.kind.cross_entropy(logits[:n], y).sum()
-    if f < 1: loss = loss + (1 - self.share)/(1 - f)*u.sum()
-    return Terms(loss/len(x), rec, div)
+    z = (
+        q.mu[:, 0]
+        + q.var[:, 0].sqrt()
+        * _normal_like(h.new_empty(len(x), q.mu.shape[-1], dtype=q.mu.dtype), generator)[image]
+    )
+    rec, div = (
+        -self.likelihood.log_prob(x[image], self.decoder(z, codes, code)),
+        self.divergence(q, p, z, generator),
+    )
+    rec, div = (
+        _mean_of_pairs(t, image, torch.cat([ones, w]).to(t), torch.cat([ones.bool(), always]), len(x))
+        for t in (rec, div)
+    )
+    total = rec + self.lam * div  # −L or its mean over y
+    f, u = n / len(x), total[n:] + self.beta * self.kind.kl(guess, self.label_prior)
+    if n == 0:
+        return Terms(u.mean(), rec, div)
+    labelled = total[:n] + self.kind.cross_entropy(self.label_prior.expand(n, -1), y)  # −log p(y)
+    loss = self.share / f * labelled.sum() + self.alpha / f * self.kind.cross_entropy(logits[:n], y).sum()
+    if f < 1:
+        loss = loss + (1 - self.share) / (1 - f) * u.sum()
+    return Terms(loss / len(x), rec, div)
 
+# %% ../nbs/14_semi_supervised.ipynb #140218
 SemiSupervised.loss = _loss
 
 # %% ../nbs/14_semi_supervised.ipynb #140019
 class _Given(Autoencoder):
     "A SemiSupervised model with y known."
+
     def __init__(self, model, code):
         super().__init__(model.encoder, model.decoder, model.prior, model.likelihood, model.lam)
         self.code = code
-    def posterior(self, x): return self.encoder.posterior(self.encoder.features(x), self.code)
-    def decode(self, z): return self.decoder(z, self.code)
+
+    def posterior(self, x):
+        return self.encoder.posterior(self.encoder.features(x), self.code)
+
+    def decode(self, z):
+        return self.decoder(z, self.code)
 
 # %% ../nbs/14_semi_supervised.ipynb #140021
 @in_eval_mode
@@ -389,67 +530,92 @@ def _reconstruct(self: SemiSupervised, x: Float[Tensor, "B *X"]) -> Float[Tensor
     "E[x|z, y] at the mean of q(z|x, y), with the mean code of q(y|x)."
     out = []
     for xb in x.split(rows_at_once(x)):
-        h = _features(self, xb); code = self.kind.mean(self.encoder.classify(h))
+        h = _features(self, xb)
+        code = self.kind.mean(self.encoder.classify(h))
         out.append(self.likelihood.mean(self.decoder(self.encoder.posterior(h, code).mu[:, 0], code)))
     return torch.cat(out)
 
+# %% ../nbs/14_semi_supervised.ipynb #140121
 @in_eval_mode
-def _sample(self: SemiSupervised,
-    n: int, # number of samples
+def _sample(
+    self: SemiSupervised,
+    n: int,  # number of samples
     generator: torch.Generator | None = None,
-    component: int | None = None, # of p(z); None: all
-    prior: GMM | None = None, # in place of p(z)
-    rows: int = 1000, # images at a time
+    component: int | None = None,  # of p(z); None: all
+    prior: GMM | None = None,  # in place of p(z)
+    rows: int = 1000,  # images at a time
 ) -> Float[Tensor, "n *X"]:
     "E[x|z, y] at codes drawn from p(z) and labels drawn from p(y)."
-    z, code = (prior or self.prior()).sample(n, generator, component), self.kind.draw(self.label_prior, n, generator)
-    return torch.cat([self.likelihood.mean(self.decoder(zb, cb)) for zb, cb in zip(z.split(rows), code.split(rows))])
+    z, code = (
+        (prior or self.prior()).sample(n, generator, component),
+        self.kind.draw(self.label_prior, n, generator),
+    )
+    return torch.cat(
+        [self.likelihood.mean(self.decoder(zb, cb)) for zb, cb in zip(z.split(rows), code.split(rows))]
+    )
 
+# %% ../nbs/14_semi_supervised.ipynb #140221
 @in_eval_mode
-def _log_likelihood(self: SemiSupervised,
+def _log_likelihood(
+    self: SemiSupervised,
     x: Float[Tensor, "B *X"],
-    samples: int = 5000, # S, draws of z for each x and y
+    samples: int = 5000,  # S, draws of z for each x and y
     generator: torch.Generator | None = None,
-    rows: int = 1000, # decoder rows at a time
-) -> Float[Tensor, "B"]: # nats; an estimate from below
+    rows: int = 1000,  # decoder rows at a time
+) -> Float[Tensor, "B"]:  # nats; an estimate from below
     "log p(x), summed over y, each log p(x|y) by importance sampling."
     every = self.kind.every().to(x)
     by_label = [_Given(self, code).log_likelihood(x, samples, generator, rows) for code in every]
     return (torch.stack(by_label, 1) + self.kind.log_prob(self.label_prior[None])).logsumexp(1)
 
-SemiSupervised.reconstruct, SemiSupervised.sample, SemiSupervised.log_likelihood = _reconstruct, _sample, _log_likelihood
+
+SemiSupervised.reconstruct, SemiSupervised.sample, SemiSupervised.log_likelihood = (
+    _reconstruct,
+    _sample,
+    _log_likelihood,
+)
 
 # %% ../nbs/14_semi_supervised.ipynb #140027
-def how_many(labels: float | int, n: int) -> int: # of n training images that have labels
+def how_many(labels: float | int, n: int) -> int:  # of n training images that have labels
     "The number that `labels` means: a share of n, if it is a float up to 1.0, or itself."
-    return round(labels*n) if isinstance(labels, float) and labels <= 1 else int(labels)
+    return round(labels * n) if isinstance(labels, float) and labels <= 1 else int(labels)
 
+# %% ../nbs/14_semi_supervised.ipynb #140127
 def labelled_images(
-    y: Int[Tensor, "N *L"], # labels of the training images, -1 where one is not known
-    labels: float | int, # how many to use: a number, or a share of those that are known, up to 1.0
+    y: Int[Tensor, "N *L"],  # labels of the training images, -1 where one is not known
+    labels: float | int,  # how many to use: a number, or a share of those that are known, up to 1.0
     seed: int,
-) -> Int[Tensor, "n"]: # their indices, sorted
+) -> Int[Tensor, "n"]:  # their indices, sorted
     "The images whose labels are used, as many of each class; of many answers at once, any images. ValueError if there are not that many."
-    known = (y.view(len(y), -1) >= 0).all(1); N = int(known.sum())
+    known = (y.view(len(y), -1) >= 0).all(1)
+    N = int(known.sum())
     n, g = how_many(labels, N), generator(seed, "labels")
-    if not 0 < n <= N: raise ValueError(
-        f"labels={labels:g}; expected up to {N}, the number of training images with a label, or a share of them "
-        "that is at least one image")
+    if not 0 < n <= N:
+        raise ValueError(
+            f"labels={labels:g}; expected up to {N}, the number of training images with a label, or a share of them "
+            "that is at least one image"
+        )
     order = torch.randperm(len(y), generator=g)
     order = order[known[order]]
-    if y.ndim > 1 or n == N: return order[:n].sort().values
+    if y.ndim > 1 or n == N:
+        return order[:n].sort().values
     classes = y[known].unique()
     classes = classes[torch.randperm(len(classes), generator=g)]
-    wanted = [n//len(classes) + (i < n % len(classes)) for i in range(len(classes))]
+    wanted = [n // len(classes) + (i < n % len(classes)) for i in range(len(classes))]
     of_class = [order[y[order] == c] for c in classes]
-    if short := [f"{len(o)} of class {c}" for c, o, w in zip(classes.tolist(), of_class, wanted) if len(o) < w]: raise ValueError(
-        f"labels={labels:g} are {max(wanted)} of each class, but there are only {', '.join(short)}")
+    if short := [
+        f"{len(o)} of class {c}" for c, o, w in zip(classes.tolist(), of_class, wanted) if len(o) < w
+    ]:
+        raise ValueError(
+            f"labels={labels:g} are {max(wanted)} of each class, but there are only {', '.join(short)}"
+        )
     return torch.cat([o[:w] for o, w in zip(of_class, wanted)]).sort().values
 
 # %% ../nbs/14_semi_supervised.ipynb #140030
 def temperature(epoch: int, epochs: int) -> float:
     "Of the softened draw of many answers: from 2 in the first epoch to ½ in the last, geometrically (the reason is at the end of the chapter)."
-    return 2*.25**((epoch - 1)/max(1, epochs - 1))
+    return 2 * 0.25 ** ((epoch - 1) / max(1, epochs - 1))
+
 
 def summed(kind: OneLabel | ManyLabels) -> bool:
     "Whether all labels are summed over: classes are, and answers up to 16 labels."
@@ -461,23 +627,40 @@ def label_kind(data: Dataset) -> OneLabel | ManyLabels:
     kind, names = OneLabel if data.y_train.ndim == 1 else ManyLabels, names_of_labels(data)
     return kind(len(names), names)
 
+
 def kind_from(about: dict) -> OneLabel | ManyLabels:
     "The kind that `LabelTask.about` wrote down."
-    return {k.__name__: k for k in (OneLabel, ManyLabels)}[about["kind"]](about["outputs"], tuple(about.get("names", ())))
+    return {k.__name__: k for k in (OneLabel, ManyLabels)}[about["kind"]](
+        about["outputs"], tuple(about.get("names", ()))
+    )
 
 # %% ../nbs/14_semi_supervised.ipynb #140032
 @dataclass(frozen=True)
 class LabelTask(Task):
     "Training with labels for some images, Eqs. (25)–(27)."
+
     def check(self, data):
         c, with_labels = self.cfg, f"labels={self.cfg.labels:g}"
-        if c.model == "IWAE": raise ValueError("labels have no IWAE: its bound has no term for each y; use VAE, MixtureVAE, VampPriorVAE, CSRAE or MixtureCSRAE")
-        if c.network not in LABEL_NETWORKS: raise ValueError(f"network={c.network!r} has no part for labels; with labels there are {', '.join(LABEL_NETWORKS)}")
-        if not len(labelled_rows(data, "train")): raise ValueError(
-            f"{with_labels}, but {data.name} has no labels of its training images (or no image with all answers)")
-        if c.labelled_batch >= c.batch_size: raise ValueError(f"labelled_batch={c.labelled_batch} leaves no room for others in batch_size={c.batch_size}")
-        self.labelled(data); self.rows(data, 1)                       # a ValueError for more labels than there are, or too few other images
-        with torch.device("meta"): (net := LABEL_NETWORKS[c.network]).image(data.x_shape, net.features, None)
+        if c.model == "IWAE":
+            raise ValueError(
+                "labels have no IWAE: its bound has no term for each y; use VAE, MixtureVAE, VampPriorVAE, CSRAE or MixtureCSRAE"
+            )
+        if c.network not in LABEL_NETWORKS:
+            raise ValueError(
+                f"network={c.network!r} has no part for labels; with labels there are {', '.join(LABEL_NETWORKS)}"
+            )
+        if not len(labelled_rows(data, "train")):
+            raise ValueError(
+                f"{with_labels}, but {data.name} has no labels of its training images (or no image with all answers)"
+            )
+        if c.labelled_batch >= c.batch_size:
+            raise ValueError(
+                f"labelled_batch={c.labelled_batch} leaves no room for others in batch_size={c.batch_size}"
+            )
+        self.labelled(data)
+        self.rows(data, 1)  # a ValueError for more labels than there are, or too few other images
+        with torch.device("meta"):
+            (net := LABEL_NETWORKS[c.network]).image(data.x_shape, net.features, None)
 
     def labelled(self, data: Dataset) -> Int[Tensor, "n"]:
         "The images whose labels are used."
@@ -490,79 +673,139 @@ class LabelTask(Task):
 
     def about(self, data):
         y, kind = data.y_train.cpu()[self.labelled(data)], label_kind(data)
-        return {**super().about(data), "kind": type(kind).__name__, "outputs": kind.outputs, "names": kind.names, "share": len(y)/len(data.y_train), "label_prior": kind.prior(y).tolist()}
+        return {
+            **super().about(data),
+            "kind": type(kind).__name__,
+            "outputs": kind.outputs,
+            "names": kind.names,
+            "share": len(y) / len(data.y_train),
+            "label_prior": kind.prior(y).tolist(),
+        }
 
     def make_model(self, about, pseudo_inputs=None):
-        c, net, g, x_shape = self.cfg, LABEL_NETWORKS[self.cfg.network], generator(self.cfg.seed, "weights"), tuple(about["x_shape"])
+        c, net, g, x_shape = (
+            self.cfg,
+            LABEL_NETWORKS[self.cfg.network],
+            generator(self.cfg.seed, "weights"),
+            tuple(about["x_shape"]),
+        )
         kind, lik = kind_from(about), make_likelihood(about["likelihood"], Units.read(about.get("units")))
-        encoder, decoder = LabelEncoder(x_shape, c.latent_dim, kind, net, g), LabelDecoder((lik.n_params, *x_shape), c.latent_dim, kind, net, g)
+        encoder, decoder = (
+            LabelEncoder(x_shape, c.latent_dim, kind, net, g),
+            LabelDecoder((lik.n_params, *x_shape), c.latent_dim, kind, net, g),
+        )
         first = torch.zeros(c.components, *x_shape) if pseudo_inputs is None else lik.inputs(pseudo_inputs)
         inner = assemble(c, encoder, decoder, lik, first)
-        return SemiSupervised(inner, torch.tensor(about["label_prior"]), about["share"], c.alpha, c.beta, None if summed(kind) else temperature(c.epochs, c.epochs))
+        return SemiSupervised(
+            inner,
+            torch.tensor(about["label_prior"]),
+            about["share"],
+            c.alpha,
+            c.beta,
+            None if summed(kind) else temperature(c.epochs, c.epochs),
+        )
 
     def begin(self, model, epoch):
-        if not summed(model.kind): model.temperature = temperature(epoch, self.cfg.epochs)
+        if not summed(model.kind):
+            model.temperature = temperature(epoch, self.cfg.epochs)
 
 # %% ../nbs/14_semi_supervised.ipynb #140033
 def _rows(self: LabelTask, data, epoch):
     B, n, g = self.cfg.batch_size, self.in_batch(data), generator(self.cfg.seed, "order", epoch)
     y, labelled = data.y_train.cpu(), self.labelled(data)
-    if n == B: return labelled[label_kind(data).batches(y[labelled], len(y)//B, B, g)]
-    other = torch.ones(len(y), dtype=torch.bool); other[labelled] = False; others = other.nonzero()[:, 0]
-    if len(others) < B - n: raise ValueError(
-        f"a batch takes {B - n} images without a label, and there are {len(others)}; use a smaller batch_size, "
-        "or a larger labelled_batch")
-    steps = len(others)//(B - n)
-    return torch.cat([labelled[label_kind(data).batches(y[labelled], steps, n, g)], cycled(others, steps*(B - n), g).view(steps, B - n)], 1)
+    if n == B:
+        return labelled[label_kind(data).batches(y[labelled], len(y) // B, B, g)]
+    other = torch.ones(len(y), dtype=torch.bool)
+    other[labelled] = False
+    others = other.nonzero()[:, 0]
+    if len(others) < B - n:
+        raise ValueError(
+            f"a batch takes {B - n} images without a label, and there are {len(others)}; use a smaller batch_size, "
+            "or a larger labelled_batch"
+        )
+    steps = len(others) // (B - n)
+    return torch.cat(
+        [
+            labelled[label_kind(data).batches(y[labelled], steps, n, g)],
+            cycled(others, steps * (B - n), g).view(steps, B - n),
+        ],
+        1,
+    )
 
-def _known(self: LabelTask, data, rows): return (data.y_train[rows[:self.in_batch(data)]],)
 
+def _known(self: LabelTask, data, rows):
+    return (data.y_train[rows[: self.in_batch(data)]],)
+
+# %% ../nbs/14_semi_supervised.ipynb #140233
 def _judged(model, data, split):
     "What the kind of label is judged by, None without labels."
     y, kind = getattr(data, f"y_{split}"), model.kind
     return {kind.measure: None} if y is None else kind.judge(model.predict(data.fixed(split)), y)
 
+
 def _validate(self: LabelTask, model, data, x):
     name, row = model.kind.measure, Task.validate(self, model, data, x)
-    if data.y_val is None: return row
+    if data.y_val is None:
+        return row
     return {**row, f"val_{name}": model.kind.judge(model.predict(x), data.y_val)[name]}
 
+
 def _val_loss(self: LabelTask, row):
-    if "val_error" in row: return row["val_error"]
+    if "val_error" in row:
+        return row["val_error"]
     return -row["val_f1"] if "val_f1" in row else Task.loss(self, row)
+
 
 def _metrics(self: LabelTask, model, data):
     name = model.kind.measure
     return {**_judged(model, data, "test"), f"{name}_val": _judged(model, data, "val")[name]}
 
-LabelTask.rows, LabelTask.known, LabelTask.validate, LabelTask.loss, LabelTask.metrics = _rows, _known, _validate, _val_loss, _metrics
+
+LabelTask.rows, LabelTask.known, LabelTask.validate, LabelTask.loss, LabelTask.metrics = (
+    _rows,
+    _known,
+    _validate,
+    _val_loss,
+    _metrics,
+)
 
 # %% ../nbs/14_semi_supervised.ipynb #140034
 class Supervised(nn.Module):
     "q(y|x) alone, with the same h_x: what labelled images teach without the others. Its reconstruction error is that of the label, −log q(y|x)."
-    def __init__(self,
+
+    def __init__(
+        self,
         encoder: LabelClassifier,
-        likelihood: Likelihood = Likelihood(), # knows the units of x
+        likelihood: Likelihood = Likelihood(),  # knows the units of x
     ):
         super().__init__()
         self.encoder, self.kind, self.likelihood = encoder, encoder.kind, likelihood
 
-    def forward(self, x, weight=1., generator=None, y=None) -> Terms:
+    def forward(self, x, weight=1.0, generator=None, y=None) -> Terms:
         wrong = self.kind.cross_entropy(self.encoder.classify(_features(self, x)), y)
         return Terms(wrong.mean(), wrong, torch.zeros_like(wrong))
 
+
 Supervised.predict = _predict
 
+# %% ../nbs/14_semi_supervised.ipynb #140234
 @dataclass(frozen=True)
 class SupervisedTask(LabelTask):
     "Training a classifier on the labelled images only; an epoch has as many steps as with all images."
-    def in_batch(self, data): return self.cfg.batch_size
+
+    def in_batch(self, data):
+        return self.cfg.batch_size
 
     def check(self, data):
-        if not self.cfg.labels: raise ValueError("model=Supervised learns from labels alone; say how many, labels=1.0 for all of them")
+        if not self.cfg.labels:
+            raise ValueError(
+                "model=Supervised learns from labels alone; say how many, labels=1.0 for all of them"
+            )
         super().check(data)
-        if not len(labelled_rows(data, "val")): raise ValueError(
-            f"model=Supervised chooses its epoch by validation images with labels, and {data.name} has none; give y_val")
+        if not len(labelled_rows(data, "val")):
+            raise ValueError(
+                f"model=Supervised chooses its epoch by validation images with labels, and {data.name} has none; give y_val"
+            )
 
     def make_model(self, about, pseudo_inputs=None):
         net, g = LABEL_NETWORKS[self.cfg.network], generator(self.cfg.seed, "weights")
@@ -573,30 +816,56 @@ class SupervisedTask(LabelTask):
         logits, name, rows = model.predict(x), model.kind.measure, labelled_rows(data, "val")
         wrong = model.kind.cross_entropy(logits[rows], data.y_val[rows]).mean().item()
         known = {f"val_{name}": model.kind.judge(logits, data.y_val)[name]}
-        return {"val_reconstruction": wrong, "val_divergence": 0., "criterion": wrong, **known}
+        return {"val_reconstruction": wrong, "val_divergence": 0.0, "criterion": wrong, **known}
 
 # %% ../nbs/14_semi_supervised.ipynb #140135
-def first_phase(cfg: Config) -> Config: # resolved
+def first_phase(cfg: Config) -> Config:  # resolved
     "The run without labels that a run with labels starts from."
-    return resolve(replace(cfg, labels=0., pretrain=0, epochs=cfg.pretrain, warmup=None, beta=1. if has_cs(cfg) else cfg.beta, name=cfg.name and f"{cfg.name}-pretrained"))
+    return resolve(
+        replace(
+            cfg,
+            labels=0.0,
+            pretrain=0,
+            epochs=cfg.pretrain,
+            warmup=None,
+            beta=1.0 if has_cs(cfg) else cfg.beta,
+            name=cfg.name and f"{cfg.name}-pretrained",
+        )
+    )
 
+# %% ../nbs/14_semi_supervised.ipynb #140235
 @torch.no_grad()
-def take_over(model: SemiSupervised, weights: dict[str, Tensor]) -> list[str]: # names in the model of what was taken
+def take_over(
+    model: SemiSupervised, weights: dict[str, Tensor]
+) -> list[str]:  # names in the model of what was taken
     "Weights of a model without labels, of layers that are alike, from the first on; and those of its prior."
     own, pairs = model.state_dict(), [(k, k) for k in weights if k.startswith("prior.")]
-    for part, layers in (("encoder.", ("image.", "both.of_a.", "code.")), ("decoder.", ("both.of_a.", "net."))):
+    for part, layers in (
+        ("encoder.", ("image.", "both.of_a.", "code.")),
+        ("decoder.", ("both.of_a.", "net.")),
+    ):
         new = [k for k in own if k.startswith(tuple(part + layer for layer in layers))]
-        pairs += takewhile(lambda p: own[p[0]].shape == weights[p[1]].shape, zip(new, [k for k in weights if k.startswith(part + "net.")]))
-    for k, old in pairs: own[k].copy_(weights[old])
+        pairs += takewhile(
+            lambda p: own[p[0]].shape == weights[p[1]].shape,
+            zip(new, [k for k in weights if k.startswith(part + "net.")]),
+        )
+    for k, old in pairs:
+        own[k].copy_(weights[old])
     return [k for k, _ in pairs]
 
+# %% ../nbs/14_semi_supervised.ipynb #140335
 def _start(self: LabelTask, model, run_first):
-    if not self.cfg.pretrain: return
+    if not self.cfg.pretrain:
+        return
     while True:
-        try: run = run_first(first_phase(self.cfg))
-        except RunLocked: time.sleep(2)                                # another run with labels is at it
-        else: break
+        try:
+            run = run_first(first_phase(self.cfg))
+        except RunLocked:
+            time.sleep(2)  # another run with labels is at it
+        else:
+            break
     take_over(model, run.model.state_dict())
+
 
 LabelTask.start = _start
 SupervisedTask.start = Task.start
@@ -604,15 +873,24 @@ SupervisedTask.start = Task.start
 # %% ../nbs/14_semi_supervised.ipynb #140038
 @torch.no_grad()
 def plot_classes(
-    run: Run, # trained with labels
-    data: Dataset | None = None, # take the styles of its first test images; None: draw them from the prior
-    rows: int = 10, # styles
+    run: Run,  # trained with labels
+    data: Dataset | None = None,  # take the styles of its first test images; None: draw them from the prior
+    rows: int = 10,  # styles
 ) -> Figure:
     "A row has one style z, a column one label y; for many answers, no to all and then yes to one at a time. With data, each row begins with its test image."
-    m = run.model; codes, names = m.kind.shown(); codes = codes.to(run.device)
-    if data is None: first, z = [], m.prior().sample(rows, generator(run.cfg.seed, "styles", device=run.device))
-    else: x = data.fixed("test")[:rows].to(run.device); first, z, names = [x], m.encode(x).mu[:, 0], ["test", *names]
+    m = run.model
+    codes, names = m.kind.shown()
+    codes = codes.to(run.device)
+    if data is None:
+        first, z = [], m.prior().sample(rows, generator(run.cfg.seed, "styles", device=run.device))
+    else:
+        x = data.fixed("test")[:rows].to(run.device)
+        first, z, names = [x], m.encode(x).mu[:, 0], ["test", *names]
     x = torch.stack([*first, *(m.likelihood.mean(m.decoder(z, code)) for code in codes)], 1)
-    fig, ax = plt.subplots(figsize=(.55*x.shape[1] + .3, .55*len(x) + .3), layout="constrained"); show_examples(ax, x.flatten(0, 1), columns=len(names))
-    for k, name in enumerate(names): ax.text((k + .5)/len(names), 1.01, name, transform=ax.transAxes, ha="center", va="bottom", fontsize=8)
+    fig, ax = plt.subplots(figsize=(0.55 * x.shape[1] + 0.3, 0.55 * len(x) + 0.3), layout="constrained")
+    show_examples(ax, x.flatten(0, 1), columns=len(names))
+    for k, name in enumerate(names):
+        ax.text(
+            (k + 0.5) / len(names), 1.01, name, transform=ax.transAxes, ha="center", va="bottom", fontsize=8
+        )
     return fig

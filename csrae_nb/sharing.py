@@ -17,45 +17,97 @@ from safetensors import SafetensorError, safe_open
 
 from .data import dataset_name, known_names
 from .tables import markdown_table
-from .training import Config, Run, command, identity, load_run, load_tensors, make_config, save_tensors
+from csrae_nb.training import (
+    Config,
+    Run,
+    command,
+    identity,
+    load_run,
+    load_tensors,
+    make_config,
+    save_tensors,
+)
 from .training import task_of, write_atomic
 
 # %% ../nbs/21_sharing.ipynb #210005
 def _to_share(cfg: Config) -> Config:
     "The configuration without what is of one machine: folders, device, threads."
-    name = cfg.dataset if cfg.dataset in (*known_names(), "arrays") else f"./{Path(cfg.dataset).expanduser().resolve().name}"
+    name = (
+        cfg.dataset
+        if cfg.dataset in (*known_names(), "arrays")
+        else f"./{Path(cfg.dataset).expanduser().resolve().name}"
+    )
     return dataclasses.replace(cfg, dataset=name, device="auto", threads=1, tracker=None)
+
 
 def _metrics(folder):
     "Content of a folder's metrics.json, None without one; ValueError if it is damaged."
-    if not (file := Path(folder)/"metrics.json").exists(): return None
-    try: content = json.loads(file.read_text()); content["metrics"], content["provenance"]
-    except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{file} is damaged ({type(e).__name__}: {e}); remove it, and evaluate the run again") from e
+    if not (file := Path(folder) / "metrics.json").exists():
+        return None
+    try:
+        content = json.loads(file.read_text())
+        content["metrics"], content["provenance"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(
+            f"{file} is damaged ({type(e).__name__}: {e}); remove it, and evaluate the run again"
+        ) from e
     return content
 
 # %% ../nbs/21_sharing.ipynb #210007
-def _table(rows): return markdown_table(["", ""], [*map(list, rows.items())], left=2)
+def _table(rows):
+    return markdown_table(["", ""], [*map(list, rows.items())], left=2)
 
-def _shown(v): return f"`{v}`" if isinstance(v, str | bool) else f"{v:.5g}"
+
+def _shown(v):
+    return f"`{v}`" if isinstance(v, str | bool) else f"{v:.5g}"
+
 
 def _measured(content, cfg):
     "The metrics of a card; how to have them where there are none."
-    if content is None: return f"Not evaluated. This measures it, on the same data:\n\n    {command(cfg)}"
-    return _table({k: _shown(v) for k, v in content["metrics"].items() if isinstance(v, (int, float)) and not isinstance(v, bool)})
+    if content is None:
+        return f"Not evaluated. This measures it, on the same data:\n\n    {command(cfg)}"
+    return _table(
+        {
+            k: _shown(v)
+            for k, v in content["metrics"].items()
+            if isinstance(v, (int, float)) and not isinstance(v, bool)
+        }
+    )
 
+# %% ../nbs/21_sharing.ipynb #210107
 def model_card(
     run: Run,
-    metrics: dict | None = None, # content of its metrics.json
+    metrics: dict | None = None,  # content of its metrics.json
 ) -> ModelCard:
     "What a stranger needs to know of a model: use, data, configuration, metrics, provenance."
-    cfg = _to_share(run.cfg); there = metrics["provenance"] if metrics else {}
-    data = ModelCardData(library_name="csrae_nb", tags=["autoencoder", "cauchy-schwarz-divergence", "gaussian-mixture", cfg.model])
-    origin = dict(command=f"`{command(cfg)}`", commit=there.get("commit") or "not recorded", training=f"{len(run.history)} epochs, {run.seconds:.0f} s, the weights of epoch {run.best_epoch}",
-        device=there.get("device", "not recorded"), versions=", ".join(f"{k} {v}" for k, v in there.get("versions", {}).items()) or "not recorded")
-    parts = [f"# {cfg.model} on {dataset_name(cfg.dataset)}", _USE, "## Data", _table({f"`{k}`": f"SHA-256 `{v}`" for k, v in run.sha256.items()}),
-        "## Configuration", _table({f"`{k}`": _shown(v) for k, v in identity(cfg).items() if v is not None}), "## Metrics", _measured(metrics, cfg), "## Provenance", _table(origin)]
+    cfg = _to_share(run.cfg)
+    there = metrics["provenance"] if metrics else {}
+    data = ModelCardData(
+        library_name="csrae_nb",
+        tags=["autoencoder", "cauchy-schwarz-divergence", "gaussian-mixture", cfg.model],
+    )
+    origin = dict(
+        command=f"`{command(cfg)}`",
+        commit=there.get("commit") or "not recorded",
+        training=f"{len(run.history)} epochs, {run.seconds:.0f} s, the weights of epoch {run.best_epoch}",
+        device=there.get("device", "not recorded"),
+        versions=", ".join(f"{k} {v}" for k, v in there.get("versions", {}).items()) or "not recorded",
+    )
+    parts = [
+        f"# {cfg.model} on {dataset_name(cfg.dataset)}",
+        _USE,
+        "## Data",
+        _table({f"`{k}`": f"SHA-256 `{v}`" for k, v in run.sha256.items()}),
+        "## Configuration",
+        _table({f"`{k}`": _shown(v) for k, v in identity(cfg).items() if v is not None}),
+        "## Metrics",
+        _measured(metrics, cfg),
+        "## Provenance",
+        _table(origin),
+    ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 
+# %% ../nbs/21_sharing.ipynb #210207
 _USE = """Trained with csrae_nb, an implementation of *Cauchy-Schwarz Regularized Autoencoder* (Tran, Pantic and Deisenroth, 2022).
 
 ```python
@@ -67,88 +119,127 @@ model.sample(10); model.reconstruct(x); model.encode(x).mu
 
 # %% ../nbs/21_sharing.ipynb #210108
 # what the header must say, and in which form
-NEEDED = dict(config=dict, history=list, sha256=dict, best_epoch=int, seconds=int | float,
-              format=int, version=str)
+NEEDED = dict(
+    config=dict, history=list, sha256=dict, best_epoch=int, seconds=int | float, format=int, version=str
+)
+
 
 def _header(file):
     "What a safetensors file says of its run, and the shape of each tensor; ValueError if that is not all there."
     with safe_open(str(file), "pt") as f:
         text = (f.metadata() or {}).get("csrae_nb", "")
         shapes = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
-    try: meta = json.loads(text); odd = [k for k, kind in NEEDED.items() if not isinstance(meta[k], kind)]
-    except (ValueError, KeyError, TypeError) as e: raise ValueError(
-        f"{file} has no header of a run ({type(e).__name__}: {e}); expected {', '.join(NEEDED)}") from e
-    if odd: raise ValueError(f"{file} has a header whose {', '.join(odd)} cannot be; expected {NEEDED}")
+    try:
+        meta = json.loads(text)
+        odd = [k for k, kind in NEEDED.items() if not isinstance(meta[k], kind)]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(
+            f"{file} has no header of a run ({type(e).__name__}: {e}); expected {', '.join(NEEDED)}"
+        ) from e
+    if odd:
+        raise ValueError(f"{file} has a header whose {', '.join(odd)} cannot be; expected {NEEDED}")
     return meta, shapes
 
+# %% ../nbs/21_sharing.ipynb #210208
 def check_model(
-    file: Path | str, # model.safetensors
+    file: Path | str,  # model.safetensors
 ) -> None:
     "ValueError, before anything is allocated, if a file does not hold the weights that its header describes."
-    try: meta, shapes = _header(file)
-    except (SafetensorError, OSError): return                          # load_run says what is wrong with it
     try:
-        with torch.device("meta"): model = task_of(make_config(meta["config"])).make_model(meta)
-    except Exception as e: raise ValueError(f"{file} describes no model ({type(e).__name__}: {e})") from e
+        meta, shapes = _header(file)
+    except (SafetensorError, OSError):
+        return  # load_run says what is wrong with it
+    try:
+        with torch.device("meta"):
+            model = task_of(make_config(meta["config"])).make_model(meta)
+    except Exception as e:
+        raise ValueError(f"{file} describes no model ({type(e).__name__}: {e})") from e
     expected = {k: tuple(t.shape) for k, t in model.state_dict().items()}
     odd = [k for k in {**expected, **shapes} if shapes.get(k) != expected.get(k)]
     first = "; ".join(f"{k} of {shapes.get(k)}, expected {expected.get(k)}" for k in odd[:3])
-    if odd: raise ValueError(f"{file} holds {len(odd)} other weights than its header says: {first}")
+    if odd:
+        raise ValueError(f"{file} holds {len(odd)} other weights than its header says: {first}")
 
 # %% ../nbs/21_sharing.ipynb #210109
-FILES = "README.md", "config.json", "metrics.json", "model.safetensors" # all that makes a model
-LIMIT = 2**30 # bytes; larger ones are downloaded only if asked for
+FILES = "README.md", "config.json", "metrics.json", "model.safetensors"  # all that makes a model
+LIMIT = 2**30  # bytes; larger ones are downloaded only if asked for
+
 
 def _size(name, limit, kw):
     "Say how much is to be downloaded, and give its commit; None if the Hub does not tell. ValueError if it is too much."
-    if kw.get("local_files_only"): return None
+    if kw.get("local_files_only"):
+        return None
     api = HfApi(endpoint=kw.get("endpoint"), token=kw.get("token"))
-    try: info = api.model_info(name, revision=kw.get("revision"), files_metadata=True)
-    except Exception: return None                                      # the download says why, or has a copy
+    try:
+        info = api.model_info(name, revision=kw.get("revision"), files_metadata=True)
+    except Exception:
+        return None  # the download says why, or has a copy
     sizes = {s.rfilename: s.size or 0 for s in info.siblings if s.rfilename in FILES}
-    if (size := sum(sizes.values())) > limit: raise ValueError(
-        f"{name} is of {size:,} bytes, and the limit is {limit:,}; say limit={size} if you want it")
-    print(f"{name}: {len(sizes)} files, {size/2**20:.1f} MiB", file=sys.stderr)
+    if (size := sum(sizes.values())) > limit:
+        raise ValueError(
+            f"{name} is of {size:,} bytes, and the limit is {limit:,}; say limit={size} if you want it"
+        )
+    print(f"{name}: {len(sizes)} files, {size / 2**20:.1f} MiB", file=sys.stderr)
     return info.sha
 
+# %% ../nbs/21_sharing.ipynb #210209
 def _download(name, limit, kw):
     "The folder of a model of the Hub on this machine; FileNotFoundError if there is none."
     revision = _size(name, limit, kw)
-    if revision: kw = {**kw, "revision": revision}
-    try: return snapshot_download(name, allow_patterns=[*FILES], **kw)
-    except (OSError, ValueError) as e: raise FileNotFoundError(
-        f"{name!r} is no folder here, and the Hub did not give it ({type(e).__name__}: {e}). Expected a folder that "
-        "save_pretrained wrote, or the name of a model, as in user/name; for a private one, log in first (hf auth login)"
-    ) from e
+    if revision:
+        kw = {**kw, "revision": revision}
+    try:
+        return snapshot_download(name, allow_patterns=[*FILES], **kw)
+    except (OSError, ValueError) as e:
+        raise FileNotFoundError(
+            f"{name!r} is no folder here, and the Hub did not give it ({type(e).__name__}: {e}). Expected a folder that "
+            "save_pretrained wrote, or the name of a model, as in user/name; for a private one, log in first (hf auth login)"
+        ) from e
 
 # %% ../nbs/21_sharing.ipynb #210008
 class Pretrained(ModelHubMixin):
     "A finished run that travels, in a folder or on the Hugging Face Hub: its `model` is ready for use. ValueError for a folder without one."
-    def __init__(self,
-        folder: Path | str, # of a finished run, or written by save_pretrained
+
+    def __init__(
+        self,
+        folder: Path | str,  # of a finished run, or written by save_pretrained
     ):
-        check_model(Path(folder)/"model.safetensors")
+        check_model(Path(folder) / "model.safetensors")
         self.run, self.metrics = load_run(folder), _metrics(folder)
 
     @property
-    def model(self) -> torch.nn.Module: # an Autoencoder, or a classifier alone; in eval mode
+    def model(self) -> torch.nn.Module:  # an Autoencoder, or a classifier alone; in eval mode
         return self.run.model
 
-    def generate_model_card(self, *args, **kw) -> ModelCard: return model_card(self.run, self.metrics)
+    def generate_model_card(self, *args, **kw) -> ModelCard:
+        return model_card(self.run, self.metrics)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        tensors, meta = load_tensors(self.run.path/"model.safetensors"); cfg = _to_share(self.run.cfg)
-        save_tensors(save_directory/"model.safetensors", tensors, {**meta, "config": dataclasses.asdict(cfg)})
-        write_atomic(save_directory/"config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
-        if self.metrics: write_atomic(save_directory/"metrics.json", json.dumps(_shared_metrics(self.metrics, cfg), indent=1))
+        tensors, meta = load_tensors(self.run.path / "model.safetensors")
+        cfg = _to_share(self.run.cfg)
+        save_tensors(
+            save_directory / "model.safetensors", tensors, {**meta, "config": dataclasses.asdict(cfg)}
+        )
+        write_atomic(save_directory / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
+        if self.metrics:
+            write_atomic(
+                save_directory / "metrics.json", json.dumps(_shared_metrics(self.metrics, cfg), indent=1)
+            )
 
     @classmethod
-    def from_pretrained(cls,
-        name: str | Path, # a folder, or the name of a model on the Hub, as in user/name
-        limit: int = LIMIT, # bytes that may be downloaded
-        **kw, # of huggingface_hub.snapshot_download: revision, token, cache_dir, local_files_only, ...
+    def from_pretrained(
+        cls,
+        name: str | Path,  # a folder, or the name of a model on the Hub, as in user/name
+        limit: int = LIMIT,  # bytes that may be downloaded
+        **kw,  # of huggingface_hub.snapshot_download: revision, token, cache_dir, local_files_only, ...
     ) -> "Pretrained":
         "What save_pretrained wrote or push_to_hub sent; FileNotFoundError for no such name, ValueError for damaged or large files."
         return cls(name if Path(name).is_dir() else _download(str(name), limit, kw))
 
-def _shared_metrics(content, cfg): return {**content, "config": dataclasses.asdict(cfg), "provenance": {**content["provenance"], "command": command(cfg)}}
+# %% ../nbs/21_sharing.ipynb #210308
+def _shared_metrics(content, cfg):
+    return {
+        **content,
+        "config": dataclasses.asdict(cfg),
+        "provenance": {**content["provenance"], "command": command(cfg)},
+    }

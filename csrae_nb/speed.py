@@ -14,28 +14,80 @@ from matplotlib.figure import Figure
 from .tables import markdown_table, read_rows, results_folder
 
 # %% ../nbs/18_speed.ipynb #180005
-def read_benchmark() -> list[dict]: # rows of results/benchmark.csv, as `make bench` wrote them
+def read_benchmark() -> list[dict]:  # rows of results/benchmark.csv, as `make bench` wrote them
     "What was measured: work, milliseconds or MiB of ours and of the other, their ratio, and the ratio that was aimed at."
-    return read_rows(results_folder()/"benchmark.csv", ("part", "work", "other", "ours_ms", "other_ms", "ours_mib", "other_mib", "ratio", "aim", "machine", "versions"))
+    return read_rows(
+        results_folder() / "benchmark.csv",
+        (
+            "part",
+            "work",
+            "other",
+            "ours_ms",
+            "other_ms",
+            "ours_mib",
+            "other_mib",
+            "ratio",
+            "aim",
+            "machine",
+            "versions",
+        ),
+    )
 
-def benchmark_table(rows: Iterable[dict]) -> str: # Markdown
+# %% ../nbs/18_speed.ipynb #180105
+def benchmark_table(rows: Iterable[dict]) -> str:  # Markdown
     "A line a comparison; a ratio above 1 says how many times as long, or as large, the other is."
-    def number(v): return "–" if v is None else f"{v:,.1f}" if v < 100 else f"{v:,.0f}"
+
+    def number(v):
+        return "–" if v is None else f"{v:,.1f}" if v < 100 else f"{v:,.0f}"
+
     def line(r):
-        unit = "MiB" if r["ours_mib"] else "ms"; ours, other = (r[f"{k}_{unit.lower()}"] for k in ("ours", "other"))
-        return [r["work"], f"{number(ours)} {unit}", r["other"], f"{number(other)} {unit}", f"**{r['ratio']:.2f}**", "" if r["aim"] is None else f"{r['aim']:.2f} {'✓' if r['ratio'] >= r['aim'] else '✗'}"]
-    return markdown_table(["work", "ours", "other", "", "ratio", "aim"], [line(r) for r in rows if r["ratio"] is not None])
+        unit = "MiB" if r["ours_mib"] else "ms"
+        ours, other = (r[f"{k}_{unit.lower()}"] for k in ("ours", "other"))
+        return [
+            r["work"],
+            f"{number(ours)} {unit}",
+            r["other"],
+            f"{number(other)} {unit}",
+            f"**{r['ratio']:.2f}**",
+            "" if r["aim"] is None else f"{r['aim']:.2f} {'✓' if r['ratio'] >= r['aim'] else '✗'}",
+        ]
+
+    return markdown_table(
+        ["work", "ours", "other", "", "ratio", "aim"], [line(r) for r in rows if r["ratio"] is not None]
+    )
 
 # %% ../nbs/18_speed.ipynb #180009
 def plot_scaling(
-    rows: list[dict], # of read_benchmark
+    rows: list[dict],  # of read_benchmark
 ) -> Figure:
     "Time against K, D and B, and memory against K: ours, and by broadcasting."
     fig, axs = plt.subplots(1, 4, figsize=(13, 3), layout="constrained")
-    for ax, name, unit, fixed in zip(axs, "KDBK", ("ms", "ms", "ms", "mib"), (dict(B=100, D=40), dict(B=100, K=200), dict(K=200, D=40), dict(B=100, D=40))):
-        some = sorted((r for r in rows if r[f"ours_{unit}"] and r["other"] == "broadcasting" and "without" not in r["work"] and (unit == "ms" or r["ours_mib"] > .1) and all(r[k] == v for k, v in fixed.items())), key=lambda r: r[name])
-        for who, label in (("other", "broadcasting"), ("ours", "ours")): ax.loglog([r[name] for r in some], [r[f"{who}_{unit}"] for r in some], "o-", label=label)
-        ax.set_xticks([r[name] for r in some], [f"{r[name]:g}" for r in some]); ax.minorticks_off()
-        ax.set(xlabel=f"${name}$", ylabel={"ms": "ms", "mib": "MiB more than before"}[unit], title=", ".join(f"${k}={v}$" for k, v in fixed.items()))
+    for ax, name, unit, fixed in zip(
+        axs,
+        "KDBK",
+        ("ms", "ms", "ms", "mib"),
+        (dict(B=100, D=40), dict(B=100, K=200), dict(K=200, D=40), dict(B=100, D=40)),
+    ):
+        some = sorted(
+            (
+                r
+                for r in rows
+                if r[f"ours_{unit}"]
+                and r["other"] == "broadcasting"
+                and "without" not in r["work"]
+                and (unit == "ms" or r["ours_mib"] > 0.1)
+                and all(r[k] == v for k, v in fixed.items())
+            ),
+            key=lambda r: r[name],
+        )
+        for who, label in (("other", "broadcasting"), ("ours", "ours")):
+            ax.loglog([r[name] for r in some], [r[f"{who}_{unit}"] for r in some], "o-", label=label)
+        ax.set_xticks([r[name] for r in some], [f"{r[name]:g}" for r in some])
+        ax.minorticks_off()
+        ax.set(
+            xlabel=f"${name}$",
+            ylabel={"ms": "ms", "mib": "MiB more than before"}[unit],
+            title=", ".join(f"${k}={v}$" for k, v in fixed.items()),
+        )
     axs[0].legend(frameon=False)
     return fig

@@ -34,28 +34,48 @@ from tqdm import tqdm
 
 from .data import is_source, known_names
 from .evaluation import complete_run, finished_metrics, results_table, write_table
-from .training import EVALUATION, Config, RunLocked, command, make_config, progress_bar, resolve, run_name, runs_folder, write_atomic
+
+# %% ../nbs/12_sweeps.ipynb #120102
+from csrae_nb.training import (
+    EVALUATION,
+    Config,
+    RunLocked,
+    command,
+    make_config,
+    progress_bar,
+    resolve,
+    run_name,
+    runs_folder,
+    write_atomic,
+)
 
 # %% ../nbs/12_sweeps.ipynb #120005
-FIELDS = [f.name for f in dataclasses.fields(Config) if f.name != "name"] # of a sweep: its runs are named by what they are
+FIELDS = [
+    f.name for f in dataclasses.fields(Config) if f.name != "name"
+]  # of a sweep: its runs are named by what they are
+
 
 def expand(
-    fields: dict, # field: value, or a list of values
-) -> list[Config]: # the last axis varies fastest
+    fields: dict,  # field: value, or a list of values
+) -> list[Config]:  # the last axis varies fastest
     "Every combination of the values of the fields that are lists; ValueError for an unknown field, an empty list, or a value that cannot be."
-    if unknown := [k for k in fields if k not in FIELDS]: raise ValueError(f"unknown field {', '.join(map(repr, unknown))}; the known ones are {', '.join(FIELDS)}")
+    if unknown := [k for k in fields if k not in FIELDS]:
+        raise ValueError(
+            f"unknown field {', '.join(map(repr, unknown))}; the known ones are {', '.join(FIELDS)}"
+        )
     axes = {k: v if isinstance(v, list) else [v] for k, v in fields.items()}
-    if empty := [k for k, v in axes.items() if not v]: raise ValueError(f"{empty[0]}=[] has no values; expected at least one")
+    if empty := [k for k, v in axes.items() if not v]:
+        raise ValueError(f"{empty[0]}=[] has no values; expected at least one")
     return [make_config(dict(zip(axes, point))) for point in itertools.product(*axes.values())]
 
 # %% ../nbs/12_sweeps.ipynb #120008
-def distinct(
-    configs: Iterable[Config],
-) -> list[Config]: # resolved, in the order of their seeds
+def distinct(configs: Iterable[Config]) -> list[Config]:  # resolved, in the order of their seeds
     "One configuration for each different run."
     runs = {}
-    for c in map(resolve, configs): runs[name] = _merged(runs[name], c) if (name := run_name(c)) in runs else c
+    for c in map(resolve, configs):
+        runs[name] = _merged(runs[name], c) if (name := run_name(c)) in runs else c
     return sorted(runs.values(), key=lambda c: c.seed)
+
 
 def _merged(a, b):
     "a, with the closer evaluation of two configurations of one run."
@@ -63,54 +83,77 @@ def _merged(a, b):
 
 # %% ../nbs/12_sweeps.ipynb #120011
 def read_sweep(
-    path: Path | str, # a TOML file
-    fields: dict | None = None, # field: value or list of values, over those of the file
+    path: Path | str,  # a TOML file
+    fields: dict | None = None,  # field: value or list of values, over those of the file
 ) -> list[Config]:
     "The configurations of a sweep file; ValueError that names file and block for what cannot be."
     content = _read_toml(path)
-    blocks = {"[defaults]": content.get("defaults", {}), **{f"[[grid]] {i}": b for i, b in enumerate(content.get("grid", [{}]), 1)}, "the command line": fields or {}}
+    blocks = {
+        "[defaults]": content.get("defaults", {}),
+        **{f"[[grid]] {i}": b for i, b in enumerate(content.get("grid", [{}]), 1)},
+        "the command line": fields or {},
+    }
     for where, block in blocks.items():
-        if unknown := [k for k in block if k not in FIELDS]: raise ValueError(
-            f"{path}, {where}: unknown field {', '.join(map(repr, unknown))}; the known ones are {', '.join(FIELDS)}")
+        if unknown := [k for k in block if k not in FIELDS]:
+            raise ValueError(
+                f"{path}, {where}: unknown field {', '.join(map(repr, unknown))}; the known ones are {', '.join(FIELDS)}"
+            )
     shared, *grids, typed = blocks.items()
     configs = []
     for where, block in grids:
-        try: configs += expand({**shared[1], **block, **typed[1]})
-        except ValueError as e: raise ValueError(f"{path}, {where}: {e}") from e
+        try:
+            configs += expand({**shared[1], **block, **typed[1]})
+        except ValueError as e:
+            raise ValueError(f"{path}, {where}: {e}") from e
     return configs
 
+# %% ../nbs/12_sweeps.ipynb #120111
 def _read_toml(path):
     "A sweep file's content; ValueError for a file that is no TOML, or has other tables."
-    try: import tomllib
-    except ModuleNotFoundError: import tomli as tomllib # Python 3.10
-    try: content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as e: raise ValueError(f"{path} is no TOML: {e}") from e
-    if unknown := [k for k in content if k not in ("title", "description", "defaults", "grid")]: raise ValueError(
-        f"{path}: unknown key {', '.join(map(repr, unknown))}; expected title, description, [defaults] and [[grid]]")
+    try:
+        import tomllib
+    except ModuleNotFoundError:
+        import tomli as tomllib  # Python 3.10
+    try:
+        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{path} is no TOML: {e}") from e
+    if unknown := [k for k in content if k not in ("title", "description", "defaults", "grid")]:
+        raise ValueError(
+            f"{path}: unknown key {', '.join(map(repr, unknown))}; expected title, description, [defaults] and [[grid]]"
+        )
     tables = content.get("grid", [])
-    if not isinstance(content.get("defaults", {}), dict) or not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
+    if (
+        not isinstance(content.get("defaults", {}), dict)
+        or not isinstance(tables, list)
+        or not all(isinstance(t, dict) for t in tables)
+    ):
         raise ValueError(f"{path}: expected [defaults] once, and [[grid]], in double brackets, for each grid")
     return content
 
 # %% ../nbs/12_sweeps.ipynb #120018
 def parse_field(
-    word: str, # field=value or field=value,value,...
-) -> tuple[str, object]: # field, and its value or list of values
+    word: str,  # field=value or field=value,value,...
+) -> tuple[str, object]:  # field, and its value or list of values
     "A field as it is typed: numbers, true, false and none are what they say, all else is text."
     name, _, text = word.partition("=")
     values = [_value(v) for v in text.split(",")]
     return name, values if len(values) > 1 else values[0]
 
+
 def _value(text):
-    if text.lower() in (words := dict(true=True, false=False, none=None)): return words[text.lower()]
+    if text.lower() in (words := dict(true=True, false=False, none=None)):
+        return words[text.lower()]
     for number in (int, float):
-        with suppress(ValueError): return number(text)
+        with suppress(ValueError):
+            return number(text)
     return text
 
 # %% ../nbs/12_sweeps.ipynb #120021
 def run_folder(cfg: Config) -> Path:
     "Where a run is kept, or will be."
-    return runs_folder()/run_name(cfg)
+    return runs_folder() / run_name(cfg)
+
 
 def is_finished(cfg: Config) -> bool:
     "Whether a run is trained, and evaluated as its configuration asks."
@@ -119,49 +162,77 @@ def is_finished(cfg: Config) -> bool:
 # %% ../nbs/12_sweeps.ipynb #120022
 def trained_epochs(cfg: Config) -> int:
     "Epochs that a run has behind it: the rows of its history."
-    try: return (run_folder(cfg)/"history.csv").read_bytes().count(b"\n") - 1
-    except OSError: return 0
+    try:
+        return (run_folder(cfg) / "history.csv").read_bytes().count(b"\n") - 1
+    except OSError:
+        return 0
+
 
 def is_locked(path: Path) -> bool:
     "Whether some process is training the run in a folder."
-    if not (path/".lock").exists(): return False
+    if not (path / ".lock").exists():
+        return False
     try:
-        with FileLock(path/".lock").acquire(timeout=0.1): return False
-    except Timeout: return True
+        with FileLock(path / ".lock").acquire(timeout=0.1):
+            return False
+    except Timeout:
+        return True
 
-def run_state(cfg: Config) -> str: # finished, running, failed, stopped or new
+
+def run_state(cfg: Config) -> str:  # finished, running, failed, stopped or new
     "The state that a run's folder shows."
-    if is_finished(cfg): return "finished"
-    if is_locked(path := run_folder(cfg)): return "running"
-    if (path/"failed.json").exists(): return "failed"
+    if is_finished(cfg):
+        return "finished"
+    if is_locked(path := run_folder(cfg)):
+        return "running"
+    if (path / "failed.json").exists():
+        return "failed"
     return "stopped" if trained_epochs(cfg) else "new"
 
 # %% ../nbs/12_sweeps.ipynb #120024
-OUTCOMES = ("finished", "failed", "running elsewhere") # the exit status of a run's process is the place in this list
+OUTCOMES = (
+    "finished",
+    "failed",
+    "running elsewhere",
+)  # the exit status of a run's process is the place in this list
 
-def attempt(cfg: Config) -> str: # one of OUTCOMES
+
+def attempt(cfg: Config) -> str:  # one of OUTCOMES
     "Train and evaluate a run; an exception becomes failed.json in its folder."
-    failed = run_folder(cfg)/"failed.json"
+    failed = run_folder(cfg) / "failed.json"
     failed.unlink(missing_ok=True)
-    try: complete_run(cfg); failed.unlink(missing_ok=True)
-    except RunLocked: return "running elsewhere"
+    try:
+        complete_run(cfg)
+        failed.unlink(missing_ok=True)
+    except RunLocked:
+        return "running elsewhere"
     except Exception as e:
-        traceback.print_exc(); record_failure(cfg, f"{type(e).__name__}: {e}")
+        traceback.print_exc()
+        record_failure(cfg, f"{type(e).__name__}: {e}")
         return "failed"
     return "finished"
 
+# %% ../nbs/12_sweeps.ipynb #120124
 def record_failure(cfg: Config, error: str) -> None:
     "failed.json in the run's folder, if it can be written: what happened, when, and the command to try it alone."
     with suppress(OSError):
         run_folder(cfg).mkdir(parents=True, exist_ok=True)
-        write_atomic(run_folder(cfg)/"failed.json", json.dumps(dict(error=error, when=_now(), command=command(cfg)), indent=1))
+        write_atomic(
+            run_folder(cfg) / "failed.json",
+            json.dumps(dict(error=error, when=_now(), command=command(cfg)), indent=1),
+        )
+
 
 def failure(cfg: Config) -> str:
     "What failed.json says."
-    try: return json.loads((run_folder(cfg)/"failed.json").read_text())["error"]
-    except (OSError, ValueError, KeyError): return "no record could be written"
+    try:
+        return json.loads((run_folder(cfg) / "failed.json").read_text())["error"]
+    except (OSError, ValueError, KeyError):
+        return "no record could be written"
 
-def _now(): return f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
+
+def _now():
+    return f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
 
 # %% ../nbs/12_sweeps.ipynb #120026
 @contextmanager
@@ -171,187 +242,275 @@ def _output_to(path):
     kept = [os.dup(fd) for fd in (1, 2)]
     try:
         with open(path, "ab") as f:
-            for fd in (1, 2): os.dup2(f.fileno(), fd)
+            for fd in (1, 2):
+                os.dup2(f.fileno(), fd)
         yield
     finally:
-        sys.stdout.flush(); sys.stderr.flush()
-        for fd, old in zip((1, 2), kept): os.dup2(old, fd); os.close(old)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for fd, old in zip((1, 2), kept):
+            os.dup2(old, fd)
+            os.close(old)
 
-def run_logged(cfg: Config, folder: str, variables: dict) -> str: # one of OUTCOMES
+
+def run_logged(cfg: Config, folder: str, variables: dict) -> str:  # one of OUTCOMES
     "Attempt a run from a folder and with environment variables; its output goes to log.txt."
-    os.chdir(folder); os.environ.update(variables)
-    with _output_to(run_folder(cfg)/"log.txt"):
+    os.chdir(folder)
+    os.environ.update(variables)
+    with _output_to(run_folder(cfg) / "log.txt"):
         print(f"\n{_now()}, {socket.gethostname()}, process {os.getpid()}: {command(cfg)}", file=sys.stderr)
         return attempt(cfg)
 
+# %% ../nbs/12_sweeps.ipynb #120126
 def _surroundings(prefix=""):
     "The folder and the variables of this process, those that begin with a prefix."
     env = {k: v for k, v in os.environ.items() if k.startswith(prefix)}
     return os.getcwd(), {**env, "CSRAE_RUNS": str(runs_folder().resolve())}
 
 # %% ../nbs/12_sweeps.ipynb #120028
-def _importable(name): return getattr(import_module("csrae_nb.sweeps"), name)
+def _importable(name):
+    return getattr(import_module("csrae_nb.sweeps"), name)
 
 # %% ../nbs/12_sweeps.ipynb #120030
-PRELOAD = ["csrae_nb.sweeps", "accelerate", "sklearn.datasets", "sklearn.neighbors", "torch._dynamo"] # what runs import, some of it on the way
-UNGUARDED = 77 # exit status of a process that would start the sweep it belongs to
+PRELOAD = [
+    "csrae_nb.sweeps",
+    "accelerate",
+    "sklearn.datasets",
+    "sklearn.neighbors",
+    "torch._dynamo",
+]  # what runs import, some of it on the way
+UNGUARDED = 77  # exit status of a process that would start the sweep it belongs to
+
 
 def _child(cfg, folder, variables):
     "The process of a run."
-    signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C reaches us too, but it is the sweep that ends us
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches us too, but it is the sweep that ends us
+    threading.Thread(
+        target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True
+    ).start()
     sys.exit(OUTCOMES.index(run_logged(cfg, folder, variables)))
 
+# %% ../nbs/12_sweeps.ipynb #120130
 @contextmanager
 def _importable_main():
     "Processes import the script that starts them, and so know what it adds; what was typed has no file to import."
     main = sys.modules["__main__"]
     file = getattr(main, "__file__", None)
-    if typed := file is not None and not Path(file).exists(): del main.__file__
-    try: yield
+    if typed := file is not None and not Path(file).exists():
+        del main.__file__
+    try:
+        yield
     finally:
-        if typed: main.__file__ = file
+        if typed:
+            main.__file__ = file
+
 
 def _start(cfg):
     "A run's process, started."
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     processes = multiprocessing.get_context(method)
-    if method == "forkserver": processes.set_forkserver_preload(PRELOAD)
+    if method == "forkserver":
+        processes.set_forkserver_preload(PRELOAD)
     process = processes.Process(target=_importable("_child"), args=(cfg, *_surroundings()))
-    with _importable_main(): process.start()
+    with _importable_main():
+        process.start()
     return process
 
+# %% ../nbs/12_sweeps.ipynb #120230
 def _outcome(cfg, status):
     "The outcome that the exit status of a run's process means; what the process could not write down itself is written down."
-    if status == UNGUARDED: raise RuntimeError("run_sweep starts processes that import your script: put what the script does "
-                                               "under if __name__ == \"__main__\":")
-    if 0 <= status < len(OUTCOMES) and (status != 1 or (run_folder(cfg)/"failed.json").exists()): return OUTCOMES[status]
+    if status == UNGUARDED:
+        raise RuntimeError(
+            "run_sweep starts processes that import your script: put what the script does "
+            "under if __name__ == \"__main__\":"
+        )
+    if 0 <= status < len(OUTCOMES) and (status != 1 or (run_folder(cfg) / "failed.json").exists()):
+        return OUTCOMES[status]
     killed = f"its process was killed by signal {-status}, as when memory runs out"
-    record_failure(cfg, killed if status < 0 else f"its process ended with exit status {status}{_see_log(cfg)}")
+    record_failure(
+        cfg, killed if status < 0 else f"its process ended with exit status {status}{_see_log(cfg)}"
+    )
     return "failed"
 
-def _see_log(cfg): return ", see log.txt" if (run_folder(cfg)/"log.txt").exists() else ""
+
+def _see_log(cfg):
+    return ", see log.txt" if (run_folder(cfg) / "log.txt").exists() else ""
 
 # %% ../nbs/12_sweeps.ipynb #120031
 def local_engine(
-    todo: list[Config], # resolved
-    jobs: int, # processes at a time
-) -> Iterator[tuple[list[Config], str | None]]: # runs that have ended and how; or that are under way, and None
+    todo: list[Config],  # resolved
+    jobs: int,  # processes at a time
+) -> Iterator[
+    tuple[list[Config], str | None]
+]:  # runs that have ended and how; or that are under way, and None
     "Each run in a process of its own, `jobs` of them at a time; those still running are ended with the engine."
     waiting, running = deque(todo), {}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 cfg = waiting.popleft()
-                if (state := run_state(cfg)) in ("finished", "running"): yield [cfg], "finished" if state == "finished" else "running elsewhere"
-                else: running[_start(cfg)] = cfg
+                if (state := run_state(cfg)) in ("finished", "running"):
+                    yield [cfg], "finished" if state == "finished" else "running elsewhere"
+                else:
+                    running[_start(cfg)] = cfg
             connection.wait([p.sentinel for p in running], timeout=1 if running else 0)
-            for p in [p for p in running if not p.is_alive()]: cfg = running.pop(p); yield [cfg], _outcome(cfg, p.exitcode)
+            for p in [p for p in running if not p.is_alive()]:
+                cfg = running.pop(p)
+                yield [cfg], _outcome(cfg, p.exitcode)
             yield list(running.values()), None
     finally:
-        for p in running: p.terminate()
-        for p in running: p.join()
+        for p in running:
+            p.terminate()
+        for p in running:
+            p.join()
 
 # %% ../nbs/12_sweeps.ipynb #120033
 def ray_engine(
-    todo: list[Config], # resolved
-    jobs: int, # runs at a time, on a Ray that is started here
-    address: str | None = None, # of a cluster to join; None: start Ray on this machine
-    gpus: float = 0., # GPUs a run; 0: CPU only
-    losses: int = 2, # of its worker, that a run survives
-) -> Iterator[tuple[list[Config], str | None]]: # as local_engine
+    todo: list[Config],  # resolved
+    jobs: int,  # runs at a time, on a Ray that is started here
+    address: str | None = None,  # of a cluster to join; None: start Ray on this machine
+    gpus: float = 0.0,  # GPUs a run; 0: CPU only
+    losses: int = 2,  # of its worker, that a run survives
+) -> Iterator[tuple[list[Config], str | None]]:  # as local_engine
     "Each run as a Ray task; ValueError if Ray is not there, or not the GPUs."
     ray = _ray(jobs, address, gpus)
     task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0, max_calls=1)(_importable("run_logged"))
-    def submit(cfg): return task.remote(cfg, *_surroundings("CSRAE_"))
+
+    def submit(cfg):
+        return task.remote(cfg, *_surroundings("CSRAE_"))
+
     try:
         under_way = {submit(cfg): (cfg, 0) for cfg in todo}
         while under_way:
             for ref in ray.wait(list(under_way), timeout=1)[0]:
                 cfg, lost = under_way.pop(ref)
-                try: yield [cfg], ray.get(ref)
-                except ray.exceptions.RayTaskError as e: record_failure(cfg, f"the Ray worker could not run it: {e}"); yield [cfg], "failed"
+                try:
+                    yield [cfg], ray.get(ref)
+                except ray.exceptions.RayTaskError as e:
+                    record_failure(cfg, f"the Ray worker could not run it: {e}")
+                    yield [cfg], "failed"
                 except ray.exceptions.RayError as e:
-                    if lost < losses: under_way[submit(cfg)] = cfg, lost + 1
-                    else: record_failure(cfg, f"its Ray worker was lost {lost + 1} times: {e}"); yield [cfg], "failed"
+                    if lost < losses:
+                        under_way[submit(cfg)] = cfg, lost + 1
+                    else:
+                        record_failure(cfg, f"its Ray worker was lost {lost + 1} times: {e}")
+                        yield [cfg], "failed"
             yield [cfg for cfg, _ in under_way.values()], None
-    finally: ray.shutdown()
+    finally:
+        ray.shutdown()
 
 # %% ../nbs/12_sweeps.ipynb #120034
 def _on_sigterm(handler):
     "Set what SIGTERM does, which only the main thread can."
-    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, handler)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
+# %% ../nbs/12_sweeps.ipynb #120134
 def _ray(jobs, address, gpus):
     "Ray, joined or started."
-    try: import ray
-    except ModuleNotFoundError as e: raise ValueError("--engine ray needs Ray: pip install 'csrae_nb[cluster]'") from e
+    try:
+        import ray
+    except ModuleNotFoundError as e:
+        raise ValueError("--engine ray needs Ray: pip install 'csrae_nb[cluster]'") from e
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ours = signal.getsignal(signal.SIGTERM)
-    small = dict(num_cpus=jobs, include_dashboard=False, object_store_memory=100*2**20) # runs exchange files, no objects
-    for last in (False, True):                                         # on a busy machine Ray's time limits can be too short, once
-        try: ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **({} if address else small)); break
+    small = dict(
+        num_cpus=jobs, include_dashboard=False, object_store_memory=100 * 2**20
+    )  # runs exchange files, no objects
+    for last in (False, True):  # on a busy machine Ray's time limits can be too short, once
+        try:
+            ray.init(
+                address or "local", log_to_driver=False, logging_level="ERROR", **({} if address else small)
+            )
+            break
         except Exception as e:
             ray.shutdown()
-            if last or address: raise ValueError(f"no Ray {f'cluster at {address}' if address else 'on this machine'}: {e}") from e
-    _on_sigterm(ours)                                                  # Ray has put its own in the place
-    if not address and gpus > (found := ray.cluster_resources().get("GPU", 0)): ray.shutdown(); raise ValueError(f"--gpus {gpus:g}: Ray finds {found:g} on this machine")
+            if last or address:
+                raise ValueError(
+                    f"no Ray {f'cluster at {address}' if address else 'on this machine'}: {e}"
+                ) from e
+    _on_sigterm(ours)  # Ray has put its own in the place
+    if not address and gpus > (found := ray.cluster_resources().get("GPU", 0)):
+        ray.shutdown()
+        raise ValueError(f"--gpus {gpus:g}: Ray finds {found:g} on this machine")
     return ray
 
 # %% ../nbs/12_sweeps.ipynb #120036
 class _Progress:
     "A bar over the epochs of all runs."
+
     def __init__(self, configs, outcome, show):
-        self.epochs, self.outcome, self.done = {run_name(c): c.epochs for c in configs}, outcome, {run_name(c): trained_epochs(c) for c in configs}
-        self.bar = progress_bar(show, total=self.total, initial=sum(self.done.values()), unit="epoch", desc="sweep", smoothing=0)
+        self.epochs, self.outcome, self.done = (
+            {run_name(c): c.epochs for c in configs},
+            outcome,
+            {run_name(c): trained_epochs(c) for c in configs},
+        )
+        self.bar = progress_bar(
+            show, total=self.total, initial=sum(self.done.values()), unit="epoch", desc="sweep", smoothing=0
+        )
 
     @property
-    def total(self): # of epochs
-        return sum(self.done[name] if name in self.outcome else epochs for name, epochs in self.epochs.items())
+    def total(self):  # of epochs
+        return sum(
+            self.done[name] if name in self.outcome else epochs for name, epochs in self.epochs.items()
+        )
 
     def update(self, configs):
         "Look again at what some runs have trained."
         self.done |= {run_name(c): trained_epochs(c) for c in configs}
         self.bar.total = self.total
-        self.bar.set_postfix_str(", ".join(f"{n} {o}" for o in OUTCOMES if (n := list(self.outcome.values()).count(o))), refresh=False)
+        self.bar.set_postfix_str(
+            ", ".join(f"{n} {o}" for o in OUTCOMES if (n := list(self.outcome.values()).count(o))),
+            refresh=False,
+        )
         self.bar.update(sum(self.done.values()) - self.bar.n)
 
 # %% ../nbs/12_sweeps.ipynb #120037
 def run_sweep(
     configs: Iterable[Config],
-    jobs: int = 1, # runs at a time
-    engine=local_engine, # or ray_engine
-    progress: bool = True, # show a progress bar on stderr
-    **options, # of the engine
-) -> dict[str, str]: # name of the run: one of OUTCOMES
+    jobs: int = 1,  # runs at a time
+    engine=local_engine,  # or ray_engine
+    progress: bool = True,  # show a progress bar on stderr
+    **options,  # of the engine
+) -> dict[str, str]:  # name of the run: one of OUTCOMES
     "Run what is not finished of a grid, each different run once; a run that fails, or that another process is training, leaves the others alone."
-    if getattr(multiprocessing.current_process(), "_inheriting", False): os._exit(UNGUARDED)    # imported by a run's process
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        os._exit(UNGUARDED)  # imported by a run's process
     configs = distinct(configs)
     runs_folder().mkdir(parents=True, exist_ok=True)
     outcome = {run_name(c): "finished" for c in configs if is_finished(c)}
     todo = [c for c in configs if run_name(c) not in outcome]
     p = _Progress(configs, outcome, progress)
     with p.bar:
-        if todo: _follow(engine(todo, min(jobs, len(todo)), **options), p, progress)
-    return {n: "finished" if is_finished(c) else outcome[n] for c in configs for n in [run_name(c)]} # some finished elsewhere meanwhile
+        if todo:
+            _follow(engine(todo, min(jobs, len(todo)), **options), p, progress)
+    return {
+        n: "finished" if is_finished(c) else outcome[n] for c in configs for n in [run_name(c)]
+    }  # some finished elsewhere meanwhile
 
+# %% ../nbs/12_sweeps.ipynb #120137
 def _follow(events, p, progress):
     "Note what an engine says, and show it."
     with closing(events):
         for some, how in events:
-            if how: p.outcome[run_name(*some)] = how
-            if progress and how not in (None, "finished"): tqdm.write(f"{how}: {run_name(*some)}{': ' + failure(*some) if how == 'failed' else ''}", file=sys.stderr)
+            if how:
+                p.outcome[run_name(*some)] = how
+            if progress and how not in (None, "finished"):
+                tqdm.write(
+                    f"{how}: {run_name(*some)}{': ' + failure(*some) if how == 'failed' else ''}",
+                    file=sys.stderr,
+                )
             p.update(some)
 
 # %% ../nbs/12_sweeps.ipynb #120042
 def sweep_table(
     configs: Iterable[Config],
-    earlier: Iterable[dict] = (), # rows of an earlier table, of this grid or of others
-) -> list[dict]: # rows of results_table, each of one run; earlier ones may be means over several
+    earlier: Iterable[dict] = (),  # rows of an earlier table, of this grid or of others
+) -> list[dict]:  # rows of results_table, each of one run; earlier ones may be means over several
     "A row for each finished run of a grid, and the earlier rows, renewed where their runs are here."
     here, rows = {}, []
     for c in filter(is_finished, distinct(configs)):
-        row, = results_table([run_folder(c)])
+        (row,) = results_table([run_folder(c)])
         here.setdefault(_which(row["command"]), {})[row["seeds"]] = row
     for old in earlier:
         runs, seeds = here.get(_which(old["command"]), {}), old["seeds"].split()
@@ -360,61 +519,109 @@ def sweep_table(
     rows += [row for runs in here.values() for row in runs.values()]
     columns = dict.fromkeys(k for r in sorted(rows, key=len, reverse=True) for k in r)
     filled = [k for k in columns if any(r.get(k) not in (None, "") for r in rows)]
-    filled.sort(key=lambda k: ("commit", "command").index(k) + 1 if k in ("commit", "command") else 0)     # long ones last
+    filled.sort(
+        key=lambda k: ("commit", "command").index(k) + 1 if k in ("commit", "command") else 0
+    )  # long ones last
     return [{k: r.get(k) for k in filled} for r in rows]
 
+# %% ../nbs/12_sweeps.ipynb #120142
 def _as_full(row, old):
     "Whether a row of one run holds all that an older row holds, but for errors over seeds."
-    return all(row.get(k) not in (None, "") for k, v in old.items() if v not in (None, "") and not k.endswith("_se"))
+    return all(
+        row.get(k) not in (None, "") for k, v in old.items() if v not in (None, "") and not k.endswith("_se")
+    )
+
 
 def _which(command):
     "Which configuration a row is of: its command without the seeds, and without what only the evaluation reads."
-    return re.sub(rf"^for seed in [\d ]*; do |; done$| -p ({'|'.join(['seed', *EVALUATION])}) [^\s;]+", "", command)
+    return re.sub(
+        rf"^for seed in [\d ]*; do |; done$| -p ({'|'.join(['seed', *EVALUATION])}) [^\s;]+", "", command
+    )
+
 
 def _read_csv(path):
     "The rows of a table, as text, [] without the file; ValueError for a file that is no such table."
-    if not path.exists(): return []
+    if not path.exists():
+        return []
     with open(path, newline="", encoding="utf-8") as f:
         rows = csv.DictReader(f)
         there = list(rows)
-    if not {"command", "seeds"} <= set(rows.fieldnames or []): raise ValueError(
-        f"{path} is there and no table of csrae-sweep: it has no column `command` or `seeds`; name another file")
+    if not {"command", "seeds"} <= set(rows.fieldnames or []):
+        raise ValueError(
+            f"{path} is there and no table of csrae-sweep: it has no column `command` or `seeds`; name another file"
+        )
     return there
 
 # %% ../nbs/12_sweeps.ipynb #120045
 def shard(
     configs: list,
-    part: str, # i/n, i counted from 1
+    part: str,  # i/n, i counted from 1
 ) -> list:
     "Every n-th configuration, from the i-th on; ValueError for what is no such part."
-    try: i, n = map(int, part.split("/"))
-    except ValueError: i, n = 0, 0
-    if not 1 <= i <= n: raise ValueError(f"shard {part!r}; expected i/n, such as 1/4, ..., 4/4")
-    return configs[i-1::n]
+    try:
+        i, n = map(int, part.split("/"))
+    except ValueError:
+        i, n = 0, 0
+    if not 1 <= i <= n:
+        raise ValueError(f"shard {part!r}; expected i/n, such as 1/4, ..., 4/4")
+    return configs[i - 1 :: n]
 
 # %% ../nbs/12_sweeps.ipynb #120047
 def read_words(
-    words: list[str], # paths of TOML files, and fields as field=value,value
+    words: list[str],  # paths of TOML files, and fields as field=value,value
 ) -> list[Config]:
     "The configurations that the words of a command ask for; ValueError or OSError for what cannot be."
     typed = [w for w in words if "=" in w and not w.endswith(".toml")]
     fields, files = dict(map(parse_field, typed)), [w for w in words if w not in typed]
     return [c for f in files for c in read_sweep(f, fields)] if files else expand(fields)
 
+# %% ../nbs/12_sweeps.ipynb #120147
 def _parser():
-    p = argparse.ArgumentParser("csrae-sweep", description="Run a grid of configurations: what is finished is skipped, what was stopped goes on, what fails leaves the others alone.",
-                                epilog=f"Fields: {', '.join(FIELDS)}; train.ipynb describes them. Runs are kept in $CSRAE_RUNS, or _runs/.")
-    p.add_argument("grid", nargs="+", metavar="FILE.toml|field=value,value", help="sweep files; fields replace those of the files, several values make an axis")
-    p.add_argument("--jobs", type=int, metavar="N", help="runs at a time, of one thread each (default: one a core); a cluster that is joined decides itself")
-    p.add_argument("--shard", default="1/1", metavar="i/n", help="only the i-th of n parts of the grid, i from 1")
-    p.add_argument("--list", action="store_true", help="run nothing: show the state and the command of each run")
-    p.add_argument("--csv", type=Path, metavar="PATH", help="afterwards, write a table of all that is finished of the whole "
-                   "grid, a row a run; a table that is there gains or renews rows, and loses none")
-    p.add_argument("--fleet", action="store_true", help="first train runs that differ in seed, lam and beta only side by side in this process: for a GPU; a CPU gains little")
-    p.add_argument("--fleet-size", type=int, default=64, metavar="N", help="runs in a fleet, at most (default: 64)")
-    p.add_argument("--engine", choices=("local", "ray"), default="local", help="processes of this machine, or Ray")
+    p = argparse.ArgumentParser(
+        "csrae-sweep",
+        description="Run a grid of configurations: what is finished is skipped, what was stopped goes on, what fails leaves the others alone.",
+        epilog=f"Fields: {', '.join(FIELDS)}; train.ipynb describes them. Runs are kept in $CSRAE_RUNS, or _runs/.",
+    )
+    p.add_argument(
+        "grid",
+        nargs="+",
+        metavar="FILE.toml|field=value,value",
+        help="sweep files; fields replace those of the files, several values make an axis",
+    )
+    p.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="runs at a time, of one thread each (default: one a core); a cluster that is joined decides itself",
+    )
+    p.add_argument(
+        "--shard", default="1/1", metavar="i/n", help="only the i-th of n parts of the grid, i from 1"
+    )
+    p.add_argument(
+        "--list", action="store_true", help="run nothing: show the state and the command of each run"
+    )
+    p.add_argument(
+        "--csv",
+        type=Path,
+        metavar="PATH",
+        help="afterwards, write a table of all that is finished of the whole "
+        "grid, a row a run; a table that is there gains or renews rows, and loses none",
+    )
+    p.add_argument(
+        "--fleet",
+        action="store_true",
+        help="first train runs that differ in seed, lam and beta only side by side in this process: for a GPU; a CPU gains little",
+    )
+    p.add_argument(
+        "--fleet-size", type=int, default=64, metavar="N", help="runs in a fleet, at most (default: 64)"
+    )
+    p.add_argument(
+        "--engine", choices=("local", "ray"), default="local", help="processes of this machine, or Ray"
+    )
     p.add_argument("--address", help="with Ray: the cluster to join, e.g. auto (default: start Ray here)")
-    p.add_argument("--gpus", type=float, default=0., help="with Ray: GPUs a run, e.g. 0.25 (default: 0, CPU only)")
+    p.add_argument(
+        "--gpus", type=float, default=0.0, help="with Ray: GPUs a run, e.g. 0.25 (default: 0, CPU only)"
+    )
     return p
 
 # %% ../nbs/12_sweeps.ipynb #120049
@@ -422,77 +629,119 @@ def _cores():
     "Cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
+
 def _engine(o):
     "The engine that the options ask for, and its own options; ValueError for options that do not fit."
-    if o.jobs is not None and o.jobs < 1: raise ValueError(f"--jobs {o.jobs}; expected at least 1")
-    if o.fleet_size < 2: raise ValueError(f"--fleet-size {o.fleet_size}; expected at least 2")
-    if o.engine == "ray" and o.fleet: raise ValueError("--fleet trains in one process on this machine; leave out --engine ray")
-    if o.engine == "ray": return dict(engine=ray_engine, address=o.address, gpus=o.gpus)
-    if o.address or o.gpus: raise ValueError("--address and --gpus go with --engine ray; runs on this machine use its GPU as they are")
+    if o.jobs is not None and o.jobs < 1:
+        raise ValueError(f"--jobs {o.jobs}; expected at least 1")
+    if o.fleet_size < 2:
+        raise ValueError(f"--fleet-size {o.fleet_size}; expected at least 2")
+    if o.engine == "ray" and o.fleet:
+        raise ValueError("--fleet trains in one process on this machine; leave out --engine ray")
+    if o.engine == "ray":
+        return dict(engine=ray_engine, address=o.address, gpus=o.gpus)
+    if o.address or o.gpus:
+        raise ValueError(
+            "--address and --gpus go with --engine ray; runs on this machine use its GPU as they are"
+        )
     return dict(engine=local_engine)
 
+# %% ../nbs/12_sweeps.ipynb #120149
 def _show_states(configs):
     "A line for each run, and their numbers."
     states = [run_state(c) for c in configs]
-    for c, s in zip(configs, states): print(f"{s:8} {trained_epochs(c):4}/{c.epochs} {run_name(c)}  {command(c)}" + (f"\n         {failure(c)}" if s == "failed" else ""))
+    for c, s in zip(configs, states):
+        print(
+            f"{s:8} {trained_epochs(c):4}/{c.epochs} {run_name(c)}  {command(c)}"
+            + (f"\n         {failure(c)}" if s == "failed" else "")
+        )
     print(f"{len(configs)} runs: {', '.join(f'{states.count(s)} {s}' for s in dict.fromkeys(states))}")
+
 
 def _report(configs, outcome, before):
     "How a sweep ended."
     for cfg in configs:
-        if (how := outcome[run_name(cfg)]) != "finished": print(f"{how}: {run_folder(cfg)}" + (f"\n    {failure(cfg)}" if how == "failed" else ""))
+        if (how := outcome[run_name(cfg)]) != "finished":
+            print(f"{how}: {run_folder(cfg)}" + (f"\n    {failure(cfg)}" if how == "failed" else ""))
     counts = [f"{n} {o}" for o in OUTCOMES if (n := list(outcome.values()).count(o))]
     print(f"{len(outcome)} runs: {', '.join(counts)}" + (f" ({before} of them before)" if before else ""))
+
 
 def _write_csv(path, configs):
     "The table of what is finished here, or was when the file was written."
     if rows := sweep_table(configs, _read_csv(path)):
         write_table(path, rows)
         print(f"{path}: {len(rows)} rows")
-    else: print(f"{path}: not written, no run is finished")
+    else:
+        print(f"{path}: not written, no run is finished")
 
+# %% ../nbs/12_sweeps.ipynb #120249
 def _check_sources(configs):
     "ValueError for a data set that is none, before anything runs."
     for name in dict.fromkeys(c.dataset for c in configs):
-        if not is_source(name): raise ValueError(f"unknown dataset {name!r}; expected one of {', '.join(known_names())}, "
-            "a path to .npz or .npy, or a folder of images")
+        if not is_source(name):
+            raise ValueError(
+                f"unknown dataset {name!r}; expected one of {', '.join(known_names())}, "
+                "a path to .npz or .npy, or a folder of images"
+            )
 
 # %% ../nbs/12_sweeps.ipynb #120050
 @contextmanager
 def _interruptible():
     "SIGTERM, from a job scheduler, is like Ctrl-C inside a with."
-    def interrupt(*args): raise KeyboardInterrupt
-    before = signal.getsignal(signal.SIGTERM); _on_sigterm(interrupt)
-    try: yield
-    finally: _on_sigterm(before)
 
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGTERM)
+    _on_sigterm(interrupt)
+    try:
+        yield
+    finally:
+        _on_sigterm(before)
+
+# %% ../nbs/12_sweeps.ipynb #120150
 def main(
-    words: list[str] | None = None, # of the command; None: those typed
-) -> int: # exit status
+    words: list[str] | None = None,  # of the command; None: those typed
+) -> int:  # exit status
     "The command csrae-sweep."
     o = (parser := _parser()).parse_intermixed_args(words)
-    os.environ.setdefault("OMP_NUM_THREADS", "1") # one thread a run
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a run
     try:
         whole, how = distinct(read_words(o.grid)), _engine(o)
         _check_sources(whole)
         configs = shard(whole, o.shard)
-        if o.csv: o.csv.parent.mkdir(parents=True, exist_ok=True); _read_csv(o.csv) # an error now, not after hours
-        if o.list: _show_states(configs); status = 0
-        else: status = _run(configs, o.jobs or _cores(), how, o.fleet_size if o.fleet else 0)
-        if o.csv: _write_csv(o.csv, whole)
+        if o.csv:
+            o.csv.parent.mkdir(parents=True, exist_ok=True)
+            _read_csv(o.csv)  # an error now, not after hours
+        if o.list:
+            _show_states(configs)
+            status = 0
+        else:
+            status = _run(configs, o.jobs or _cores(), how, o.fleet_size if o.fleet else 0)
+        if o.csv:
+            _write_csv(o.csv, whole)
         return status
-    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1); return 0 # `| head` has seen enough
-    except (ValueError, OSError) as e: parser.exit(2, f"csrae-sweep: {e}\n")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0  # `| head` has seen enough
+    except (ValueError, OSError) as e:
+        parser.exit(2, f"csrae-sweep: {e}\n")
 
+# %% ../nbs/12_sweeps.ipynb #120250
 def _run(configs, jobs, how, fleet_size=0):
     "Run a grid and say how it went; the exit status."
     before = sum(map(is_finished, configs))
     try:
         with _interruptible():
-            if fleet_size: import_module("csrae_nb.fleet").train_fleets(configs, fleet_size)
+            if fleet_size:
+                import_module("csrae_nb.fleet").train_fleets(configs, fleet_size)
             outcome = run_sweep(configs, jobs, **how)
     except KeyboardInterrupt:
-        print(f"stopped with {sum(map(is_finished, configs))} of {len(configs)} runs finished; the same command goes on", file=sys.stderr)
+        print(
+            f"stopped with {sum(map(is_finished, configs))} of {len(configs)} runs finished; the same command goes on",
+            file=sys.stderr,
+        )
         return 130
     _report(configs, outcome, before)
     return int("failed" in outcome.values())

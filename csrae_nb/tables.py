@@ -40,76 +40,130 @@ from .training import SUPERVISED, Config, project_root, write_atomic
 # %% ../nbs/13_tables.ipynb #130006
 def results_folder() -> Path:
     "Where the committed tables are."
-    return (project_root() or Path.cwd())/"results"
+    return (project_root() or Path.cwd()) / "results"
 
-_same = ("dataset", "model", "prior", "components", "latent_dim", "lam", "samples", "epochs") # what makes two rows one, but for their seeds
+
+_same = (
+    "dataset",
+    "model",
+    "prior",
+    "components",
+    "latent_dim",
+    "lam",
+    "samples",
+    "epochs",
+)  # what makes two rows one, but for their seeds
 
 _counts = ("components", "latent_dim", "samples", "epochs", "images", "fid_layer", "table", "neighbours")
 
+
 def _typed(column, text):
     "None for nothing, an int for a count, a float for another number, else the text."
-    if not text: return None
-    try: return text if column in ("seeds", "commit") else int(text) if column in _counts else float(text)
-    except ValueError: return text
+    if not text:
+        return None
+    try:
+        return text if column in ("seeds", "commit") else int(text) if column in _counts else float(text)
+    except ValueError:
+        return text
 
+# %% ../nbs/13_tables.ipynb #130106
 def read_rows(
-    path: Path | str, # a CSV file
-    columns: Iterable[str] = _same, # that it must have
-) -> list[dict]: # [] without the file
+    path: Path | str,  # a CSV file
+    columns: Iterable[str] = _same,  # that it must have
+) -> list[dict]:  # [] without the file
     "Rows of a table, with numbers as numbers and None where nothing is; ValueError for a file that lacks columns."
-    if not Path(path).exists(): return []
+    if not Path(path).exists():
+        return []
     reader = csv.DictReader(read_text(path).splitlines(True))
     rows, there = list(reader), reader.fieldnames or []
-    if missing := [c for c in columns if c not in there]: raise ValueError(f"{path} has no column {', '.join(missing)}; make it with csrae-sweep --csv")
+    if missing := [c for c in columns if c not in there]:
+        raise ValueError(f"{path} has no column {', '.join(missing)}; make it with csrae-sweep --csv")
     return [{k: _typed(k, v) for k, v in r.items()} for r in rows]
 
 # %% ../nbs/13_tables.ipynb #130008
 def _named(r):
     "A row with its name, and with samples only where the paper counts them."
     extra = {("MixtureCSRAE", "vamp"): ", Vamp"}.get((r["model"], r.get("prior")), "")
-    draws = f", {r['samples']} draws" if r["model"] in ("MixtureVAE", "VampPriorVAE") and (r["samples"] or 1) > 1 else ""
-    return {**r, "name": r["model"] + extra + draws, "components": r["components"] or 1, "samples": r["samples"] if r["model"] == "IWAE" else None}
+    draws = (
+        f", {r['samples']} draws"
+        if r["model"] in ("MixtureVAE", "VampPriorVAE") and (r["samples"] or 1) > 1
+        else ""
+    )
+    return {
+        **r,
+        "name": r["model"] + extra + draws,
+        "components": r["components"] or 1,
+        "samples": r["samples"] if r["model"] == "IWAE" else None,
+    }
 
-def n_seeds(row: dict) -> int: return len(row["seeds"].split())
 
-def joined(rows: list[dict]) -> dict: # of the first, with the seeds, means and errors of all
+def n_seeds(row: dict) -> int:
+    return len(row["seeds"].split())
+
+# %% ../nbs/13_tables.ipynb #130108
+def joined(rows: list[dict]) -> dict:  # of the first, with the seeds, means and errors of all
     "Rows of one configuration over different seeds as one; None for a mean that some of them lack."
-    if len(rows) == 1: return rows[0]
-    n, out = sum(map(n_seeds, rows)), {**rows[0], "seeds": " ".join(sorted(" ".join(r["seeds"] for r in rows).split(), key=int))}
+    if len(rows) == 1:
+        return rows[0]
+    n, out = (
+        sum(map(n_seeds, rows)),
+        {**rows[0], "seeds": " ".join(sorted(" ".join(r["seeds"] for r in rows).split(), key=int))},
+    )
     for k in [k for k in out if k.endswith("_mean")]:
         means, error = [r.get(k) for r in rows], f"{k.removesuffix('_mean')}_se"
-        if None in means: out[k] = out[error] = None; continue
-        mean = sum(n_seeds(r)*m for r, m in zip(rows, means))/n
-        square = sum(n_seeds(r)*((n_seeds(r) - 1)*(r.get(error) or 0)**2 + (m - mean)**2) for r, m in zip(rows, means))
-        out[k], out[error] = mean, math.sqrt(square/(n - 1)/n)
+        if None in means:
+            out[k] = out[error] = None
+            continue
+        mean = sum(n_seeds(r) * m for r, m in zip(rows, means)) / n
+        square = sum(
+            n_seeds(r) * ((n_seeds(r) - 1) * (r.get(error) or 0) ** 2 + (m - mean) ** 2)
+            for r, m in zip(rows, means)
+        )
+        out[k], out[error] = mean, math.sqrt(square / (n - 1) / n)
     return out
 
-def merge(*tables: list[dict]) -> list[dict]: # rows
+# %% ../nbs/13_tables.ipynb #130208
+def merge(*tables: list[dict]) -> list[dict]:  # rows
     "Rows of several tables, one a configuration: over all its seeds, of rows that share a seed those with most."
     rows = [r for t in tables for r in t]
-    def which(r): return tuple(r.get(k) for k in (*_same, *WITH_LABELS, "name"))
+
+    def which(r):
+        return tuple(r.get(k) for k in (*_same, *WITH_LABELS, "name"))
+
     groups = {which(r): [] for r in rows}
     for r in sorted(rows, key=n_seeds, reverse=True):
         group = groups[which(r)]
-        if not {s for g in group for s in g["seeds"].split()} & set(r["seeds"].split()): group.append(r)
+        if not {s for g in group for s in g["seeds"].split()} & set(r["seeds"].split()):
+            group.append(r)
     return [joined(g) for g in groups.values()]
 
+
 def read_results(
-    name: str, # table1, table2, figure3 or figure4
-    folder: Path | str | None = None, # of the tables; None: results/
+    name: str,  # table1, table2, figure3 or figure4
+    folder: Path | str | None = None,  # of the tables; None: results/
 ) -> list[dict]:
     "Rows of NAME.csv and NAME_short.csv, as far as they exist."
     folder = Path(folder or results_folder())
-    return merge(*([_named(r) for r in read_rows(folder/f"{stem}.csv")] for stem in (f"{name}_short", name)))
+    return merge(
+        *([_named(r) for r in read_rows(folder / f"{stem}.csv")] for stem in (f"{name}_short", name))
+    )
 
 # %% ../nbs/13_tables.ipynb #130009
-TITLES = {"static_mnist": "static MNIST", "mnist": "dynamic MNIST", "omniglot": "Omniglot", "caltech101": "Caltech101", "cifar10": "CIFAR10"}
+TITLES = {
+    "static_mnist": "static MNIST",
+    "mnist": "dynamic MNIST",
+    "omniglot": "Omniglot",
+    "caltech101": "Caltech101",
+    "cifar10": "CIFAR10",
+}
 TABLES = ("table1", "table2", "figure3", "figure4")
-SEMISUP = "mnist_semisup" # the table of runs with labels, for Table 3a
+SEMISUP = "mnist_semisup"  # the table of runs with labels, for Table 3a
 
-def read_paper() -> list[dict]: # of Tables 1, 2, 3a, 7 and 8
+
+def read_paper() -> list[dict]:  # of Tables 1, 2, 3a, 7 and 8
     "The printed numbers."
-    return [_named(r) for r in read_rows(results_folder()/"paper.csv", ("table", "mean", "se"))]
+    return [_named(r) for r in read_rows(results_folder() / "paper.csv", ("table", "mean", "se"))]
+
 
 def where(rows: Iterable[dict], **values) -> list[dict]:
     "Rows with these values."
@@ -121,21 +175,25 @@ def markdown_table(header: list[str], rows: list[list], left: int = 1) -> str:
     lines = [header, [":--" if i < left else "--:" for i in range(len(header))], *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
+
 def shown(
-    row: dict | None, # None: not measured
+    row: dict | None,  # None: not measured
     metric: str,
-    digits: int | None = None, # after the point; None: as many as the error has a use for, or three in all
+    digits: int | None = None,  # after the point; None: as many as the error has a use for, or three in all
 ) -> str:
     "Mean ± standard error of a metric; a dash for what is not measured."
     mean, se = ((row or {}).get(f"{metric}_{k}") for k in ("mean", "se"))
-    if mean is None: return "–"
-    if digits is None: digits = max(0, -math.floor(math.log10(se)) if se else 2 - math.floor(math.log10(max(abs(mean), 1))))
+    if mean is None:
+        return "–"
+    if digits is None:
+        digits = max(0, -math.floor(math.log10(se)) if se else 2 - math.floor(math.log10(max(abs(mean), 1))))
     return f"{mean:.{digits}f}" + (f" ± {se:.{digits}f}" if se is not None else "")
+
 
 def choose(
     rows: Iterable[dict],
-    metric: str, # less is better
-) -> dict | None: # None: not measured
+    metric: str,  # less is better
+) -> dict | None:  # None: not measured
     "Of the rows with the longest training, that with the lowest mean of a metric."
     known = [r for r in rows if r.get(f"{metric}_mean") is not None]
     return min(known, key=lambda r: (-r["epochs"], r[f"{metric}_mean"]), default=None)
@@ -144,140 +202,243 @@ def choose(
 def equal_training(rows: list[dict]) -> list[dict]:
     "Of each data set and z, the rows with the number of epochs that most models have (then most rows, then most epochs)."
     groups = {}
-    for r in rows: groups.setdefault((r["dataset"], r["latent_dim"]), {}).setdefault(r["epochs"], []).append(r)
-    return [r for by in groups.values() for r in max(by.values(), key=lambda g: (len({x["name"] for x in g}), len(g), g[0]["epochs"]))]
+    for r in rows:
+        groups.setdefault((r["dataset"], r["latent_dim"]), {}).setdefault(r["epochs"], []).append(r)
+    return [
+        r
+        for by in groups.values()
+        for r in max(by.values(), key=lambda g: (len({x["name"] for x in g}), len(g), g[0]["epochs"]))
+    ]
 
-def relative_spread(pool: list[dict], dataset: str, metric: str) -> float | None: # None: no row has several seeds
+
+def relative_spread(
+    pool: list[dict], dataset: str, metric: str
+) -> float | None:  # None: no row has several seeds
     "Median over rows of the standard deviation over seeds, relative to the mean."
-    known = [(r[f"{metric}_se"]*math.sqrt(n_seeds(r)), abs(r[f"{metric}_mean"])) for r in where(pool, dataset=dataset) if r.get(f"{metric}_se") is not None]
-    return median(sd/mean for sd, mean in known if mean) if any(mean for _, mean in known) else None
+    known = [
+        (r[f"{metric}_se"] * math.sqrt(n_seeds(r)), abs(r[f"{metric}_mean"]))
+        for r in where(pool, dataset=dataset)
+        if r.get(f"{metric}_se") is not None
+    ]
+    return median(sd / mean for sd, mean in known if mean) if any(mean for _, mean in known) else None
 
-JUDGED = *METRICS, "error" # what comparisons go by
 
+JUDGED = *METRICS, "error"  # what comparisons go by
+
+# %% ../nbs/13_tables.ipynb #130119
 def with_errors(rows: list[dict], pool: list[dict]) -> list[dict]:
     "Rows with the error (`_err`) of each metric that comparisons go by: its standard error, or the typical one of the pool if that is larger."
     spread = {(d, m): relative_spread(pool, d, m) for d in {r["dataset"] for r in rows} for m in JUDGED}
-    def error(r, m): return max(r.get(f"{m}_se") or 0, abs(r[f"{m}_mean"])*spread[r["dataset"], m]/math.sqrt(n_seeds(r)))
-    return [r | {f"{m}_err": error(r, m) for m in JUDGED if r.get(f"{m}_mean") is not None and spread[r["dataset"], m] is not None} for r in rows]
+
+    def error(r, m):
+        return max(
+            r.get(f"{m}_se") or 0, abs(r[f"{m}_mean"]) * spread[r["dataset"], m] / math.sqrt(n_seeds(r))
+        )
+
+    return [
+        r
+        | {
+            f"{m}_err": error(r, m)
+            for m in JUDGED
+            if r.get(f"{m}_mean") is not None and spread[r["dataset"], m] is not None
+        }
+        for r in rows
+    ]
 
 # %% ../nbs/13_tables.ipynb #130020
 def compare(
-    a: dict | None, b: dict | None, # rows; None: not measured
+    a: dict | None,
+    b: dict | None,  # rows; None: not measured
     metric: str,
-    other: str | None = None, # the metric of b; None: the same
-) -> int | None: # 1: a is lower; -1: it is higher; 0: neither is clear; None: not measured
+    other: str | None = None,  # the metric of b; None: the same
+) -> int | None:  # 1: a is lower; -1: it is higher; 0: neither is clear; None: not measured
     "Whether a row's metric is lower than another's by more than two combined errors."
-    (x, dx), (y, dy) = ((r.get(f"{m}_mean"), r.get(f"{m}_err", r.get(f"{m}_se"))) if r else (None, None) for r, m in ((a, metric), (b, other or metric)))
-    if x is None or y is None: return None
-    if dx is None or dy is None: return 0
-    return (y - x > 2*math.hypot(dx, dy)) - (x - y > 2*math.hypot(dx, dy))
+    (x, dx), (y, dy) = (
+        (r.get(f"{m}_mean"), r.get(f"{m}_err", r.get(f"{m}_se"))) if r else (None, None)
+        for r, m in ((a, metric), (b, other or metric))
+    )
+    if x is None or y is None:
+        return None
+    if dx is None or dy is None:
+        return 0
+    return (y - x > 2 * math.hypot(dx, dy)) - (x - y > 2 * math.hypot(dx, dy))
+
 
 VERDICTS = ("holds", "holds in part", "mixed", "does not hold", "undecided", "not measured yet")
 
+# %% ../nbs/13_tables.ipynb #130120
 def judge(
-    outcomes: Iterable[int | None], # of compare; 1 is for the claim
-    universal: bool = False, # about all cases
-) -> str: # one of VERDICTS
+    outcomes: Iterable[int | None],  # of compare; 1 is for the claim
+    universal: bool = False,  # about all cases
+) -> str:  # one of VERDICTS
     "The verdict by the rule above."
-    known = [o for o in outcomes if o is not None]; n, up, down = len(known), known.count(1), known.count(-1)
-    if not n: return "not measured yet"
-    if up == n: return "holds"
-    if universal: return "does not hold" if down else "undecided"
-    if up and down: return "mixed"
-    return "holds in part" if 2*up >= n else "does not hold" if 2*down >= n else "undecided"
+    known = [o for o in outcomes if o is not None]
+    n, up, down = len(known), known.count(1), known.count(-1)
+    if not n:
+        return "not measured yet"
+    if up == n:
+        return "holds"
+    if universal:
+        return "does not hold" if down else "undecided"
+    if up and down:
+        return "mixed"
+    return "holds in part" if 2 * up >= n else "does not hold" if 2 * down >= n else "undecided"
 
 # %% ../nbs/13_tables.ipynb #130023
 def sweep_command(
-    configs: list[Config], # that make up a grid
-) -> str: # as typed in a terminal
+    configs: list[Config],  # that make up a grid
+) -> str:  # as typed in a terminal
     "The csrae-sweep command of a grid: the fields that differ from Config's defaults, with all their values; ValueError for what is no grid."
     used = {f.name: list(dict.fromkeys(getattr(c, f.name) for c in configs)) for f in fields(Config)}
-    if (size := math.prod(map(len, used.values()))) != len(configs): raise ValueError(f"{len(configs)} configurations, but their values make a grid of {size}; give each grid its command")
+    if (size := math.prod(map(len, used.values()))) != len(configs):
+        raise ValueError(
+            f"{len(configs)} configurations, but their values make a grid of {size}; give each grid its command"
+        )
     default = {f.name: [f.default] for f in fields(Config)}
-    words = [f"{k}={','.join(f'{v:g}' if isinstance(v, float) else str(v) for v in vs)}" for k, vs in used.items() if k in ("dataset", "model") or vs != default[k]]
+    words = [
+        f"{k}={','.join(f'{v:g}' if isinstance(v, float) else str(v) for v in vs)}"
+        for k, vs in used.items()
+        if k in ("dataset", "model") or vs != default[k]
+    ]
     return " ".join(["csrae-sweep", *words])
 
-def cell_key(row: dict) -> tuple: # name, z, K, importance samples
+
+def cell_key(row: dict) -> tuple:  # name, z, K, importance samples
     "What tells the rows of a printed table apart."
     return row["name"], row["latent_dim"], row["components"], row["samples"]
 
 # %% ../nbs/13_tables.ipynb #130024
 def fill_commands(
-    table: int, # 1 or 2
-    rows: list[dict], # measured
+    table: int,  # 1 or 2
+    rows: list[dict],  # measured
     paper: list[dict],
-) -> dict[str, str]: # what is missing: the command
+) -> dict[str, str]:  # what is missing: the command
     "Commands for the cells of a printed table that are not measured at all; in Table 2 any number of components counts."
-    part = slice(4 if table == 1 else 2); seen = {(r["dataset"], *cell_key(r)[part]) for r in rows}
+    part = slice(4 if table == 1 else 2)
+    seen = {(r["dataset"], *cell_key(r)[part]) for r in rows}
     gaps, together = {}, {}
     for p in where(paper, table=table):
-        if (p["dataset"], *cell_key(p)[part]) not in seen: gaps.setdefault(cell_key(p), {})[p["dataset"]] = True
-    for key, datasets in gaps.items(): together.setdefault((key[0], key[3], tuple(datasets)), []).append(key)
-    grid = read_sweep(project_root()/"sweeps"/f"table{table}.toml")
-    return {f"{_titles(keys)}: {', '.join(TITLES[d] for d in datasets)}":
-        sweep_command([c for c in grid if c.dataset in datasets and any(_in_cell(c, k) for k in keys)]) for (_, _, datasets), keys in together.items()}
+        if (p["dataset"], *cell_key(p)[part]) not in seen:
+            gaps.setdefault(cell_key(p), {})[p["dataset"]] = True
+    for key, datasets in gaps.items():
+        together.setdefault((key[0], key[3], tuple(datasets)), []).append(key)
+    grid = read_sweep(project_root() / "sweeps" / f"table{table}.toml")
+    return {
+        f"{_titles(keys)}: {', '.join(TITLES[d] for d in datasets)}": sweep_command(
+            [c for c in grid if c.dataset in datasets and any(_in_cell(c, k) for k in keys)]
+        )
+        for (_, _, datasets), keys in together.items()
+    }
 
+# %% ../nbs/13_tables.ipynb #130124
 def _titles(keys):
     "Rows of one model in words."
     names, Ds, Ks, Ss = (list(dict.fromkeys(values)) for values in zip(*keys))
-    return f"{names[0]}, z = {' and '.join(map(str, Ds))}" + (f", K = {', '.join(map(str, Ks))}" if Ks != [1] else "") + (f", {Ss[0]} samples" if Ss[0] else "")
+    return (
+        f"{names[0]}, z = {' and '.join(map(str, Ds))}"
+        + (f", K = {', '.join(map(str, Ks))}" if Ks != [1] else "")
+        + (f", {Ss[0]} samples" if Ss[0] else "")
+    )
+
 
 def _in_cell(c, key):
     "Whether a configuration of a sweep belongs to a row of a printed table."
     name, D, K, S = key
-    return c.model == name and c.latent_dim == D and (K == 1 or c.components == K) and (S is None or c.importance_samples == S)
+    return (
+        c.model == name
+        and c.latent_dim == D
+        and (K == 1 or c.components == K)
+        and (S is None or c.importance_samples == S)
+    )
 
+# %% ../nbs/13_tables.ipynb #130224
 def command_list(commands: dict[str, str]) -> str:
     "Commands as a fenced block."
-    return "\n".join(["Not measured yet:", "", "```sh", *(f"# {what}\n{command}" for what, command in commands.items()), "```"]) if commands else "Every cell is measured."
+    return (
+        "\n".join(
+            [
+                "Not measured yet:",
+                "",
+                "```sh",
+                *(f"# {what}\n{command}" for what, command in commands.items()),
+                "```",
+            ]
+        )
+        if commands
+        else "Every cell is measured."
+    )
 
 # %% ../nbs/13_tables.ipynb #130027
 KS = (3, 5, 10)
 
+
 def _setting(rows):
     "K, weight and training of the rows chosen for each k, once if they agree."
     rows = [r for r in rows if r]
-    def once(values): return " / ".join(dict.fromkeys(values)) or "–"
-    return [once(f"{r['components']}" for r in rows), once(f"{r['lam']:g}" for r in rows if r["lam"] is not None), once(f"{r['epochs']} × {n_seeds(r)}" for r in rows)]
 
+    def once(values):
+        return " / ".join(dict.fromkeys(values)) or "–"
+
+    return [
+        once(f"{r['components']}" for r in rows),
+        once(f"{r['lam']:g}" for r in rows if r["lam"] is not None),
+        once(f"{r['epochs']} × {n_seeds(r)}" for r in rows),
+    ]
+
+# %% ../nbs/13_tables.ipynb #130127
 def table2(
-    rows: list[dict], # measured
+    rows: list[dict],  # measured
     paper: list[dict],
     dataset: str,
-) -> str: # Markdown
+) -> str:  # Markdown
     "Table 2 of one data set: ours, chosen by validation accuracy, and the printed."
     rows, paper, lines = where(rows, dataset=dataset), where(paper, table=2, dataset=dataset), []
     names = dict.fromkeys(r["name"] for r in [*paper, *rows])
     for D in sorted({r["latent_dim"] for r in paper}):
         for name in names:
             mine, theirs = ([r for r in where(rs, latent_dim=D, name=name)] for rs in (rows, paper))
-            if not mine and not theirs: continue
+            if not mine and not theirs:
+                continue
             picks = [choose(mine, f"knn{k}_val") for k in KS]
-            pairs = [(shown(r, f"knn{k}", 2), f"{where(theirs, neighbours=k)[0]['mean']:.2f}" if theirs else "") for r, k in zip(picks, KS)]
+            pairs = [
+                (shown(r, f"knn{k}", 2), f"{where(theirs, neighbours=k)[0]['mean']:.2f}" if theirs else "")
+                for r, k in zip(picks, KS)
+            ]
             lines.append([D, name, *_setting(picks), *(c for pair in pairs for c in pair)])
-    return markdown_table(["z", "model", "K", "λ or β", "epochs × seeds", *(h for k in KS for h in (f"k = {k}", "paper"))], lines, left=5)
+    return markdown_table(
+        ["z", "model", "K", "λ or β", "epochs × seeds", *(h for k in KS for h in (f"k = {k}", "paper"))],
+        lines,
+        left=5,
+    )
 
 # %% ../nbs/13_tables.ipynb #130031
-LABELS = {"fid": "FID", "frechet_classifier": "Fréchet distance, classifier"} # of axes
+LABELS = {"fid": "FID", "frechet_classifier": "Fréchet distance, classifier"}  # of axes
 
-def distance_kind(rows: Iterable[dict]) -> str: # fid or frechet_classifier
+
+def distance_kind(rows: Iterable[dict]) -> str:  # fid or frechet_classifier
     "The Fréchet distance that all rows have."
     rows = list(rows)
-    return "fid" if rows and all(r.get("fid_samples_mean") is not None for r in rows) else "frechet_classifier"
+    return (
+        "fid" if rows and all(r.get("fid_samples_mean") is not None for r in rows) else "frechet_classifier"
+    )
+
 
 def distance_title(rows: Iterable[dict]) -> str:
     "What the Fréchet distance of some rows is, and that of real images where it is measured."
     rows = list(rows)
     counts = ", ".join(sorted({f"{r['images']:,}" for r in rows if r.get("images")}))
-    kind = distance_kind(rows); floors = [f for r in rows if (f := r.get(f"{kind}_floor_mean")) is not None]
+    kind = distance_kind(rows)
+    floors = [f for r in rows if (f := r.get(f"{kind}_floor_mean")) is not None]
     real = f"; real validation images: {median(floors):.3g}" if floors else ""
-    if kind != "fid": return f"Fréchet distance in the features of a classifier, {counts} images{real}"
+    if kind != "fid":
+        return f"Fréchet distance in the features of a classifier, {counts} images{real}"
     return f"FID, layer {', '.join(sorted({str(r['fid_layer']) for r in rows}))} of Inception, {counts} images resized to 299×299{real}"
 
+
 def cells(
-    rows: list[dict], # of one data set
-    metric: str = "criterion", # that selects the weight
-) -> dict[tuple, dict]: # cell_key: row
+    rows: list[dict],  # of one data set
+    metric: str = "criterion",  # that selects the weight
+) -> dict[tuple, dict]:  # cell_key: row
     "One row for each cell: of its longest training, the weight with the lowest metric."
     keys = dict.fromkeys(map(cell_key, rows))
     chosen = {k: choose([r for r in rows if cell_key(r) == k], metric) for k in keys}
@@ -285,22 +446,45 @@ def cells(
 
 # %% ../nbs/13_tables.ipynb #130032
 IMAGES = ("reconstructions", "samples")
-SHOWN = {"reconstructions": "reconstructions", "samples": "samples", "samples_refit15": "after 15 EM steps", "samples_expost": "ex-post"}
+SHOWN = {
+    "reconstructions": "reconstructions",
+    "samples": "samples",
+    "samples_refit15": "after 15 EM steps",
+    "samples_expost": "ex-post",
+}
 
-def _printed(p): return f"{p['mean']:.2f} ± {p['se']:.2f}" if p else ""
 
+def _printed(p):
+    return f"{p['mean']:.2f} ± {p['se']:.2f}" if p else ""
+
+# %% ../nbs/13_tables.ipynb #130132
 def table1(
-    rows: list[dict], # measured
+    rows: list[dict],  # measured
     paper: list[dict],
     dataset: str,
-) -> str: # Markdown
+) -> str:  # Markdown
     "Table 1 of one data set: our distances and the printed FID."
-    mine, theirs = cells(where(rows, dataset=dataset)), {cell_key(p): p for p in where(paper, table=1, dataset=dataset)}
+    mine, theirs = (
+        cells(where(rows, dataset=dataset)),
+        {cell_key(p): p for p in where(paper, table=1, dataset=dataset)},
+    )
     kind = distance_kind(mine.values())
+
     def line(key):
         r, (name, D, K, S) = mine.get(key), key
-        return [name + (f", {S} samples" if S else ""), D, K, *_setting([r])[1:], *(shown(r, f"{kind}_{s}") for s in SHOWN), _printed(theirs.get(key))]
-    return markdown_table(["model", "z", "K", "λ or β", "epochs × seeds", *SHOWN.values(), "paper's FID"], [line(k) for k in {**theirs, **mine}])
+        return [
+            name + (f", {S} samples" if S else ""),
+            D,
+            K,
+            *_setting([r])[1:],
+            *(shown(r, f"{kind}_{s}") for s in SHOWN),
+            _printed(theirs.get(key)),
+        ]
+
+    return markdown_table(
+        ["model", "z", "K", "λ or β", "epochs × seeds", *SHOWN.values(), "paper's FID"],
+        [line(k) for k in {**theirs, **mine}],
+    )
 
 # %% ../nbs/13_tables.ipynb #130038
 def is_doubtful(row: dict, metric: str) -> bool:
@@ -308,148 +492,294 @@ def is_doubtful(row: dict, metric: str) -> bool:
     bound = row.get(f"{distance_kind([row])}_reconstructions_mean")
     return bound is not None and row[f"{metric}_mean"] < bound
 
+# %% ../nbs/13_tables.ipynb #130138
 def doubts(rows: list[dict]) -> str:
     "Where samples are closer than reconstructions, in words."
     out = []
     for d in TITLES:
-        mine = cells(where(rows, dataset=d)); kind = distance_kind(mine.values())
-        low = [_titles([k]) for k, r in mine.items() if any(r.get(f"{kind}_{s}_mean") is not None and is_doubtful(r, f"{kind}_{s}") for s in SETS if "samples" in s)]
-        if low: out.append(f"{TITLES[d]} ({'; '.join(low)})")
-    return f"Some samples are closer than reconstructions on {' and '.join(out)}." if out else "No samples are closer than reconstructions."
+        mine = cells(where(rows, dataset=d))
+        kind = distance_kind(mine.values())
+        low = [
+            _titles([k])
+            for k, r in mine.items()
+            if any(
+                r.get(f"{kind}_{s}_mean") is not None and is_doubtful(r, f"{kind}_{s}")
+                for s in SETS
+                if "samples" in s
+            )
+        ]
+        if low:
+            out.append(f"{TITLES[d]} ({'; '.join(low)})")
+    return (
+        f"Some samples are closer than reconstructions on {' and '.join(out)}."
+        if out
+        else "No samples are closer than reconstructions."
+    )
 
 # %% ../nbs/13_tables.ipynb #130041
-def rank_correlation(xs: list[float], ys: list[float]) -> float | None: # None for fewer than four points, or constant ones
+def rank_correlation(
+    xs: list[float], ys: list[float]
+) -> float | None:  # None for fewer than four points, or constant ones
     "Spearman's ρ."
-    return float(spearmanr(xs, ys).statistic) if len(xs) >= 4 and len(set(xs)) > 1 and len(set(ys)) > 1 else None
+    return (
+        float(spearmanr(xs, ys).statistic) if len(xs) >= 4 and len(set(xs)) > 1 and len(set(ys)) > 1 else None
+    )
+
 
 def is_clear_rank(rho: float | None, n: int) -> bool:
     "Whether n independent points have such a rank correlation by chance in less than 5 % of cases."
-    return rho is not None and n > 4 and bool(2*student.sf(abs(rho)*math.sqrt((n - 2)/max(1 - rho**2, 1e-9)), n - 2) < .05)
+    return (
+        rho is not None
+        and n > 4
+        and bool(2 * student.sf(abs(rho) * math.sqrt((n - 2) / max(1 - rho**2, 1e-9)), n - 2) < 0.05)
+    )
 
+# %% ../nbs/13_tables.ipynb #130141
 def resemblance(
-    rows: list[dict], # measured
+    rows: list[dict],  # measured
     paper: list[dict],
-) -> dict[str, tuple[int, float | None, float | None]]: # data set: models in common, ρ of reconstructions, ρ of samples
+) -> dict[
+    str, tuple[int, float | None, float | None]
+]:  # data set: models in common, ρ of reconstructions, ρ of samples
     "How like the printed order of the models ours is, where at least four are in common."
     out = {}
     for d in TITLES:
-        mine, theirs = cells(where(rows, dataset=d)), {cell_key(p): p["mean"] for p in where(paper, table=1, dataset=d)}
+        mine, theirs = (
+            cells(where(rows, dataset=d)),
+            {cell_key(p): p["mean"] for p in where(paper, table=1, dataset=d)},
+        )
         kind = distance_kind(mine.values())
-        keys = [k for k in theirs if k in mine and all(mine[k].get(f"{kind}_{s}_mean") is not None for s in IMAGES)]
-        if len(keys) >= 4: out[d] = len(keys), *(rank_correlation([theirs[k] for k in keys], [mine[k][f"{kind}_{s}_mean"] for k in keys]) for s in IMAGES)
+        keys = [
+            k
+            for k in theirs
+            if k in mine and all(mine[k].get(f"{kind}_{s}_mean") is not None for s in IMAGES)
+        ]
+        if len(keys) >= 4:
+            out[d] = (
+                len(keys),
+                *(
+                    rank_correlation([theirs[k] for k in keys], [mine[k][f"{kind}_{s}_mean"] for k in keys])
+                    for s in IMAGES
+                ),
+            )
     return out
 
-def _show_rank(rho): return "–" if rho is None else f"{rho:.2f}".replace("-", "−")
+# %% ../nbs/13_tables.ipynb #130241
+def _show_rank(rho):
+    return "–" if rho is None else f"{rho:.2f}".replace("-", "−")
 
 # %% ../nbs/13_tables.ipynb #130043
 def _unmeasured(ax):
-    ax.text(.5, .5, "not measured yet", ha="center", va="center", transform=ax.transAxes)
+    ax.text(0.5, 0.5, "not measured yet", ha="center", va="center", transform=ax.transAxes)
+
 
 def _log(axis):
     "Plain numbers on a logarithmic axis."
-    axis.set_major_formatter(f := LogFormatter(minor_thresholds=(2, .5))); axis.set_minor_formatter(f)
+    axis.set_major_formatter(f := LogFormatter(minor_thresholds=(2, 0.5)))
+    axis.set_minor_formatter(f)
 
 # %% ../nbs/13_tables.ipynb #130045
-def is_cs(row: dict) -> bool: return "CSRAE" in row["model"]
+def is_cs(row: dict) -> bool:
+    return "CSRAE" in row["model"]
+
 
 def _lines(ax, rows, metric):
     "A line a cell, over the weight."
     for key in dict.fromkeys(map(cell_key, rows)):
-        some = sorted((r for r in rows if cell_key(r) == key and r.get(f"{metric}_mean") is not None), key=lambda r: r["lam"])
-        if some: ax.errorbar([r["lam"] for r in some], [r[f"{metric}_mean"] for r in some], [r.get(f"{metric}_se") or 0 for r in some], fmt="o-", ms=4, lw=1, label=key[0] + (f", K = {key[2]}" if key[2] > 1 else ""))
+        some = sorted(
+            (r for r in rows if cell_key(r) == key and r.get(f"{metric}_mean") is not None),
+            key=lambda r: r["lam"],
+        )
+        if some:
+            ax.errorbar(
+                [r["lam"] for r in some],
+                [r[f"{metric}_mean"] for r in some],
+                [r.get(f"{metric}_se") or 0 for r in some],
+                fmt="o-",
+                ms=4,
+                lw=1,
+                label=key[0] + (f", K = {key[2]}" if key[2] > 1 else ""),
+            )
+
 
 def _weights(ax):
-    ax.set_xscale("log"); ax.set_xticks(ticks := [.25, .5, 1, 2, 5, 10], [f"{t:g}" for t in ticks]); ax.minorticks_off()
+    ax.set_xscale("log")
+    ax.set_xticks(ticks := [0.25, 0.5, 1, 2, 5, 10], [f"{t:g}" for t in ticks])
+    ax.minorticks_off()
 
+# %% ../nbs/13_tables.ipynb #130145
 def plot_criterion(
-    rows: list[dict], # of one data set and z
+    rows: list[dict],  # of one data set and z
 ) -> Figure:
     "The criterion against the weight, for the two kinds of divergence."
-    kinds = [(some, x) for cs, x in ((True, "λ, weight of $D_{CS}$"), (False, "β, weight of the KL")) if (some := [r for r in rows if is_cs(r) == cs])]
-    fig, axs = plt.subplots(1, len(kinds), figsize=(4.5*len(kinds), 3.2), layout="constrained", squeeze=False)
+    kinds = [
+        (some, x)
+        for cs, x in ((True, "λ, weight of $D_{CS}$"), (False, "β, weight of the KL"))
+        if (some := [r for r in rows if is_cs(r) == cs])
+    ]
+    fig, axs = plt.subplots(
+        1, len(kinds), figsize=(4.5 * len(kinds), 3.2), layout="constrained", squeeze=False
+    )
     for ax, (some, x) in zip(axs[0], kinds):
-        _lines(ax, some, "criterion"); _weights(ax); ax.set(xlabel=x, ylabel="validation $-E\\,\\log p + D$, nats"); ax.axvline(1, c="grey", ls=":"); ax.legend(fontsize=7)
+        _lines(ax, some, "criterion")
+        _weights(ax)
+        ax.set(xlabel=x, ylabel="validation $-E\\,\\log p + D$, nats")
+        ax.axvline(1, c="grey", ls=":")
+        ax.legend(fontsize=7)
     return fig
 
 # %% ../nbs/13_tables.ipynb #130047
-def selected_weights(rows: list[dict]) -> dict[str, tuple[float, list[float]]]: # title of the cell: weight with the lowest criterion, weights measured
+def selected_weights(
+    rows: list[dict],
+) -> dict[
+    str, tuple[float, list[float]]
+]:  # title of the cell: weight with the lowest criterion, weights measured
     "Which weight the criterion selects, for cells with at least two."
     out = {}
     for d in TITLES:
         for key, r in cells(where(rows, dataset=d)).items():
-            weights = sorted(x["lam"] for x in where(rows, dataset=d, epochs=r["epochs"]) if cell_key(x) == key)
-            if len(weights) > 1: out[f"{TITLES[d]}, {_titles([key])}"] = r["lam"], weights
+            weights = sorted(
+                x["lam"] for x in where(rows, dataset=d, epochs=r["epochs"]) if cell_key(x) == key
+            )
+            if len(weights) > 1:
+                out[f"{TITLES[d]}, {_titles([key])}"] = r["lam"], weights
     return out
 
 # %% ../nbs/13_tables.ipynb #130050
 def plot_weights(
-    rows: list[dict], # of one data set and z
+    rows: list[dict],  # of one data set and z
 ) -> Figure:
     "Fréchet distances of reconstructions and of samples against the weight."
     kind = distance_kind(rows)
     fig, axs = plt.subplots(1, 3, figsize=(11, 3.3), layout="constrained")
     for ax, s in zip(axs, ("reconstructions", "samples", "samples_expost")):
-        _lines(ax, rows, f"{kind}_{s}"); _weights(ax); ax.set_yscale("log"); _log(ax.yaxis)
-        ax.set(xlabel="λ or β", ylabel=LABELS[kind], title={"samples_expost": "samples, ex-post mixture"}.get(s, s))
-        if not ax.containers: _unmeasured(ax)
+        _lines(ax, rows, f"{kind}_{s}")
+        _weights(ax)
+        ax.set_yscale("log")
+        _log(ax.yaxis)
+        ax.set(
+            xlabel="λ or β",
+            ylabel=LABELS[kind],
+            title={"samples_expost": "samples, ex-post mixture"}.get(s, s),
+        )
+        if not ax.containers:
+            _unmeasured(ax)
     axs[0].legend(fontsize=7) if axs[0].containers else None
     return fig
 
 # %% ../nbs/13_tables.ipynb #130053
 def by_lam(rows: list[dict], *metrics: str) -> list[dict]:
     "Rows that have some metrics, sorted by their weight."
-    return sorted((r for r in rows if all(r.get(f"{m}_mean") is not None for m in metrics)), key=lambda r: r["lam"])
+    return sorted(
+        (r for r in rows if all(r.get(f"{m}_mean") is not None for m in metrics)), key=lambda r: r["lam"]
+    )
+
 
 def _scatter(ax, rows, x, y, sign=1, **kw):
     "One marker a row, its size the weight, and the weight beside the first, the last and the lowest."
     rows = by_lam(rows, x, y)
-    if not rows: return _unmeasured(ax)
-    px, py = ([s*r[f"{m}_mean"] for r in rows] for m, s in ((x, 1), (y, sign)))
-    ax.margins(.15); middle = (min(px) + max(px))/2; ax.plot(px, py, lw=.5, c="grey"); ax.scatter(px, py, s=[15 + 12*r["lam"] for r in rows], alpha=.7, **kw)
-    for i in {0, len(rows) - 1, px.index(min(px)), py.index(min(py))}: ax.annotate(f"λ={rows[i]['lam']:g}", (px[i], py[i]), fontsize=7, xytext=(-5 if px[i] > middle else 5, 4), ha="right" if px[i] > middle else "left", textcoords="offset points")
+    if not rows:
+        return _unmeasured(ax)
+    px, py = ([s * r[f"{m}_mean"] for r in rows] for m, s in ((x, 1), (y, sign)))
+    ax.margins(0.15)
+    middle = (min(px) + max(px)) / 2
+    ax.plot(px, py, lw=0.5, c="grey")
+    ax.scatter(px, py, s=[15 + 12 * r["lam"] for r in rows], alpha=0.7, **kw)
+    for i in {0, len(rows) - 1, px.index(min(px)), py.index(min(py))}:
+        ax.annotate(
+            f"λ={rows[i]['lam']:g}",
+            (px[i], py[i]),
+            fontsize=7,
+            xytext=(-5 if px[i] > middle else 5, 4),
+            ha="right" if px[i] > middle else "left",
+            textcoords="offset points",
+        )
 
-def plot_figure3(rows: list[dict]) -> Figure: # of CSRAE
+# %% ../nbs/13_tables.ipynb #130153
+def plot_figure3(rows: list[dict]) -> Figure:  # of CSRAE
     "The three panels of Fig. 3; (b) for reconstructions and for samples."
     kind = distance_kind(rows)
     fig, axs = plt.subplots(2, 2, figsize=(9.5, 7), layout="constrained")
     criterion = "validation $-E\\,\\log p + D_{CS}$"
     (a, b1), (b2, c) = axs
-    _scatter(a, rows, "divergence", "reconstruction"); a.set(xlabel="$D_{CS}$, nats", ylabel="$-E\\,\\log p$, nats", title="(a) the trade-off")
+    _scatter(a, rows, "divergence", "reconstruction")
+    a.set(xlabel="$D_{CS}$, nats", ylabel="$-E\\,\\log p$, nats", title="(a) the trade-off")
     for ax, s, colour in ((b1, "reconstructions", "C0"), (b2, "samples", "C1")):
-        _scatter(ax, rows, "criterion", f"{kind}_{s}", color=colour); ax.set(xlabel=criterion, ylabel=LABELS[kind], title=f"(b) {s}", yscale="log"); _log(ax.yaxis)
-    _scatter(c, rows, "criterion", "ll", -1, color="C2"); c.set(xlabel=criterion, ylabel="$-\\log p(x)$, nats", title="(c) likelihood")
+        _scatter(ax, rows, "criterion", f"{kind}_{s}", color=colour)
+        ax.set(xlabel=criterion, ylabel=LABELS[kind], title=f"(b) {s}", yscale="log")
+        _log(ax.yaxis)
+    _scatter(c, rows, "criterion", "ll", -1, color="C2")
+    c.set(xlabel=criterion, ylabel="$-\\log p(x)$, nats", title="(c) likelihood")
     return fig
 
 # %% ../nbs/13_tables.ipynb #130055
 def _rank(rows, x, y, sign=1):
     "Rank correlation of two metrics on the paper's even grid of λ."
-    if len(rows := by_lam(rows, x, y)) < 4: return None
-    lams = [r["lam"] for r in rows]; grid = [l for l in np.arange(.25, 10.1, .25) if lams[0] <= l <= lams[-1]]
-    return rank_correlation(*(list(s*np.interp(grid, lams, [r[f"{m}_mean"] for r in rows])) for s, m in ((1, x), (sign, y))))
+    if len(rows := by_lam(rows, x, y)) < 4:
+        return None
+    lams = [r["lam"] for r in rows]
+    grid = [l for l in np.arange(0.25, 10.1, 0.25) if lams[0] <= l <= lams[-1]]
+    return rank_correlation(
+        *(list(s * np.interp(grid, lams, [r[f"{m}_mean"] for r in rows])) for s, m in ((1, x), (sign, y)))
+    )
 
-def lowest(rows: list[dict], metric: str, sign: int = 1) -> dict | None: # None: not measured
+
+def lowest(rows: list[dict], metric: str, sign: int = 1) -> dict | None:  # None: not measured
     "The row with the lowest mean of a metric, or the highest for sign=-1."
-    return min(by_lam(rows, metric), key=lambda r: sign*r[f"{metric}_mean"], default=None)
+    return min(by_lam(rows, metric), key=lambda r: sign * r[f"{metric}_mean"], default=None)
 
+# %% ../nbs/13_tables.ipynb #130155
 def where_lowest(rows: list[dict]) -> str:
     "At which λ the criterion, the distances and the negative log-likelihood are lowest, in words."
     kind, rows = distance_kind(rows), by_lam(rows, "criterion")
-    if len(rows) < 3: return "Not measured yet."
+    if len(rows) < 3:
+        return "Not measured yet."
     lines = [["criterion", "", f"{lowest(rows, 'criterion')['lam']:g}", ""]]
-    for title, m, sign in [*((f"Fréchet distance of {t}", f"{kind}_{s}", 1) for s, t in {**SHOWN, "samples_refit15": "samples after 15 EM steps", "samples_expost": "samples, ex-post mixture"}.items()), ("−log-likelihood", "ll", -1)]:
-        if by_lam(rows, m): lines.append([title, shown(lowest(rows, m, sign), m).removeprefix("-" if sign < 0 else ""), f"{lowest(rows, m, sign)['lam']:g}", _show_rank(_rank(rows, "criterion", m, sign))])
+    for title, m, sign in [
+        *(
+            (f"Fréchet distance of {t}", f"{kind}_{s}", 1)
+            for s, t in {
+                **SHOWN,
+                "samples_refit15": "samples after 15 EM steps",
+                "samples_expost": "samples, ex-post mixture",
+            }.items()
+        ),
+        ("−log-likelihood", "ll", -1),
+    ]:
+        if by_lam(rows, m):
+            lines.append(
+                [
+                    title,
+                    shown(lowest(rows, m, sign), m).removeprefix("-" if sign < 0 else ""),
+                    f"{lowest(rows, m, sign)['lam']:g}",
+                    _show_rank(_rank(rows, "criterion", m, sign)),
+                ]
+            )
     return markdown_table(["metric", "best value", "at λ", "rank correlation with the criterion"], lines)
 
 # %% ../nbs/13_tables.ipynb #130058
-def plot_figure4(rows: list[dict]) -> Figure: # of MixtureCSRAE
+def plot_figure4(rows: list[dict]) -> Figure:  # of MixtureCSRAE
     "Fig. 4: the model selection criterion, sign turned, against K, a line a latent size and prior."
     fig, ax = plt.subplots(figsize=(6.5, 4), layout="constrained")
     for i, D in enumerate(sorted({r["latent_dim"] for r in rows})):
         for prior, style in (("mog", "o-"), ("vamp", "s--")):
             line = sorted(where(rows, latent_dim=D, prior=prior), key=lambda r: r["components"])
-            if line: ax.errorbar([r["components"] for r in line], [-r["criterion_mean"] for r in line], [r.get("criterion_se") or 0 for r in line], fmt=style, c=f"C{i}", label=f"z = {D}, {'MoG' if prior == 'mog' else 'Vamp'}")
-    if rows: ax.set_xscale("log"); ax.set_xticks(ticks := sorted({r["components"] for r in rows}), ticks); ax.minorticks_off(); ax.legend(fontsize=8)
-    else: _unmeasured(ax)
+            if line:
+                ax.errorbar(
+                    [r["components"] for r in line],
+                    [-r["criterion_mean"] for r in line],
+                    [r.get("criterion_se") or 0 for r in line],
+                    fmt=style,
+                    c=f"C{i}",
+                    label=f"z = {D}, {'MoG' if prior == 'mog' else 'Vamp'}",
+                )
+    if rows:
+        ax.set_xscale("log")
+        ax.set_xticks(ticks := sorted({r["components"] for r in rows}), ticks)
+        ax.minorticks_off()
+        ax.legend(fontsize=8)
+    else:
+        _unmeasured(ax)
     ax.set(xlabel="components $K$", ylabel="$E\\,\\log p - D_{CS}$, validation, nats")
     return fig
 
@@ -457,259 +787,488 @@ def plot_figure4(rows: list[dict]) -> Figure: # of MixtureCSRAE
 def label_names(rows: list[dict]) -> list[str]:
     "The models that have runs with labels, in the paper's order, the classifier alone last."
     order = ("VAE", "VampPriorVAE", "CSRAE", "MixtureCSRAE")
-    return sorted({r["name"] for r in rows if r.get("labels")}, key=lambda n: (n == SUPERVISED, order.index(n) if n in order else len(order), n))
+    return sorted(
+        {r["name"] for r in rows if r.get("labels")},
+        key=lambda n: (n == SUPERVISED, order.index(n) if n in order else len(order), n),
+    )
 
+# %% ../nbs/13_tables.ipynb #130260
 def table3(
-    rows: list[dict], # measured
+    rows: list[dict],  # measured
     paper: list[dict],
-) -> str: # Markdown
+) -> str:  # Markdown
     "Table 3a: ours, chosen by the validation error, and the printed."
     printed = {(r["name"], r["labels"]): f"{r['mean']:.2f}" for r in where(paper, table=3)}
     counts = sorted({int(r["labels"]) for r in [*where(paper, table=3), *rows] if r.get("labels")})
     lines = []
     for name in dict.fromkeys([*(name for name, _ in printed), *label_names(rows)]):
         picks = [choose(where(rows, name=name, labels=n), "error_val") for n in counts]
-        lines.append([name, *_setting(picks), *(c for p, n in zip(picks, counts) for c in (shown(p, "error", 2), printed.get((name, n), "")))])
-    return markdown_table(["model", "K", "λ or β", "epochs × seeds", *(h for n in counts for h in (f"n = {n:,}", "paper"))], lines, left=4)
+        lines.append(
+            [
+                name,
+                *_setting(picks),
+                *(
+                    c
+                    for p, n in zip(picks, counts)
+                    for c in (shown(p, "error", 2), printed.get((name, n), ""))
+                ),
+            ]
+        )
+    return markdown_table(
+        ["model", "K", "λ or β", "epochs × seeds", *(h for n in counts for h in (f"n = {n:,}", "paper"))],
+        lines,
+        left=4,
+    )
 
 # %% ../nbs/13_tables.ipynb #130061
 OWN = {"samples": "as trained", "samples_refit": "1 EM step", "samples_refit15": "15 EM steps"}
 
+# %% ../nbs/13_tables.ipynb #130461
 def contenders(
-    rows: list[dict], # of one data set and z
-    K: int = 100, # components of the learned mixtures
-) -> list[tuple[str, dict, str, str]]: # label, row, metric, side: own (MixtureCSRAE with its prior), neither (its codes, ex-post), baseline
+    rows: list[dict],  # of one data set and z
+    K: int = 100,  # components of the learned mixtures
+) -> list[
+    tuple[str, dict, str, str]
+]:  # label, row, metric, side: own (MixtureCSRAE with its prior), neither (its codes, ex-post), baseline
     "The ways to sample that are compared."
-    kind, rows = distance_kind(rows), sorted((r for r in rows if r["components"] in (1, K)), key=lambda r: (r["model"] != "MixtureCSRAE", r["name"]))
-    own = [(f"{r['name']}: {text}", r, f"{kind}_{s}", "own" if r["model"] == "MixtureCSRAE" else "baseline")
-           for r in rows for s, text in OWN.items() if r["components"] > 1 or s == "samples"]
-    after = [(f"{r['name']}: ex-post", r, f"{kind}_samples_expost", "neither" if r["model"] == "MixtureCSRAE" else "baseline") for r in rows]
+    kind, rows = (
+        distance_kind(rows),
+        sorted(
+            (r for r in rows if r["components"] in (1, K)),
+            key=lambda r: (r["model"] != "MixtureCSRAE", r["name"]),
+        ),
+    )
+    own = [
+        (f"{r['name']}: {text}", r, f"{kind}_{s}", "own" if r["model"] == "MixtureCSRAE" else "baseline")
+        for r in rows
+        for s, text in OWN.items()
+        if r["components"] > 1 or s == "samples"
+    ]
+    after = [
+        (
+            f"{r['name']}: ex-post",
+            r,
+            f"{kind}_samples_expost",
+            "neither" if r["model"] == "MixtureCSRAE" else "baseline",
+        )
+        for r in rows
+    ]
     return [c for c in (*own, *after) if c[1].get(f"{c[2]}_mean") is not None]
 
 # %% ../nbs/13_tables.ipynb #130062
 def plot_sampling(
-    rows: list[dict], # of one data set and z
+    rows: list[dict],  # of one data set and z
 ) -> Figure:
     "Fréchet distance of samples, a line a way to sample, a colour a weight."
-    found = contenders(rows); labels = list(dict.fromkeys(c[0] for c in found))
-    fig, ax = plt.subplots(figsize=(8, 1 + .25*len(labels)), layout="constrained")
+    found = contenders(rows)
+    labels = list(dict.fromkeys(c[0] for c in found))
+    fig, ax = plt.subplots(figsize=(8, 1 + 0.25 * len(labels)), layout="constrained")
     for i, lam in enumerate(weights := sorted({c[1]["lam"] for c in found})):
-        x, se, y = zip(*((r[f"{m}_mean"], 2*(r.get(f"{m}_err", r.get(f"{m}_se")) or 0), labels.index(l)) for l, r, m, _ in found if r["lam"] == lam))
+        x, se, y = zip(
+            *(
+                (r[f"{m}_mean"], 2 * (r.get(f"{m}_err", r.get(f"{m}_se")) or 0), labels.index(l))
+                for l, r, m, _ in found
+                if r["lam"] == lam
+            )
+        )
         ax.errorbar(x, y, xerr=se, fmt="o", ms=5, c=f"C{i}", label=f"{lam:g}")
-    ax.set(yticks=range(len(labels)), yticklabels=labels, xlabel=f"{LABELS[distance_kind(rows)]}; bars: twice the errors that comparisons go by", xscale="log")
-    _log(ax.xaxis); ax.invert_yaxis(); ax.grid(axis="x", alpha=.3); ax.axhspan(-.5, len({c[0] for c in found if c[3] == "own"}) - .5, color="C1", alpha=.08)
-    if len(weights) > 1: ax.legend(title="λ or β", fontsize=7)
+    ax.set(
+        yticks=range(len(labels)),
+        yticklabels=labels,
+        xlabel=f"{LABELS[distance_kind(rows)]}; bars: twice the errors that comparisons go by",
+        xscale="log",
+    )
+    _log(ax.xaxis)
+    ax.invert_yaxis()
+    ax.grid(axis="x", alpha=0.3)
+    ax.axhspan(-0.5, len({c[0] for c in found if c[3] == "own"}) - 0.5, color="C1", alpha=0.08)
+    if len(weights) > 1:
+        ax.legend(title="λ or β", fontsize=7)
     return fig
 
 # %% ../nbs/13_tables.ipynb #130065
 RECIPES = {k: OWN[k] for k in ("samples", "samples_refit15")}
 
+
 @dataclass(frozen=True)
 class Duel:
     "MixtureCSRAE's prior, by one recipe, against the best baseline, and against a mixture fitted to its own codes."
-    row: dict # of MixtureCSRAE
-    metric: str # of its prior's samples
-    after: str # metric of the samples from a mixture fitted to its codes
-    baseline: tuple | None # one of contenders
-    outcomes: tuple[int | None, int | None] # against either, of compare
 
+    row: dict  # of MixtureCSRAE
+    metric: str  # of its prior's samples
+    after: str  # metric of the samples from a mixture fitted to its codes
+    baseline: tuple | None  # one of contenders
+    outcomes: tuple[int | None, int | None]  # against either, of compare
+
+# %% ../nbs/13_tables.ipynb #130165
 def sampling_duels(
-    rows: list[dict], # of one data set and z
-    recipe: str = "samples_refit15", # a key of RECIPES
-) -> list[Duel]: # by prior and weight
+    rows: list[dict],  # of one data set and z
+    recipe: str = "samples_refit15",  # a key of RECIPES
+) -> list[Duel]:  # by prior and weight
     "The duels of every MixtureCSRAE; an outcome is 0 if a side is doubtful."
-    found, kind = contenders(rows), distance_kind(rows); own, after = f"{kind}_{recipe}", f"{kind}_samples_expost"
+    found, kind = contenders(rows), distance_kind(rows)
+    own, after = f"{kind}_{recipe}", f"{kind}_samples_expost"
     base = min((c for c in found if c[3] == "baseline"), key=lambda c: c[1][f"{c[2]}_mean"], default=None)
+
     def duel(a, b, m):
         o = compare(a, b, own, m)
         return 0 if o is not None and (is_doubtful(a, own) or is_doubtful(b, m)) else o
-    mine = sorted((r for _, r, m, side in found if side == "own" and m == own), key=lambda r: (r["name"], r["lam"]))
-    return [Duel(r, own, after, base, (duel(r, base[1], base[2]) if base else None, duel(r, r, after))) for r in mine]
+
+    mine = sorted(
+        (r for _, r, m, side in found if side == "own" and m == own), key=lambda r: (r["name"], r["lam"])
+    )
+    return [
+        Duel(r, own, after, base, (duel(r, base[1], base[2]) if base else None, duel(r, r, after)))
+        for r in mine
+    ]
 
 # %% ../nbs/13_tables.ipynb #130066
 def duel_line(
-    trained: Duel, # as trained
-    em: Duel, # of the same model, after 15 EM steps
-) -> list: # cells
+    trained: Duel,  # as trained
+    em: Duel,  # of the same model, after 15 EM steps
+) -> list:  # cells
     "A line of the table of duels."
-    def value(r, m): return shown(r, m) + (" (closer than its reconstructions)" if r.get(f"{m}_mean") is not None and is_doubtful(r, m) else "")
-    def outcome(d, i): return {1: "better", 0: "undecided", -1: "worse", None: "–"}[d.outcomes[i]]
-    r, base = em.row, em.baseline
-    return [TITLES[r["dataset"]], r["latent_dim"], "Vamp" if r["prior"] == "vamp" else "MoG", f"{r['lam']:g}", f"{value(base[1], base[2])} ({base[0]}, weight {base[1]['lam']:g})" if base else "–",
-            *(c for d in (trained, em) for c in (value(r, d.metric), outcome(d, 0))), value(r, em.after), *(outcome(d, 1) for d in (trained, em))]
 
+    def value(r, m):
+        return shown(r, m) + (
+            " (closer than its reconstructions)"
+            if r.get(f"{m}_mean") is not None and is_doubtful(r, m)
+            else ""
+        )
+
+    def outcome(d, i):
+        return {1: "better", 0: "undecided", -1: "worse", None: "–"}[d.outcomes[i]]
+
+    r, base = em.row, em.baseline
+    return [
+        TITLES[r["dataset"]],
+        r["latent_dim"],
+        "Vamp" if r["prior"] == "vamp" else "MoG",
+        f"{r['lam']:g}",
+        f"{value(base[1], base[2])} ({base[0]}, weight {base[1]['lam']:g})" if base else "–",
+        *(c for d in (trained, em) for c in (value(r, d.metric), outcome(d, 0))),
+        value(r, em.after),
+        *(outcome(d, 1) for d in (trained, em)),
+    ]
+
+# %% ../nbs/13_tables.ipynb #130166
 def duel_reading(
-    duels: list[Duel], # after 15 EM steps
+    duels: list[Duel],  # after 15 EM steps
 ) -> str:
     "What EM does at weight 1, and what a mixture fitted afterwards does, in words."
     first = [d for d in duels if d.row["lam"] == 1]
+
     def ratios(a, b):
         found = {}
         for d in first:
             x, y = (d.row.get(f"{d.metric.replace('samples_refit15', m)}_mean") for m in (a, b))
-            if x and y: found.setdefault(TITLES[d.row["dataset"]], []).append(x/y)
+            if x and y:
+                found.setdefault(TITLES[d.row["dataset"]], []).append(x / y)
         return found
-    def span(r): return " to ".join(dict.fromkeys(f"{f(r):.2f}" for f in (min, max)))
-    def words(found): return ", ".join(f"{span(r)} ({d})" for d, r in found.items())
+
+    def span(r):
+        return " to ".join(dict.fromkeys(f"{f(r):.2f}" for f in (min, max)))
+
+    def words(found):
+        return ", ".join(f"{span(r)} ({d})" for d, r in found.items())
+
     em, after = ratios("samples_refit15", "samples"), ratios("samples_expost", "samples_refit15")
-    if not em or not after: return "Not measured yet."
+    if not em or not after:
+        return "Not measured yet."
     text = f"At weight 1, 15 EM steps multiply the distance of the learned prior's samples by {words(em)}; a mixture fitted to the same codes then comes to {words(after)} of that."
-    if helped := [d for d, r in em.items() if max(r) < .95]: text += f" On {' and '.join(helped)} the prior as trained is too wide (it covers what no code does, and $D_{{CS}}$ punishes that little), and EM repairs it."
-    if any(o for d in first for o in d.outcomes): return text
+    if helped := [d for d, r in em.items() if max(r) < 0.95]:
+        text += f" On {' and '.join(helped)} the prior as trained is too wide (it covers what no code does, and $D_{{CS}}$ punishes that little), and EM repairs it."
+    if any(o for d in first for o in d.outcomes):
+        return text
     later = "has its own lines above" if any(d.row["lam"] == 2 for d in duels) else "is the next thing to try"
     return f"{text} No duel at weight 1 is decided: after EM the learned prior can hardly be told from a mixture that anyone can fit to the same codes. $\\lambda=2$, the pressure of $\\beta=1$ (next section), {later}."
 
 # %% ../nbs/13_tables.ipynb #130073
 def matching_weight(
-    cs: list[dict], # rows of one D_CS model
-    kl: dict, # a row
-) -> float | None: # None: beyond the measured weights
+    cs: list[dict],  # rows of one D_CS model
+    kl: dict,  # a row
+) -> float | None:  # None: beyond the measured weights
     "The λ at which D_CS reconstructs as a KL row does, linear in log λ between measured ones."
     rows, target = by_lam(cs, "reconstruction"), kl["reconstruction_mean"]
     for a, b in zip(rows, rows[1:]):
         x, y = a["reconstruction_mean"], b["reconstruction_mean"]
-        if x <= target <= y and x < y: return a["lam"]*(b["lam"]/a["lam"])**((target - x)/(y - x))
+        if x <= target <= y and x < y:
+            return a["lam"] * (b["lam"] / a["lam"]) ** ((target - x) / (y - x))
 
 # %% ../nbs/13_tables.ipynb #130076
 @dataclass(frozen=True)
 class Claim:
     "What the paper claims, what we measured, and what follows."
-    claim: str # with its place in the paper
-    measured: str # in a few words; empty if nothing was
-    verdict: str # one of VERDICTS, or where else to look
 
-def evidence(folder: Path | str | None = None) -> dict[str, list[dict]]: # name: rows
+    claim: str  # with its place in the paper
+    measured: str  # in a few words; empty if nothing was
+    verdict: str  # one of VERDICTS, or where else to look
+
+
+def evidence(folder: Path | str | None = None) -> dict[str, list[dict]]:  # name: rows
     "All tables, at equal training, with the errors that comparisons go by."
     tables = {name: equal_training(read_results(name, folder)) for name in TABLES}
     pool, semisup = merge(*tables.values()), equal_training(read_results(SEMISUP, folder))
-    return {name: with_errors(rows, pool) for name, rows in tables.items()} | {"all": with_errors(pool, pool), SEMISUP: with_errors(semisup, semisup)}
+    return {name: with_errors(rows, pool) for name, rows in tables.items()} | {
+        "all": with_errors(pool, pool),
+        SEMISUP: with_errors(semisup, semisup),
+    }
+
 
 def _change(a, b, metric, other=None):
     "By how many percent a row is above another."
-    return f"{round(100*(a[f'{metric}_mean']/b[f'{other or metric}_mean'] - 1)):+d} %".replace("-", "−")
+    return f"{round(100 * (a[f'{metric}_mean'] / b[f'{other or metric}_mean'] - 1)):+d} %".replace("-", "−")
+
 
 def _count(outcomes):
     "How many comparisons are clearly for, clearly against, and unclear."
     known = [o for o in outcomes if o is not None]
     return f"{known.count(1)} for, {known.count(-1)} against, {known.count(0)} unclear"
 
+# %% ../nbs/13_tables.ipynb #130176
 def _judged(claim, outcomes, details=(), universal=False, vamp=()):
     "A claim with its counts; of the Vamp prior, where the verdict differs."
     verdict, other = judge(outcomes, universal), judge(vamp, universal)
-    if verdict == "not measured yet": return Claim(claim, "", verdict)
-    note = f"; with Vamp: {other} ({_count(vamp)})".replace(" for,", ",").replace(" against,", ",").replace(" unclear)", ")") if other not in (verdict, "not measured yet") else ""
-    return Claim(claim, "; ".join([_count(outcomes), *([", ".join(details)] if details else [])]) + note, verdict)
+    if verdict == "not measured yet":
+        return Claim(claim, "", verdict)
+    note = (
+        f"; with Vamp: {other} ({_count(vamp)})".replace(" for,", ",")
+        .replace(" against,", ",")
+        .replace(" unclear)", ")")
+        if other not in (verdict, "not measured yet")
+        else ""
+    )
+    return Claim(
+        claim, "; ".join([_count(outcomes), *([", ".join(details)] if details else [])]) + note, verdict
+    )
+
 
 MIX, VAMP = "MixtureCSRAE", "MixtureCSRAE, Vamp"
 
 # %% ../nbs/13_tables.ipynb #130078
-def picked(rows: list[dict]) -> list[dict[str, dict]]: # name: row, for each data set and z
+def picked(rows: list[dict]) -> list[dict[str, dict]]:  # name: row, for each data set and z
     "Of each model the row that the criterion selects."
-    groups = sorted({(r["dataset"], r["latent_dim"]) for r in rows}, key=lambda g: (list(TITLES).index(g[0]), g[1]) if g[0] in TITLES else (len(TITLES), g[1]))
-    found = [{n: choose(where(rows, dataset=d, latent_dim=D, name=n), "criterion") for n in {r["name"] for r in where(rows, dataset=d, latent_dim=D)}} for d, D in groups]
+    groups = sorted(
+        {(r["dataset"], r["latent_dim"]) for r in rows},
+        key=lambda g: (list(TITLES).index(g[0]), g[1]) if g[0] in TITLES else (len(TITLES), g[1]),
+    )
+    found = [
+        {
+            n: choose(where(rows, dataset=d, latent_dim=D, name=n), "criterion")
+            for n in {r["name"] for r in where(rows, dataset=d, latent_dim=D)}
+        }
+        for d, D in groups
+    ]
     return [{n: r for n, r in g.items() if r} for g in found]
 
-def fid_claim(tables: dict, images: str) -> Claim: # images: a name of SETS
+# %% ../nbs/13_tables.ipynb #130178
+def fid_claim(tables: dict, images: str) -> Claim:  # images: a name of SETS
     "CSRAE and MixtureCSRAE against every KL model, for one kind of images."
     outcomes, details = {n: [] for n in ("CSRAE", MIX, VAMP)}, []
     for models in picked(tables["table1"]):
-        m = f"{distance_kind(models.values())}_{images}"; base = [r for n, r in models.items() if n in ("VAE", "IWAE", "VampPriorVAE")]
-        for n in outcomes: outcomes[n] += [compare(models.get(n), b, m) for b in base]
-        if MIX in models and (b := lowest(base, m)) and models[MIX].get(f"{m}_mean"): details.append(f"{TITLES[b['dataset']]} {_change(models[MIX], b, m)}")
-    return _judged(f"§4.3, Table 1 (if {images}): CSRAE and MixtureCSRAE beat VAE, IWAE, VampPriorVAE in all cases", outcomes["CSRAE"] + outcomes[MIX],
-        [f"MixtureCSRAE to best KL: {', '.join(details)}"] if details else [], True, outcomes["CSRAE"] + outcomes[VAMP] if any(o is not None for o in outcomes[VAMP]) else ())
+        m = f"{distance_kind(models.values())}_{images}"
+        base = [r for n, r in models.items() if n in ("VAE", "IWAE", "VampPriorVAE")]
+        for n in outcomes:
+            outcomes[n] += [compare(models.get(n), b, m) for b in base]
+        if MIX in models and (b := lowest(base, m)) and models[MIX].get(f"{m}_mean"):
+            details.append(f"{TITLES[b['dataset']]} {_change(models[MIX], b, m)}")
+    return _judged(
+        f"§4.3, Table 1 (if {images}): CSRAE and MixtureCSRAE beat VAE, IWAE, VampPriorVAE in all cases",
+        outcomes["CSRAE"] + outcomes[MIX],
+        [f"MixtureCSRAE to best KL: {', '.join(details)}"] if details else [],
+        True,
+        outcomes["CSRAE"] + outcomes[VAMP] if any(o is not None for o in outcomes[VAMP]) else (),
+    )
 
+# %% ../nbs/13_tables.ipynb #130278
 def mixture_claim(tables: dict) -> Claim:
     "MixtureCSRAE against CSRAE on Omniglot, Caltech101 and CIFAR10."
     outcomes, details = {MIX: [], VAMP: []}, []
-    for models in picked([r for r in tables["table1"] if r["dataset"] in ("omniglot", "caltech101", "cifar10")]):
+    for models in picked(
+        [r for r in tables["table1"] if r["dataset"] in ("omniglot", "caltech101", "cifar10")]
+    ):
         for s in IMAGES:
-            m = f"{distance_kind(models.values())}_{s}"; single = models.get("CSRAE")
-            for n in outcomes: outcomes[n].append(compare(models.get(n), single, m))
-            if outcomes[MIX][-1] is not None: details.append(f"{TITLES[single['dataset']]} {s} {_change(models[MIX], single, m)}")
-    return _judged("§4.3: a mixture prior beats CSRAE's Gaussian on the complex data (Omniglot, Caltech101, CIFAR10)", outcomes[MIX], details, vamp=outcomes[VAMP])
+            m = f"{distance_kind(models.values())}_{s}"
+            single = models.get("CSRAE")
+            for n in outcomes:
+                outcomes[n].append(compare(models.get(n), single, m))
+            if outcomes[MIX][-1] is not None:
+                details.append(f"{TITLES[single['dataset']]} {s} {_change(models[MIX], single, m)}")
+    return _judged(
+        "§4.3: a mixture prior beats CSRAE's Gaussian on the complex data (Omniglot, Caltech101, CIFAR10)",
+        outcomes[MIX],
+        details,
+        vamp=outcomes[VAMP],
+    )
 
+# %% ../nbs/13_tables.ipynb #130378
 def pattern_claim(tables: dict) -> Claim:
     "Whether Table 1 has the order of our samples, or of our reconstructions; the data set with most models counts."
-    claim, found = "§4.1: Table 1's FIDs are of generated samples", resemblance(tables["table1"], read_paper())
-    if not found: return Claim(claim, "", "not measured yet")
+    claim, found = (
+        "§4.1: Table 1's FIDs are of generated samples",
+        resemblance(tables["table1"], read_paper()),
+    )
+    if not found:
+        return Claim(claim, "", "not measured yet")
     d, (n, r, s) = max(found.items(), key=lambda f: f[1][0])
     clear = [rho is not None and rho > 0 and is_clear_rank(rho, n) for rho in (r, s)]
-    return Claim(claim, f"{n} models, {TITLES[d]}: ρ with the printed order {_show_rank(s)} for samples, {_show_rank(r)} for reconstructions", {(True, False): "does not hold", (False, True): "holds"}.get(tuple(clear), "undecided"))
+    return Claim(
+        claim,
+        f"{n} models, {TITLES[d]}: ρ with the printed order {_show_rank(s)} for samples, {_show_rank(r)} for reconstructions",
+        {(True, False): "does not hold", (False, True): "holds"}.get(tuple(clear), "undecided"),
+    )
 
 # %% ../nbs/13_tables.ipynb #130080
 def middle(outcomes: Iterable[int | None]) -> int | None:
     "The middle outcome of the k's of one pair of models."
     known = sorted(o for o in outcomes if o is not None)
-    return known[(len(known) - 1)//2] if known else None
+    return known[(len(known) - 1) // 2] if known else None
 
-def knn_duels(tables: dict, name: str = MIX) -> list[list[tuple]]: # a list for each data set and z; in it for each k: outcome, gain in percent, its error, data set
+# %% ../nbs/13_tables.ipynb #130180
+def knn_duels(
+    tables: dict, name: str = MIX
+) -> list[
+    list[tuple]
+]:  # a list for each data set and z; in it for each k: outcome, gain in percent, its error, data set
     "MixtureCSRAE against the best of the other models, in every cell of Table 2."
     out = []
     for d, D in ((d, D) for d in TITLES for D in (10, 20)):
         rows, cell = where(tables["table2"], dataset=d, latent_dim=D), []
         names = dict.fromkeys(r["name"] for r in rows if r["model"] != MIX)
         for m in (f"knn{k}" for k in KS):
-            mix, others = choose(where(rows, name=name), f"{m}_val"), [r for n in names if (r := choose(where(rows, name=n), f"{m}_val"))]
+            mix, others = (
+                choose(where(rows, name=name), f"{m}_val"),
+                [r for n in names if (r := choose(where(rows, name=n), f"{m}_val"))],
+            )
             if mix and (best := lowest(others, m)) and (x := mix.get(f"{m}_mean")):
-                y, error = best[f"{m}_mean"], math.hypot(*(r.get(f"{m}_err", math.inf)/r[f"{m}_mean"] for r in (mix, best)))
-                cell.append((compare(mix, best, m), 100*(1 - x/y), 100*x/y*error, TITLES[d]))
-        if cell: out.append(cell)
+                y, error = (
+                    best[f"{m}_mean"],
+                    math.hypot(*(r.get(f"{m}_err", math.inf) / r[f"{m}_mean"] for r in (mix, best))),
+                )
+                cell.append((compare(mix, best, m), 100 * (1 - x / y), 100 * x / y * error, TITLES[d]))
+        if cell:
+            out.append(cell)
     return out
 
+# %% ../nbs/13_tables.ipynb #130280
 def knn_claim(tables: dict) -> Claim:
     "Whether MixtureCSRAE's codes classify best."
-    mog, vamp = ([middle(c[0] for c in pair) for pair in knn_duels(tables, n)] for n in (MIX, VAMP)); cells_ = [c for pair in knn_duels(tables) for c in pair]
-    return _judged("§4.4, Table 2: MixtureCSRAE has the lowest kNN error “without exception”", mog, [f"lowest in {sum(c[1] > 0 for c in cells_)} of {len(cells_)} cells (the table has 12)"], True, vamp)
+    mog, vamp = ([middle(c[0] for c in pair) for pair in knn_duels(tables, n)] for n in (MIX, VAMP))
+    cells_ = [c for pair in knn_duels(tables) for c in pair]
+    return _judged(
+        "§4.4, Table 2: MixtureCSRAE has the lowest kNN error “without exception”",
+        mog,
+        [f"lowest in {sum(c[1] > 0 for c in cells_)} of {len(cells_)} cells (the table has 12)"],
+        True,
+        vamp,
+    )
 
+# %% ../nbs/13_tables.ipynb #130380
 def knn_gain_claim(tables: dict) -> Claim:
     "Whether the kNN error falls by as much as the text says."
-    def outcomes(name): return [middle((g - 2.65 > 2*e) - (2.65 - g > 2*e) for _, g, e, _ in pair) for pair in knn_duels(tables, name)]
+
+    def outcomes(name):
+        return [
+            middle((g - 2.65 > 2 * e) - (2.65 - g > 2 * e) for _, g, e, _ in pair)
+            for pair in knn_duels(tables, name)
+        ]
+
     gains = sorted((g, e, cell) for pair in knn_duels(tables) for _, g, e, cell in pair)
-    details = [f"gains of {g:.0f} ± {e:.0f} % ({cell})".replace("-", "−") for g, e, cell in (gains[0], gains[-1])] if gains else []
-    return _judged("§4.4: by at least 2.65 % of the next best model's error", outcomes(MIX), [" to ".join(details).replace(" to gains of", " to")], True, outcomes(VAMP))
+    details = (
+        [f"gains of {g:.0f} ± {e:.0f} % ({cell})".replace("-", "−") for g, e, cell in (gains[0], gains[-1])]
+        if gains
+        else []
+    )
+    return _judged(
+        "§4.4: by at least 2.65 % of the next best model's error",
+        outcomes(MIX),
+        [" to ".join(details).replace(" to gains of", " to")],
+        True,
+        outcomes(VAMP),
+    )
 
 # %% ../nbs/13_tables.ipynb #130081
 def pairs(rows: list[dict], field: str, a: object, b: object) -> list[tuple[dict, dict]]:
     "Rows with value a of a field, each with its twin that has value b and else differs in nothing."
-    def key(r): return tuple(r[k] for k in _same if k != field)
+
+    def key(r):
+        return tuple(r[k] for k in _same if k != field)
+
     twins = {key(r): r for r in where(rows, **{field: b})}
     return [(r, twins[key(r)]) for r in where(rows, **{field: a}) if key(r) in twins]
+
 
 def latent_claim(tables: dict) -> Claim:
     "Whether codes of more than 20 dimensions have worse neighbours."
     twins = pairs(tables["all"], "latent_dim", 20, 40)
-    changes = [b[f"knn{k}_mean"]/a[f"knn{k}_mean"] for a, b in twins for k in KS if a.get(f"knn{k}_mean") and b.get(f"knn{k}_mean")]
-    return _judged("§4.4: latent sizes above 20 increase the kNN error (20 to 40 here)", [middle(compare(a, b, f"knn{k}") for k in KS) for a, b in twins], [f"median change {100*(median(changes) - 1):+.0f} %".replace("-", "−")] if changes else [])
+    changes = [
+        b[f"knn{k}_mean"] / a[f"knn{k}_mean"]
+        for a, b in twins
+        for k in KS
+        if a.get(f"knn{k}_mean") and b.get(f"knn{k}_mean")
+    ]
+    return _judged(
+        "§4.4: latent sizes above 20 increase the kNN error (20 to 40 here)",
+        [middle(compare(a, b, f"knn{k}") for k in KS) for a, b in twins],
+        [f"median change {100 * (median(changes) - 1):+.0f} %".replace("-", "−")] if changes else [],
+    )
 
 # %% ../nbs/13_tables.ipynb #130084
-def judge_rank(*rhos: float | None) -> str: # one of VERDICTS
+def judge_rank(*rhos: float | None) -> str:  # one of VERDICTS
     "A claim that curves go together, from the least of some rank correlations."
-    if None in rhos: return "not measured yet"
-    return "holds" if min(rhos) >= .9 else "holds in part" if min(rhos) >= .5 else "does not hold"
+    if None in rhos:
+        return "not measured yet"
+    return "holds" if min(rhos) >= 0.9 else "holds in part" if min(rhos) >= 0.5 else "does not hold"
+
 
 def tradeoff_claim(tables: dict) -> Claim:
     "Reconstruction and divergence as λ grows."
-    rows = by_lam(tables["figure3"], "reconstruction", "divergence"); lams = [r["lam"] for r in rows]
-    up, down = (rank_correlation(lams, [s*r[f"{m}_mean"] for r in rows]) for m, s in (("reconstruction", 1), ("divergence", -1)))
-    measured = f"rank correlation of {len(rows)} λ with reconstruction error {_show_rank(up)}, with −D {_show_rank(down)}" if up is not None else ""
-    return Claim("§4.2, Fig. 3a: with decreasing λ the reconstruction error falls and D_CS rises", measured, judge_rank(up, down))
+    rows = by_lam(tables["figure3"], "reconstruction", "divergence")
+    lams = [r["lam"] for r in rows]
+    up, down = (
+        rank_correlation(lams, [s * r[f"{m}_mean"] for r in rows])
+        for m, s in (("reconstruction", 1), ("divergence", -1))
+    )
+    measured = (
+        f"rank correlation of {len(rows)} λ with reconstruction error {_show_rank(up)}, with −D {_show_rank(down)}"
+        if up is not None
+        else ""
+    )
+    return Claim(
+        "§4.2, Fig. 3a: with decreasing λ the reconstruction error falls and D_CS rises",
+        measured,
+        judge_rank(up, down),
+    )
 
+# %% ../nbs/13_tables.ipynb #130184
 def criterion_claim(tables: dict) -> Claim:
     "Whether the Fréchet distance is lowest where the criterion is."
     rows, claim = tables["figure3"], "§4.2, Fig. 3b: where the selection criterion is lowest, the FID is"
-    if len(by_lam(rows, "criterion")) < 4: return Claim(claim, "", "not measured yet")
+    if len(by_lam(rows, "criterion")) < 4:
+        return Claim(claim, "", "not measured yet")
     at, outcomes, details = lowest(rows, "criterion"), [], []
     for s in IMAGES:
         m = f"{distance_kind(rows)}_{s}"
-        if best := lowest(rows, m): outcomes.append(1 if best is at else compare(at, best, m)); details.append(f"distance of {s} at {best['lam']:g}")
+        if best := lowest(rows, m):
+            outcomes.append(1 if best is at else compare(at, best, m))
+            details.append(f"distance of {s} at {best['lam']:g}")
     return _judged(claim, outcomes, [f"criterion lowest at λ = {at['lam']:g}", *details])
 
+# %% ../nbs/13_tables.ipynb #130284
 def likelihood_claim(tables: dict) -> Claim:
     "Whether a low criterion goes with a high likelihood."
-    rows = by_lam(tables["figure3"], "criterion", "ll"); rho = _rank(rows, "criterion", "ll", -1)
-    measured = f"rank correlation {_show_rank(rho)}; lowest at λ = {lowest(rows, 'criterion')['lam']:g} and {lowest(rows, 'll', -1)['lam']:g}" if rho is not None else ""
-    return Claim("§4.2, Fig. 3c: a low criterion means a low −LL, though their minima may differ", measured, judge_rank(rho))
+    rows = by_lam(tables["figure3"], "criterion", "ll")
+    rho = _rank(rows, "criterion", "ll", -1)
+    measured = (
+        f"rank correlation {_show_rank(rho)}; lowest at λ = {lowest(rows, 'criterion')['lam']:g} and {lowest(rows, 'll', -1)['lam']:g}"
+        if rho is not None
+        else ""
+    )
+    return Claim(
+        "§4.2, Fig. 3c: a low criterion means a low −LL, though their minima may differ",
+        measured,
+        judge_rank(rho),
+    )
 
 # %% ../nbs/13_tables.ipynb #130085
 def components_claim(tables: dict) -> Claim:
@@ -719,72 +1278,156 @@ def components_claim(tables: dict) -> Claim:
         for prior in outcomes:
             line = sorted(where(rows, latent_dim=D, prior=prior), key=lambda r: r["components"])
             outcomes[prior] += [compare(large, small, "criterion") for small, large in zip(line, line[1:])]
-    return _judged("§4.2, Fig. 4: more components improve the criterion, up to 400", outcomes["mog"], vamp=outcomes["vamp"])
+    return _judged(
+        "§4.2, Fig. 4: more components improve the criterion, up to 400",
+        outcomes["mog"],
+        vamp=outcomes["vamp"],
+    )
+
 
 def prior_claim(tables: dict) -> Claim:
     "Whether a MoG prior is similar to Vamp, to 1 %, or better."
-    twins = [p for p in pairs(where(tables["all"], model=MIX), "prior", "mog", "vamp") if all(r.get("criterion_mean") for r in p)]
-    near = [abs(a["criterion_mean"]/b["criterion_mean"] - 1) <= .01 for a, b in twins]
-    return _judged("§4.2, Fig. 4: a MoG prior has a similar or better criterion than Vamp", [1 if n else compare(a, b, "criterion") for n, (a, b) in zip(near, twins)],
-        ["no difference above 1 %" if all(near) else f"{sum(near)} of {len(near)} within 1 %"])
+    twins = [
+        p
+        for p in pairs(where(tables["all"], model=MIX), "prior", "mog", "vamp")
+        if all(r.get("criterion_mean") for r in p)
+    ]
+    near = [abs(a["criterion_mean"] / b["criterion_mean"] - 1) <= 0.01 for a, b in twins]
+    return _judged(
+        "§4.2, Fig. 4: a MoG prior has a similar or better criterion than Vamp",
+        [1 if n else compare(a, b, "criterion") for n, (a, b) in zip(near, twins)],
+        ["no difference above 1 %" if all(near) else f"{sum(near)} of {len(near)} within 1 %"],
+    )
 
 # %% ../nbs/13_tables.ipynb #130186
 def _by_labels(tables):
     "Of each number of labels, the chosen row of each model."
     rows = tables.get(SEMISUP, [])
-    return {int(n): {name: choose(where(rows, name=name, labels=n), "error_val") for name in label_names(where(rows, labels=n))} for n in sorted({r["labels"] for r in rows if r.get("labels")})}
+    return {
+        int(n): {
+            name: choose(where(rows, name=name, labels=n), "error_val")
+            for name in label_names(where(rows, labels=n))
+        }
+        for n in sorted({r["labels"] for r in rows if r.get("labels")})
+    }
 
+# %% ../nbs/13_tables.ipynb #130286
 def fewest_errors_claim(tables: dict) -> Claim:
     "Whether MixtureCSRAE has the lowest error for each number of labels."
     outcomes, details = [], []
     for n, models in _by_labels(tables).items():
-        if (mix := models.get(MIX)) and (best := lowest([r for name, r in models.items() if name not in (MIX, SUPERVISED)], "error")):
-            outcomes.append(compare(mix, best, "error")); details.append(f"{n:,} labels {shown(mix, 'error', 2)} %, {best['name']} {shown(best, 'error', 2)} %")
-    return _judged("§4.5, Table 3a: MixtureCSRAE errs least at 250, 1,000 and 4,000 labels", outcomes, details, universal=True)
+        if (mix := models.get(MIX)) and (
+            best := lowest([r for name, r in models.items() if name not in (MIX, SUPERVISED)], "error")
+        ):
+            outcomes.append(compare(mix, best, "error"))
+            details.append(
+                f"{n:,} labels {shown(mix, 'error', 2)} %, {best['name']} {shown(best, 'error', 2)} %"
+            )
+    return _judged(
+        "§4.5, Table 3a: MixtureCSRAE errs least at 250, 1,000 and 4,000 labels",
+        outcomes,
+        details,
+        universal=True,
+    )
 
+# %% ../nbs/13_tables.ipynb #130386
 def with_cs_claim(tables: dict) -> Claim:
     "Whether D_CS in the place of the KL lowers the error, with the same prior."
-    duels = [(n, models[a], models[b]) for n, models in _by_labels(tables).items() for a, b in (("CSRAE", "VAE"), (MIX, "VampPriorVAE")) if a in models and b in models]
-    return _judged("§4.5: CSRAE errs less than VAE, MixtureCSRAE less than VampPriorVAE, in every case", [compare(a, b, "error") for _, a, b in duels],
-        [f"{n:,} labels {a['name']} {_change(a, b, 'error')}" for n, a, b in duels], universal=True)
+    duels = [
+        (n, models[a], models[b])
+        for n, models in _by_labels(tables).items()
+        for a, b in (("CSRAE", "VAE"), (MIX, "VampPriorVAE"))
+        if a in models and b in models
+    ]
+    return _judged(
+        "§4.5: CSRAE errs less than VAE, MixtureCSRAE less than VampPriorVAE, in every case",
+        [compare(a, b, "error") for _, a, b in duels],
+        [f"{n:,} labels {a['name']} {_change(a, b, 'error')}" for n, a, b in duels],
+        universal=True,
+    )
 
 # %% ../nbs/13_tables.ipynb #130087
 def images_claim(tables: dict) -> Claim:
     "Whether a better likelihood goes with better samples, over models of one data set and z."
-    rows = by_lam(where(tables["table2"], lam=1), "ll"); groups_ = sorted({(r["dataset"], r["latent_dim"]) for r in rows})
+    rows = by_lam(where(tables["table2"], lam=1), "ll")
+    groups_ = sorted({(r["dataset"], r["latent_dim"]) for r in rows})
     d, D = max(groups_, key=lambda g: len(where(rows, dataset=g[0], latent_dim=g[1])), default=(None, None))
-    rows = where(rows, dataset=d, latent_dim=D); m = f"{distance_kind(rows)}_samples"; rows = by_lam(rows, m)
+    rows = where(rows, dataset=d, latent_dim=D)
+    m = f"{distance_kind(rows)}_samples"
+    rows = by_lam(rows, m)
     rho = rank_correlation([r["ll_mean"] for r in rows], [-r[f"{m}_mean"] for r in rows])
     claim = "§4.1: a higher likelihood does not mean better images"
-    if rho is None: return Claim(claim, "", "not measured yet")
-    return Claim(claim, f"{len(rows)} models, {TITLES[d]}, z = {D}: rank correlation of LL with the quality of samples {_show_rank(rho)}", "undecided" if not is_clear_rank(rho, len(rows)) else "holds" if rho < 0 else "does not hold")
+    if rho is None:
+        return Claim(claim, "", "not measured yet")
+    return Claim(
+        claim,
+        f"{len(rows)} models, {TITLES[d]}, z = {D}: rank correlation of LL with the quality of samples {_show_rank(rho)}",
+        "undecided" if not is_clear_rank(rho, len(rows)) else "holds" if rho < 0 else "does not hold",
+    )
+
 
 def classes_claim(tables: dict) -> Claim:
     "Fig. 7, which no number of ours speaks to."
-    return Claim("§4.3, Fig. 7: each component covers one digit or shape", "pictures, in the chapter on samples", "see there")
+    return Claim(
+        "§4.3, Fig. 7: each component covers one digit or shape",
+        "pictures, in the chapter on samples",
+        "see there",
+    )
 
 # %% ../nbs/13_tables.ipynb #130088
 def own_prior_claim(
     tables: dict,
-    recipe: str, # a key of RECIPES
-    opponent: int, # 0: the best baseline, 1: a mixture fitted to its own codes
+    recipe: str,  # a key of RECIPES
+    opponent: int,  # 0: the best baseline, 1: a mixture fitted to its own codes
 ) -> Claim:
     "Whether MixtureCSRAE's prior at weight 1 samples better than an opponent."
     rows = equal_training(merge(tables["table1"], tables["table2"]))
-    duels = [u for d in TITLES for D in (10, 20, 40) for u in sampling_duels(where(rows, dataset=d, latent_dim=D), recipe) if u.row["lam"] == 1]
+    duels = [
+        u
+        for d in TITLES
+        for D in (10, 20, 40)
+        for u in sampling_duels(where(rows, dataset=d, latent_dim=D), recipe)
+        if u.row["lam"] == 1
+    ]
     mine, details = [u for u in duels if u.row["name"] == MIX], {}
     for u in mine:
         other = (u.baseline and u.baseline[1:3], (u.row, u.after))[opponent]
-        if u.outcomes[opponent] is not None: details.setdefault(TITLES[u.row["dataset"]], []).append(_change(u.row, other[0], u.metric, other[1]) + (" (closer than reconstructions)" if is_doubtful(u.row, u.metric) else ""))
+        if u.outcomes[opponent] is not None:
+            details.setdefault(TITLES[u.row["dataset"]], []).append(
+                _change(u.row, other[0], u.metric, other[1])
+                + (" (closer than reconstructions)" if is_doubtful(u.row, u.metric) else "")
+            )
     whom = ("the best baseline, ex-post included", "an ex-post mixture on the same codes")[opponent]
-    return _judged(f"Not in the paper: MixtureCSRAE's prior ({RECIPES[recipe]}, λ = 1) beats {whom}", [u.outcomes[opponent] for u in mine],
-        [f"{d} {', '.join(changes)}" for d, changes in details.items()], vamp=[u.outcomes[opponent] for u in duels if u.row["name"] == VAMP])
+    return _judged(
+        f"Not in the paper: MixtureCSRAE's prior ({RECIPES[recipe]}, λ = 1) beats {whom}",
+        [u.outcomes[opponent] for u in mine],
+        [f"{d} {', '.join(changes)}" for d, changes in details.items()],
+        vamp=[u.outcomes[opponent] for u in duels if u.row["name"] == VAMP],
+    )
 
-CLAIMS = (lambda t: fid_claim(t, "reconstructions"), lambda t: fid_claim(t, "samples"), pattern_claim, mixture_claim, knn_claim, knn_gain_claim, latent_claim,
-          tradeoff_claim, criterion_claim, likelihood_claim, images_claim, components_claim, prior_claim, classes_claim, fewest_errors_claim, with_cs_claim,
-          *(lambda t, r=r, i=i: own_prior_claim(t, r, i) for r in RECIPES for i in range(2)))
+# %% ../nbs/13_tables.ipynb #130188
+CLAIMS = (
+    lambda t: fid_claim(t, "reconstructions"),
+    lambda t: fid_claim(t, "samples"),
+    pattern_claim,
+    mixture_claim,
+    knn_claim,
+    knn_gain_claim,
+    latent_claim,
+    tradeoff_claim,
+    criterion_claim,
+    likelihood_claim,
+    images_claim,
+    components_claim,
+    prior_claim,
+    classes_claim,
+    fewest_errors_claim,
+    with_cs_claim,
+    *(lambda t, r=r, i=i: own_prior_claim(t, r, i) for r in RECIPES for i in range(2)),
+)
 
-def claims(folder: Path | str | None = None) -> list[Claim]: # of the tables; None: results/
+
+def claims(folder: Path | str | None = None) -> list[Claim]:  # of the tables; None: results/
     "Every claim, judged by the tables."
     tables = evidence(folder)
     return [c(tables) for c in CLAIMS]
@@ -793,12 +1436,21 @@ def claims(folder: Path | str | None = None) -> list[Claim]: # of the tables; No
 KEY = """*For, against*: comparisons that are *clear*, by more than two combined errors; *criterion*: validation −E log p + D, less is better; *MixtureCSRAE*: with the MoG prior, *Vamp* named, with its three counts, where its verdict differs.
 *Distance*: Fréchet, of images; *ex-post*: a mixture fitted to the codes after training, to sample from; *15 EM steps*: the learned prior, refitted to the codes by so many."""
 
+
 def claims_markdown(folder: Path | str | None = None) -> str:
     "The key and the claims as a Markdown table."
-    return f"{KEY}\n\n" + markdown_table(["the paper says", "measured here", "verdict"], [[c.claim, c.measured or "–", f"**{c.verdict}**"] for c in claims(folder)], left=3)
+    return f"{KEY}\n\n" + markdown_table(
+        ["the paper says", "measured here", "verdict"],
+        [[c.claim, c.measured or "–", f"**{c.verdict}**"] for c in claims(folder)],
+        left=3,
+    )
+
 
 def update_readme(path: Path | str, folder: Path | str | None = None) -> None:
     "Put the claims between the lines <!-- claims --> and <!-- /claims --> of a file; ValueError if it lacks them."
     found = re.fullmatch(r"(.*<!-- claims -->\n).*(<!-- /claims -->.*)", Path(path).read_text(), re.S)
-    if not found: raise ValueError(f"{path} lacks the lines <!-- claims --> and <!-- /claims -->; put them where the claims belong")
+    if not found:
+        raise ValueError(
+            f"{path} lacks the lines <!-- claims --> and <!-- /claims -->; put them where the claims belong"
+        )
     write_atomic(path, f"{found[1]}\n{claims_markdown(folder)}\n\n{found[2]}")

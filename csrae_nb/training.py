@@ -37,6 +37,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import get_args
 
+# %% ../nbs/09_training.ipynb #090202
 import torch
 from filelock import FileLock, Timeout
 from jaxtyping import Float
@@ -47,88 +48,173 @@ from tqdm import tqdm
 
 # %% ../nbs/09_training.ipynb #090102
 from . import __version__
-from .data import FACE_SETS, SPLITS, VALIDATION, Dataset, LazyImages, dataset_name, known_names, load_data
+from csrae_nb.data import (
+    FACE_SETS,
+    SPLITS,
+    VALIDATION,
+    Dataset,
+    LazyImages,
+    dataset_name,
+    known_names,
+    load_data,
+)
 from .divergence import Share
 from .likelihoods import LIKELIHOODS, Likelihood, Units, make_likelihood
-from .models import CSRAE, IWAE, VAE, Autoencoder, MixtureCSRAE, MixtureVAE, VampPriorVAE, in_eval_mode, rows_at_once
+from csrae_nb.models import (
+    CSRAE,
+    IWAE,
+    VAE,
+    Autoencoder,
+    MixtureCSRAE,
+    MixtureVAE,
+    VampPriorVAE,
+    in_eval_mode,
+    rows_at_once,
+)
+
+# %% ../nbs/09_training.ipynb #090302
 from .networks import NETWORKS, make_networks, prior_network
 from .priors import MoGPrior, Prior, StandardNormal, VampPrior, distinct_components, occupancy
 
 # %% ../nbs/09_training.ipynb #090005
-_paper = dict(network="mlp", latent_dim=40, components=100, epochs=400, warmup=100, patience=100, labels=0., pretrain=0, labelled_batch=20, alpha=5., ll_samples=5000, fid_layer=2048)
-_small = dict(network="mlp", latent_dim=10, components=20, epochs=150, warmup=30, patience=50, labels=0., pretrain=0, labelled_batch=20, alpha=1., ll_samples=500, fid_layer=0)
-_faces = dict(network="faces", labels=.25, labelled_batch=50, alpha=1e5, ll_samples=0)
-PRESETS = { # what None in a Config becomes
-    "digits":   _small,
+_paper = dict(
+    network="mlp",
+    latent_dim=40,
+    components=100,
+    epochs=400,
+    warmup=100,
+    patience=100,
+    labels=0.0,
+    pretrain=0,
+    labelled_batch=20,
+    alpha=5.0,
+    ll_samples=5000,
+    fid_layer=2048,
+)
+
+# %% ../nbs/09_training.ipynb #090105
+_small = dict(
+    network="mlp",
+    latent_dim=10,
+    components=20,
+    epochs=150,
+    warmup=30,
+    patience=50,
+    labels=0.0,
+    pretrain=0,
+    labelled_batch=20,
+    alpha=1.0,
+    ll_samples=500,
+    fid_layer=0,
+)
+_faces = dict(network="faces", labels=0.25, labelled_batch=50, alpha=1e5, ll_samples=0)
+
+# %% ../nbs/09_training.ipynb #090205
+PRESETS = {  # what None in a Config becomes
+    "digits": _small,
     "pinwheel": {**_small, "network": "pinwheel", "latent_dim": 2, "components": 4},
     **dict.fromkeys(("mnist", "static_mnist", "omniglot", "caltech101"), _paper),
-    "cifar10":  {**_paper, "network": "residual"},
-    **dict.fromkeys(("disfa", "fera2015"), {**_paper, **_faces, "image_size": 224, "epochs": 50, "pretrain": 50, "warmup": 15, "patience": 30}),
-    "faces_demo": {**_small, **_faces, "image_size": 96, "latent_dim": 20, "epochs": 40, "pretrain": 40, "warmup": 10},
-    "other":    {**_small, "latent_dim": 20, "components": 50, "ll_samples": 1000}, # own arrays, and data sets without a row
+    "cifar10": {**_paper, "network": "residual"},
+    **dict.fromkeys(
+        ("disfa", "fera2015"),
+        {**_paper, **_faces, "image_size": 224, "epochs": 50, "pretrain": 50, "warmup": 15, "patience": 30},
+    ),
+    "faces_demo": {
+        **_small,
+        **_faces,
+        "image_size": 96,
+        "latent_dim": 20,
+        "epochs": 40,
+        "pretrain": 40,
+        "warmup": 10,
+    },
+    "other": {
+        **_small,
+        "latent_dim": 20,
+        "components": 50,
+        "ll_samples": 1000,
+    },  # own arrays, and data sets without a row
 }
 
-def preset(dataset: str) -> dict: # field: value
+# %% ../nbs/09_training.ipynb #090305
+def preset(dataset: str) -> dict:  # field: value
     "The row of PRESETS for a data set; a file or folder whose name begins with a data set's name, such as cifar10_small.npz, takes that one's."
     name = dataset_name(dataset)
     return PRESETS[max((k for k in PRESETS if name.startswith(k)), key=len, default="other")]
 
 # %% ../nbs/09_training.ipynb #090007
 MODELS = {m.__name__: m for m in (VAE, IWAE, MixtureVAE, VampPriorVAE, CSRAE, MixtureCSRAE)}
-SUPERVISED = "Supervised" # the model that is a classifier alone, from the chapter on few labels
+SUPERVISED = "Supervised"  # the model that is a classifier alone, from the chapter on few labels
 
 # %% ../nbs/09_training.ipynb #090008
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     "What a run trains, and on which data."
-    dataset: str = "digits" # a data set's name, a path to .npz, .npy or a folder of images, or "arrays" for data given to fit
-    model: str = "MixtureCSRAE" # VAE, IWAE, MixtureVAE, VampPriorVAE, CSRAE or MixtureCSRAE; Supervised: a classifier alone
-    prior: str = "mog" # of a MixtureCSRAE: mog or vamp
-    latent_dim: int | None = None # D; None: the data set's preset, as for every None below
-    components: int | None = None # K, of a mixture prior
-    importance_samples: int = 5 # S, of an IWAE
-    kl_samples: int = 1 # draws for the KL to a mixture, of MixtureVAE and VampPriorVAE
-    lam: float = 1.0 # λ, weight of D_CS
-    beta: float = 1.0 # β, weight of the KL of VAE, IWAE, MixtureVAE and VampPriorVAE, and of that of the labels
-    objective: str = "cs" # "cs": Eq. (2); "paper_eq21": as printed, wrong
-    prior_network: bool = False # mog by Table 6's network from one-hot codes, in place of free parameters
-    learned_weights: bool = False # mog with learned weights, in place of 1/K
-    kmeans_epoch: int = 3 # epoch after which free mog components are set by k-means on the codes; 0: never
-    likelihood: str | None = None # bernoulli, gaussian, discretized_logistic; None: what the data call for
-    network: str | None = None # a row of Table 6: mlp, pinwheel, residual, faces; or resnet18
+
+    dataset: str = "digits"  # a data set's name, a path to .npz, .npy or a folder of images, or "arrays" for data given to fit
+    model: str = "MixtureCSRAE"  # VAE, IWAE, MixtureVAE, VampPriorVAE, CSRAE or MixtureCSRAE; Supervised: a classifier alone
+    prior: str = "mog"  # of a MixtureCSRAE: mog or vamp
+    latent_dim: int | None = None  # D; None: the data set's preset, as for every None below
+    components: int | None = None  # K, of a mixture prior
+    importance_samples: int = 5  # S, of an IWAE
+    kl_samples: int = 1  # draws for the KL to a mixture, of MixtureVAE and VampPriorVAE
+    lam: float = 1.0  # λ, weight of D_CS
+    beta: float = (
+        1.0  # β, weight of the KL of VAE, IWAE, MixtureVAE and VampPriorVAE, and of that of the labels
+    )
+    objective: str = "cs"  # "cs": Eq. (2); "paper_eq21": as printed, wrong
+    prior_network: bool = False  # mog by Table 6's network from one-hot codes, in place of free parameters
+    learned_weights: bool = False  # mog with learned weights, in place of 1/K
+    kmeans_epoch: int = 3  # epoch after which free mog components are set by k-means on the codes; 0: never
+    likelihood: str | None = None  # bernoulli, gaussian, discretized_logistic; None: what the data call for
+    network: str | None = None  # a row of Table 6: mlp, pinwheel, residual, faces; or resnet18
 
 # %% ../nbs/09_training.ipynb #090108
 @dataclass(frozen=True, kw_only=True)
 class Config(ModelConfig):
     "Everything that a run depends on; ValueError for a value that cannot be."
-    epochs: int | None = None # passes over the training data, at most
-    warmup: int | None = None # epochs over which the weight of the divergence grows from 0 to its value; None: the preset's share of epochs
-    patience: int | None = None # stop after so many epochs without a better validation loss; the warm-up does not count
-    batch_size: int = 100 # examples a step, over all processes together
-    labels: int | float | None = None # training images whose label is used: a number, or a share up to 1.0; 1 is one image, 1.0 all; 0: none, train without labels
-    pretrain: int | None = None # epochs without labels, in a run of their own, before those with labels
-    labelled_batch: int | None = None # of a batch, images with labels
-    alpha: float | None = None # α, weight of the classification term of Eq. (27)
-    lr: float = 5e-4 # Adam's learning rate
-    seed: int = 0 # weights, batches, draws of z, binarisation
-    split_seed: int = 0 # split of data that come unsplit
-    fold: int = 0 # of a data set of faces: whose subjects are the test, 0 to 2
-    image_size: int | None = None # of faces: pixels of a side, 32, 96, 160, 224, …
-    validation: str = "frames" # of faces: frames, or subjects, that are kept from training to validate on
-    ll_samples: int | None = None # S of Eq. (28) in the evaluation; 0: leave it out
-    fid_layer: int | None = None # Inception features of the FID: 64, 192, 768 or 2048 of them; 0: leave it out
-    fid_images: int = 10_000 # images of each kind in a Fréchet distance, at most
-    expost_components: int = 100 # K of the mixture that is fitted to the codes afterwards, as a baseline
-    device: str = "auto" # auto: a GPU if there is one; cpu
-    precision: str = "no" # mixed precision of the networks: no, bf16
-    threads: int = 1 # CPU threads within an operation
-    tracker: str | None = None # where the history goes, too: tensorboard, wandb, mlflow or another of Accelerate's trackers
-    name: str | None = None # the run's folder; None: made from the rest
 
-    def __post_init__(self): _check_config(self)
+    epochs: int | None = None  # passes over the training data, at most
+    warmup: int | None = (
+        None  # epochs over which the weight of the divergence grows from 0 to its value; None: the preset's share of epochs
+    )
+    patience: int | None = (
+        None  # stop after so many epochs without a better validation loss; the warm-up does not count
+    )
+    batch_size: int = 100  # examples a step, over all processes together
+    labels: int | float | None = (
+        None  # training images whose label is used: a number, or a share up to 1.0; 1 is one image, 1.0 all; 0: none, train without labels
+    )
+    pretrain: int | None = None  # epochs without labels, in a run of their own, before those with labels
+    labelled_batch: int | None = None  # of a batch, images with labels
+    alpha: float | None = None  # α, weight of the classification term of Eq. (27)
+    lr: float = 5e-4  # Adam's learning rate
+    seed: int = 0  # weights, batches, draws of z, binarisation
+    split_seed: int = 0  # split of data that come unsplit
+    fold: int = 0  # of a data set of faces: whose subjects are the test, 0 to 2
+    image_size: int | None = None  # of faces: pixels of a side, 32, 96, 160, 224, …
+    validation: str = "frames"  # of faces: frames, or subjects, that are kept from training to validate on
+    ll_samples: int | None = None  # S of Eq. (28) in the evaluation; 0: leave it out
+    fid_layer: int | None = (
+        None  # Inception features of the FID: 64, 192, 768 or 2048 of them; 0: leave it out
+    )
+    fid_images: int = 10_000  # images of each kind in a Fréchet distance, at most
+    expost_components: int = 100  # K of the mixture that is fitted to the codes afterwards, as a baseline
+    device: str = "auto"  # auto: a GPU if there is one; cpu
+    precision: str = "no"  # mixed precision of the networks: no, bf16
+    threads: int = 1  # CPU threads within an operation
+    tracker: str | None = (
+        None  # where the history goes, too: tensorboard, wandb, mlflow or another of Accelerate's trackers
+    )
+    name: str | None = None  # the run's folder; None: made from the rest
+
+    def __post_init__(self):
+        _check_config(self)
 
 # %% ../nbs/09_training.ipynb #090110
-def _one_image(name, value): return name == "labels" and type(value) is int and value == 1   # 1.0 are all
+def _one_image(name, value):
+    return name == "labels" and type(value) is int and value == 1  # 1.0 are all
+
 
 def _as_float(name, want, value):
     "Numbers of fields that are floats as floats, so that lam=2 and lam=2.0 are one run; but one image stays one."
@@ -138,17 +224,53 @@ def _as_float(name, want, value):
 
 # %% ../nbs/09_training.ipynb #090010
 def has_cs(
-    cfg, # a Config
+    cfg,  # a Config
 ) -> bool:
     "Whether the divergence of a model is D_CS."
     return cfg.model in MODELS and issubclass(MODELS[cfg.model], CSRAE)
 
-_choices = dict(model=(*MODELS, SUPERVISED), prior=("mog", "vamp"), objective=("cs", "paper_eq21"), likelihood=LIKELIHOODS, network=NETWORKS,
-                device=("auto", "cpu"), precision=("no", "bf16"), validation=VALIDATION, fid_layer=(0, 64, 192, 768, 2048),
-                tracker=("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"))
-_least = dict(latent_dim=1, components=1, importance_samples=1, kl_samples=1, kmeans_epoch=0, epochs=1, warmup=0, patience=1, batch_size=1, seed=0,
-              split_seed=0, fold=0, image_size=32, ll_samples=0, fid_images=2, expost_components=1, threads=1, lam=0, beta=0, labels=0, pretrain=0, labelled_batch=1, alpha=0)
 
+_choices = dict(
+    model=(*MODELS, SUPERVISED),
+    prior=("mog", "vamp"),
+    objective=("cs", "paper_eq21"),
+    likelihood=LIKELIHOODS,
+    network=NETWORKS,
+    device=("auto", "cpu"),
+    precision=("no", "bf16"),
+    validation=VALIDATION,
+    fid_layer=(0, 64, 192, 768, 2048),
+    tracker=("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"),
+)
+
+# %% ../nbs/09_training.ipynb #090210
+_least = dict(
+    latent_dim=1,
+    components=1,
+    importance_samples=1,
+    kl_samples=1,
+    kmeans_epoch=0,
+    epochs=1,
+    warmup=0,
+    patience=1,
+    batch_size=1,
+    seed=0,
+    split_seed=0,
+    fold=0,
+    image_size=32,
+    ll_samples=0,
+    fid_images=2,
+    expost_components=1,
+    threads=1,
+    lam=0,
+    beta=0,
+    labels=0,
+    pretrain=0,
+    labelled_batch=1,
+    alpha=0,
+)
+
+# %% ../nbs/09_training.ipynb #090310
 def _check_config(c):
     "ValueError for the first field of c that cannot be."
     for f in dataclasses.fields(Config):
@@ -158,72 +280,118 @@ def _check_config(c):
             raise ValueError(f"{f.name}={v!r}; expected {getattr(want, '__name__', want)}")
         object.__setattr__(c, f.name, v)
     for k, known in _choices.items():
-        if (v := getattr(c, k)) is not None and v not in known: raise ValueError(f"unknown {k} {v!r}; expected one of {', '.join(map(str, known))}")
+        if (v := getattr(c, k)) is not None and v not in known:
+            raise ValueError(f"unknown {k} {v!r}; expected one of {', '.join(map(str, known))}")
     for k, low in _least.items():
-        if (v := getattr(c, k)) is not None and not low <= v < math.inf: raise ValueError(f"{k}={v}; expected at least {low}")
+        if (v := getattr(c, k)) is not None and not low <= v < math.inf:
+            raise ValueError(f"{k}={v}; expected at least {low}")
     ignored, used = ("beta", "lam") if has_cs(c) else ("lam", "beta")
     with_labels = preset(c.dataset)["labels"] if c.labels is None else c.labels
-    if c.pretrain and not with_labels: raise ValueError(f"pretrain={c.pretrain} has no effect without labels; set labels, or epochs")
-    if getattr(c, ignored) != 1 and not (with_labels and ignored == "beta"): raise ValueError(f"{ignored}={getattr(c, ignored)} has no effect on {c.model}; set {used}")
+    if c.pretrain and not with_labels:
+        raise ValueError(f"pretrain={c.pretrain} has no effect without labels; set labels, or epochs")
+    if getattr(c, ignored) != 1 and not (with_labels and ignored == "beta"):
+        raise ValueError(f"{ignored}={getattr(c, ignored)} has no effect on {c.model}; set {used}")
     of_faces = c.fold or c.image_size or c.validation != "frames"
-    if of_faces and dataset_name(c.dataset) not in FACE_SETS: raise ValueError(
-        f"fold, image_size and validation are of faces ({', '.join(FACE_SETS)}), not of {c.dataset}")
-    if not 0 < c.lr < math.inf: raise ValueError(f"lr={c.lr}; expected a positive number")
-    if not c.dataset: raise ValueError(f"no dataset; expected one of {', '.join(known_names())}, a path to .npz, .npy or a folder of images, or \"arrays\"")
-    if c.name is not None and (not c.name or c.name != os.path.basename(c.name) or c.name.startswith(".")): raise ValueError(
-        f"name={c.name!r}; expected a plain folder name")
+    if of_faces and dataset_name(c.dataset) not in FACE_SETS:
+        raise ValueError(
+            f"fold, image_size and validation are of faces ({', '.join(FACE_SETS)}), not of {c.dataset}"
+        )
+    if not 0 < c.lr < math.inf:
+        raise ValueError(f"lr={c.lr}; expected a positive number")
+    if not c.dataset:
+        raise ValueError(
+            f"no dataset; expected one of {', '.join(known_names())}, a path to .npz, .npy or a folder of images, or \"arrays\""
+        )
+    if c.name is not None and (not c.name or c.name != os.path.basename(c.name) or c.name.startswith(".")):
+        raise ValueError(f"name={c.name!r}; expected a plain folder name")
 
 # %% ../nbs/09_training.ipynb #090011
-def make_config(values: dict) -> Config: # validated
+def make_config(values: dict) -> Config:  # validated
     "Config from a dict of fields; ValueError that lists the known ones for an unknown one."
     known = {f.name: f.type for f in dataclasses.fields(Config)}
-    if unknown := [k for k in values if k not in known]: raise ValueError(
-        f"unknown parameter {', '.join(map(repr, unknown))}; the known ones are {', '.join(known)}")
+    if unknown := [k for k in values if k not in known]:
+        raise ValueError(
+            f"unknown parameter {', '.join(map(repr, unknown))}; the known ones are {', '.join(known)}"
+        )
     return Config(**{k: _as_float(k, known[k], v) for k, v in values.items()})
 
 # %% ../nbs/09_training.ipynb #090014
-def resolve(cfg: Config) -> Config: # without None, but for likelihood, which the data decide, and name
+def resolve(cfg: Config) -> Config:  # without None, but for likelihood, which the data decide, and name
     "Config with the data set's preset in place of None."
-    p = preset(cfg.dataset); labels = p["labels"] if cfg.labels is None else cfg.labels
-    p = {**p, "warmup": round(p["warmup"]*(cfg.epochs or p["epochs"])/p["epochs"]), "pretrain": p["pretrain"] if labels else 0,
-         "labelled_batch": max(1, round(p["labelled_batch"]*cfg.batch_size/100))}
+    p = preset(cfg.dataset)
+    labels = p["labels"] if cfg.labels is None else cfg.labels
+    p = {
+        **p,
+        "warmup": round(p["warmup"] * (cfg.epochs or p["epochs"]) / p["epochs"]),
+        "pretrain": p["pretrain"] if labels else 0,
+        "labelled_batch": max(1, round(p["labelled_batch"] * cfg.batch_size / 100)),
+    }
     return dataclasses.replace(cfg, **{k: v for k, v in p.items() if getattr(cfg, k) is None})
 
-def prior_kind(cfg: Config) -> str: # normal, mog or vamp
+
+def prior_kind(cfg: Config) -> str:  # normal, mog or vamp
     "Which prior the model of a configuration has."
     return {"VampPriorVAE": "vamp", "MixtureVAE": "mog", "MixtureCSRAE": cfg.prior}.get(cfg.model, "normal")
 
-def divergence_weight(cfg: Config) -> float: # λ or β
+
+def divergence_weight(cfg: Config) -> float:  # λ or β
     "The weight of the divergence: lam for D_CS, beta for the KL."
     return cfg.lam if has_cs(cfg) else cfg.beta
 
 # %% ../nbs/09_training.ipynb #090016
-EVALUATION = ("ll_samples", "fid_layer", "fid_images", "expost_components") # fields that say how a run is evaluated
+EVALUATION = (
+    "ll_samples",
+    "fid_layer",
+    "fid_images",
+    "expost_components",
+)  # fields that say how a run is evaluated
 _not_identity = ("name", "device", "threads", "tracker", *EVALUATION)
 
-_of_autoencoders = ("latent_dim", "prior", "lam", "beta", "objective", "warmup", "pretrain", "labelled_batch", "alpha")
+_of_autoencoders = (
+    "latent_dim",
+    "prior",
+    "lam",
+    "beta",
+    "objective",
+    "warmup",
+    "pretrain",
+    "labelled_batch",
+    "alpha",
+)
 
+# %% ../nbs/09_training.ipynb #090116
 def _unused(cfg):
     "Fields of parts that the model of a configuration does not have."
     kind, cs = prior_kind(cfg), has_cs(cfg)
     free = kind == "mog" and not cfg.prior_network
     parts = {
-        _of_autoencoders: cfg.model != SUPERVISED, ("labelled_batch", "alpha"): cfg.labels, ("lam", "objective"): cs, ("beta",): not cs or cfg.labels,
-        ("prior",): cfg.model == "MixtureCSRAE", ("importance_samples",): cfg.model == "IWAE", ("kl_samples",): not cs and kind != "normal",
-        ("components",): kind != "normal", ("prior_network", "learned_weights"): kind == "mog", ("kmeans_epoch",): free,
-        ("validation",): cfg.validation != "frames"} # runs of version 0.1.0 do not have this field
+        _of_autoencoders: cfg.model != SUPERVISED,
+        ("labelled_batch", "alpha"): cfg.labels,
+        ("lam", "objective"): cs,
+        ("beta",): not cs or cfg.labels,
+        ("prior",): cfg.model == "MixtureCSRAE",
+        ("importance_samples",): cfg.model == "IWAE",
+        ("kl_samples",): not cs and kind != "normal",
+        ("components",): kind != "normal",
+        ("prior_network", "learned_weights"): kind == "mog",
+        ("kmeans_epoch",): free,
+        ("validation",): cfg.validation != "frames",
+    }  # runs of version 0.1.0 do not have this field
     return [f for fields, used in parts.items() if not used for f in fields]
 
-def identity(cfg: Config) -> dict: # field: value
+
+def identity(cfg: Config) -> dict:  # field: value
     "What makes a run this run: its resolved fields, without those that its weights do not depend on."
-    c = resolve(cfg); off = [k for k in ("labels", "pretrain") if not getattr(c, k)]
-    fields = {k: "one" if _one_image(k, v) else v for k, v in dataclasses.asdict(c).items()} # as 1 == 1.0
+    c = resolve(cfg)
+    off = [k for k in ("labels", "pretrain") if not getattr(c, k)]
+    fields = {k: "one" if _one_image(k, v) else v for k, v in dataclasses.asdict(c).items()}  # as 1 == 1.0
     return {k: v for k, v in fields.items() if k not in (*_not_identity, *_unused(c), *off)}
 
 # %% ../nbs/09_training.ipynb #090018
-def run_name(cfg: Config) -> str: # a folder name
+def run_name(cfg: Config) -> str:  # a folder name
     "cfg.name, or a name made from the configuration."
-    if cfg.name: return cfg.name
+    if cfg.name:
+        return cfg.name
     c = resolve(cfg)
     mixture = "" if prior_kind(c) == "normal" else f"-{prior_kind(c)}{c.components}"
     n = identity(c).get("labels")
@@ -235,31 +403,45 @@ def run_name(cfg: Config) -> str: # a folder name
     return f"{dataset_name(c.dataset)}-{c.model}{mixture}{size}{labels}-seed{c.seed}-{digest}"
 
 # %% ../nbs/09_training.ipynb #090020
-def command(cfg: Config) -> str: # as typed in a terminal
+def command(cfg: Config) -> str:  # as typed in a terminal
     "The command that makes this run: papermill on train.ipynb, with the fields that neither default nor preset gives."
-    usual = resolve(Config(dataset=cfg.dataset, epochs=cfg.epochs, batch_size=cfg.batch_size))                                  # with the warm-up of these epochs
+    usual = resolve(
+        Config(dataset=cfg.dataset, epochs=cfg.epochs, batch_size=cfg.batch_size)
+    )  # with the warm-up of these epochs
     usual = dataclasses.replace(usual, epochs=preset(cfg.dataset)["epochs"], batch_size=Config.batch_size)
-    changed = {f.name: v for f in dataclasses.fields(Config) if (v := getattr(cfg, f.name)) not in (f.default, getattr(usual, f.name)) and f.name not in _unused(cfg)}
-    if cfg.dataset != Config.dataset: changed = {"dataset": cfg.dataset, **changed}
-    return " ".join(["papermill nbs/train.ipynb", *(f"-p {k} {shlex.quote(str(v))}" for k, v in changed.items())])
+    changed = {
+        f.name: v
+        for f in dataclasses.fields(Config)
+        if (v := getattr(cfg, f.name)) not in (f.default, getattr(usual, f.name))
+        and f.name not in _unused(cfg)
+    }
+    if cfg.dataset != Config.dataset:
+        changed = {"dataset": cfg.dataset, **changed}
+    return " ".join(
+        ["papermill nbs/train.ipynb", *(f"-p {k} {shlex.quote(str(v))}" for k, v in changed.items())]
+    )
 
 # %% ../nbs/09_training.ipynb #090023
-def project_root(start: Path | str = ".") -> Path | None: # None outside of this project
+def project_root(start: Path | str = ".") -> Path | None:  # None outside of this project
     "The folder at or above `start` whose settings.ini says lib_name = csrae_nb."
     for folder in (p := Path(start).resolve(), *p.parents):
         ini = ConfigParser(interpolation=None)
-        try: ini.read(folder/"settings.ini", encoding="utf-8")
-        except (ConfigError, OSError, UnicodeError): continue          # somebody else's settings.ini
-        if ini.get("DEFAULT", "lib_name", fallback=None) == "csrae_nb": return folder
+        try:
+            ini.read(folder / "settings.ini", encoding="utf-8")
+        except (ConfigError, OSError, UnicodeError):
+            continue  # somebody else's settings.ini
+        if ini.get("DEFAULT", "lib_name", fallback=None) == "csrae_nb":
+            return folder
+
 
 def runs_folder() -> Path:
     "Where runs are kept: $CSRAE_RUNS, or _runs/ of this project, or of the current folder."
-    return Path(os.environ.get("CSRAE_RUNS") or (project_root() or Path.cwd())/"_runs")
+    return Path(os.environ.get("CSRAE_RUNS") or (project_root() or Path.cwd()) / "_runs")
 
 # %% ../nbs/09_training.ipynb #090025
 def generator(
-    seed: int, # of the run
-    *purpose: str | int, # what the numbers are for, e.g. "order", 7
+    seed: int,  # of the run
+    *purpose: str | int,  # what the numbers are for, e.g. "order", 7
     device: torch.device | str = "cpu",
 ) -> torch.Generator:
     "A generator that depends on the seed and the purpose, and on nothing else."
@@ -269,107 +451,164 @@ def generator(
 # %% ../nbs/09_training.ipynb #090028
 def make_prior(cfg: Config, encoder: nn.Module, pseudo_inputs: Tensor) -> Prior:
     "The prior that the model and `cfg.prior` ask for."
-    if prior_kind(cfg) == "normal": return StandardNormal(cfg.latent_dim)
-    if prior_kind(cfg) == "vamp": return VampPrior(encoder, pseudo_inputs)
+    if prior_kind(cfg) == "normal":
+        return StandardNormal(cfg.latent_dim)
+    if prior_kind(cfg) == "vamp":
+        return VampPrior(encoder, pseudo_inputs)
     g = generator(cfg.seed, "prior")
     network = prior_network(cfg.network, cfg.components, cfg.latent_dim, g) if cfg.prior_network else None
     return MoGPrior(cfg.components, cfg.latent_dim, network, cfg.learned_weights, g)
 
 # %% ../nbs/09_training.ipynb #090029
 def assemble(
-    cfg: Config, # resolved
+    cfg: Config,  # resolved
     encoder: nn.Module,
     decoder: nn.Module,
     likelihood: Likelihood,
-    pseudo_inputs: Tensor, # (K, *x_shape), where a VampPrior starts
+    pseudo_inputs: Tensor,  # (K, *x_shape), where a VampPrior starts
 ) -> Autoencoder:
     "The model of a configuration around given networks."
-    own = {"IWAE": dict(samples=cfg.importance_samples), "MixtureVAE": dict(kl_samples=cfg.kl_samples), "VampPriorVAE": dict(kl_samples=cfg.kl_samples), "CSRAE": dict(objective=cfg.objective), "MixtureCSRAE": dict(objective=cfg.objective)}
-    return MODELS[cfg.model](encoder, decoder, make_prior(cfg, encoder, pseudo_inputs), likelihood, divergence_weight(cfg), **own.get(cfg.model, {}))
+    own = {
+        "IWAE": dict(samples=cfg.importance_samples),
+        "MixtureVAE": dict(kl_samples=cfg.kl_samples),
+        "VampPriorVAE": dict(kl_samples=cfg.kl_samples),
+        "CSRAE": dict(objective=cfg.objective),
+        "MixtureCSRAE": dict(objective=cfg.objective),
+    }
+    return MODELS[cfg.model](
+        encoder,
+        decoder,
+        make_prior(cfg, encoder, pseudo_inputs),
+        likelihood,
+        divergence_weight(cfg),
+        **own.get(cfg.model, {}),
+    )
 
+# %% ../nbs/09_training.ipynb #090129
 def make_model(
-    cfg: Config, # resolved
-    x_shape: tuple[int, ...], # shape of one example
-    likelihood: str, # a key of LIKELIHOODS
-    pseudo_inputs: Tensor | None = None, # (K, *x_shape), where a VampPrior starts; None: zeros, to be loaded over
-    units: Units | None = None, # of the networks, for a gaussian likelihood
+    cfg: Config,  # resolved
+    x_shape: tuple[int, ...],  # shape of one example
+    likelihood: str,  # a key of LIKELIHOODS
+    pseudo_inputs: Tensor
+    | None = None,  # (K, *x_shape), where a VampPrior starts; None: zeros, to be loaded over
+    units: Units | None = None,  # of the networks, for a gaussian likelihood
 ) -> Autoencoder:
     "The untrained model of a configuration; its weights depend on the seed alone."
     lik = make_likelihood(likelihood, units)
-    encoder, decoder = make_networks(cfg.network, x_shape, cfg.latent_dim, lik.n_params, generator(cfg.seed, "weights"))
+    encoder, decoder = make_networks(
+        cfg.network, x_shape, cfg.latent_dim, lik.n_params, generator(cfg.seed, "weights")
+    )
     first = torch.zeros(cfg.components, *x_shape) if pseudo_inputs is None else lik.inputs(pseudo_inputs)
     return assemble(cfg, encoder, decoder, lik, first)
 
 # %% ../nbs/09_training.ipynb #090032
 def write_atomic(
-    path: Path | str, # the file, replaced if it exists
-    data: bytes | str, # its whole content
+    path: Path | str,  # the file, replaced if it exists
+    data: bytes | str,  # its whole content
 ) -> None:
     "Write a file so that it is never seen half-written, also after a crash; OSError if it cannot be, the old file untouched."
-    path = Path(path); tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path = Path(path)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(tmp, "wb") as f:
-            f.write(data.encode() if isinstance(data, str) else data); f.flush(); os.fsync(f.fileno())
+            f.write(data.encode() if isinstance(data, str) else data)
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 # %% ../nbs/09_training.ipynb #090034
-FORMAT = 1 # of model.safetensors and checkpoint.safetensors
+FORMAT = 1  # of model.safetensors and checkpoint.safetensors
+
 
 def _checksum(tensors):
     "CRC of names and values: safetensors has none."
     crc = 0
-    for k in sorted(tensors): crc = zlib.crc32(tensors[k].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(k.encode(), crc))
+    for k in sorted(tensors):
+        crc = zlib.crc32(tensors[k].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(k.encode(), crc))
     return crc
+
 
 def save_tensors(path: Path | str, tensors: dict[str, Tensor], meta: dict) -> None:
     "Tensors and JSON-able metadata in one safetensors file, written atomically."
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    header = {"csrae_nb": json.dumps({**meta, "format": FORMAT, "version": __version__, "checksum": _checksum(tensors)})}
+    header = {
+        "csrae_nb": json.dumps(
+            {**meta, "format": FORMAT, "version": __version__, "checksum": _checksum(tensors)}
+        )
+    }
     write_atomic(path, save(tensors, header))
 
-def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict]: # tensors on the CPU, metadata
+# %% ../nbs/09_training.ipynb #090134
+def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict]:  # tensors on the CPU, metadata
     "What `save_tensors` wrote; ValueError for a damaged, foreign or newer file, which is left as it is."
     try:
-        with safe_open(str(path), "pt") as f: header, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, ValueError) as e: raise ValueError(
-        f"{path} is damaged or no safetensors file ({e}); move it away to start this run anew, or put back a whole copy") from e
-    if "csrae_nb" not in header: raise ValueError(f"{path} was not written by csrae_nb; expected a model or checkpoint of a run")
+        with safe_open(str(path), "pt") as f:
+            header, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+    except (SafetensorError, ValueError) as e:
+        raise ValueError(
+            f"{path} is damaged or no safetensors file ({e}); move it away to start this run anew, or put back a whole copy"
+        ) from e
+    if "csrae_nb" not in header:
+        raise ValueError(f"{path} was not written by csrae_nb; expected a model or checkpoint of a run")
     meta = json.loads(header["csrae_nb"])
-    if meta["format"] > FORMAT: raise ValueError(
-        f"{path} was written by csrae_nb {meta['version']} (format {meta['format']}), newer than this {__version__} (format {FORMAT}); upgrade csrae_nb")
-    if meta.get("checksum") not in (None, _checksum(tensors)): raise ValueError(
-        f"{path} is damaged (its checksum is wrong); move it away to start this run anew, or put back a whole copy")
+    if meta["format"] > FORMAT:
+        raise ValueError(
+            f"{path} was written by csrae_nb {meta['version']} (format {meta['format']}), newer than this {__version__} (format {FORMAT}); upgrade csrae_nb"
+        )
+    if meta.get("checksum") not in (None, _checksum(tensors)):
+        raise ValueError(
+            f"{path} is damaged (its checksum is wrong); move it away to start this run anew, or put back a whole copy"
+        )
     return tensors, meta
 
 # %% ../nbs/09_training.ipynb #090037
 @contextmanager
 def _writing(path, variable="CSRAE_RUNS"):
     "Turn an OSError of the body into one that says what to do."
-    try: yield
-    except OSError as e: raise OSError(f"cannot write to {path} ({e.strerror or e}); free some space there, or name another folder in {variable}") from e
+    try:
+        yield
+    except OSError as e:
+        raise OSError(
+            f"cannot write to {path} ({e.strerror or e}); free some space there, or name another folder in {variable}"
+        ) from e
 
+# %% ../nbs/09_training.ipynb #090137
 def _same_config(path, cfg):
     "ValueError if config.json in path is of another configuration, or no configuration."
     try:
-        if not isinstance(there := json.loads((path/"config.json").read_text()), dict): raise ValueError("no JSON object")
-    except ValueError as e: raise ValueError(f"{path/'config.json'} is damaged ({e}); move the folder away to start anew") from e
+        if not isinstance(there := json.loads((path / "config.json").read_text()), dict):
+            raise ValueError("no JSON object")
+    except ValueError as e:
+        raise ValueError(
+            f"{path / 'config.json'} is damaged ({e}); move the folder away to start anew"
+        ) from e
     here, there = (json.loads(json.dumps(identity(make_config(c)))) for c in (dataclasses.asdict(cfg), there))
-    if differ := [f"{k}: {there.get(k)!r} there, {here.get(k)!r} here" for k in {**here, **there} if there.get(k) != here.get(k)]:
-        raise ValueError(f"{path} holds a run of another configuration ({'; '.join(differ)}); give this one another name")
+    if differ := [
+        f"{k}: {there.get(k)!r} there, {here.get(k)!r} here"
+        for k in {**here, **there}
+        if there.get(k) != here.get(k)
+    ]:
+        raise ValueError(
+            f"{path} holds a run of another configuration ({'; '.join(differ)}); give this one another name"
+        )
 
+# %% ../nbs/09_training.ipynb #090237
 def open_run(
     cfg: Config,
-    folder: Path | str | None = None, # None: by the run's name, in runs_folder()
-) -> Path: # the run's folder
+    folder: Path | str | None = None,  # None: by the run's name, in runs_folder()
+) -> Path:  # the run's folder
     "Make or find the run's folder, with its config.json; ValueError if it holds another run, OSError if it cannot be written."
-    path = runs_folder()/run_name(cfg) if folder is None else Path(folder)
+    path = runs_folder() / run_name(cfg) if folder is None else Path(folder)
     with _writing(path):
         path.mkdir(parents=True, exist_ok=True)
-        if not (file := path/"config.json").exists():
-            try: write_atomic(file, json.dumps(dataclasses.asdict(resolve(cfg)), indent=1))
-            except FileNotFoundError:                                  # whoever holds the lock removed the temporary file
-                if not file.exists(): raise
+        if not (file := path / "config.json").exists():
+            try:
+                write_atomic(file, json.dumps(dataclasses.asdict(resolve(cfg)), indent=1))
+            except FileNotFoundError:  # whoever holds the lock removed the temporary file
+                if not file.exists():
+                    raise
     _same_config(path, cfg)
     return path
 
@@ -377,50 +616,67 @@ def open_run(
 def _pack(model, opt, best) -> dict[str, Tensor]:
     "All tensors of a training state under flat names."
     state = opt.state_dict()["state"]
-    return {**{f"model.{k}": v for k, v in model.state_dict().items()}, **{f"best.{k}": v for k, v in best.items()},
-            **{f"optimizer.{i}.{k}": v for i, s in state.items() for k, v in s.items()}}
+    return {
+        **{f"model.{k}": v for k, v in model.state_dict().items()},
+        **{f"best.{k}": v for k, v in best.items()},
+        **{f"optimizer.{i}.{k}": v for i, s in state.items() for k, v in s.items()},
+    }
 
-def _part(tensors, prefix): return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-def _unpack(tensors, model, opt) -> dict[str, Tensor]: # the best weights
+def _part(tensors, prefix):
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _unpack(tensors, model, opt) -> dict[str, Tensor]:  # the best weights
     "Put a training state back into model and optimiser."
     model.load_state_dict(_part(tensors, "model."))
     state = {}
-    for k, v in _part(tensors, "optimizer.").items(): i, name = k.split("."); state.setdefault(int(i), {})[name] = v
+    for k, v in _part(tensors, "optimizer.").items():
+        i, name = k.split(".")
+        state.setdefault(int(i), {})[name] = v
     opt.load_state_dict(dict(state=state, param_groups=opt.state_dict()["param_groups"]))
     return _part(tensors, "best.")
 
 # %% ../nbs/09_training.ipynb #090041
-def warmup_weight(cfg: Config, epoch: int) -> float: # 0 to 1
+def warmup_weight(cfg: Config, epoch: int) -> float:  # 0 to 1
     "Factor of λ or β in an epoch, counted from 1."
-    return min(1., epoch/cfg.warmup) if cfg.warmup else 1.
+    return min(1.0, epoch / cfg.warmup) if cfg.warmup else 1.0
+
 
 @in_eval_mode
 def mean_terms(
     model: Autoencoder,
-    x: Tensor | LazyImages, # (n, *X), as the model sees it
+    x: Tensor | LazyImages,  # (n, *X), as the model sees it
     generator: torch.Generator | None = None,
-) -> tuple[float, float]: # reconstruction −E log p(x|z) and divergence, in nats an example
+) -> tuple[float, float]:  # reconstruction −E log p(x|z) and divergence, in nats an example
     "Mean of the two terms over x, one draw of z each."
     terms = [model.loss(xb, generator=generator) for xb in x.split(rows_at_once(x))]
-    return tuple(torch.cat([getattr(t, k) for t in terms]).cpu().double().mean().item() for k in ("reconstruction", "divergence"))
+    return tuple(
+        torch.cat([getattr(t, k) for t in terms]).cpu().double().mean().item()
+        for k in ("reconstruction", "divergence")
+    )
 
 # %% ../nbs/09_training.ipynb #090144
 def check_rows(cfg: Config, *networks: nn.Module) -> None:
     "ValueError if networks normalise over a batch of one row."
     normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for net in networks for m in net.modules())
-    if normed and cfg.batch_size == 1: raise ValueError(f"batch_size=1, and network {cfg.network} normalises over the batch; "
-        "take 2 rows or more, better 20, or another network")
+    if normed and cfg.batch_size == 1:
+        raise ValueError(
+            f"batch_size=1, and network {cfg.network} normalises over the batch; "
+            "take 2 rows or more, better 20, or another network"
+        )
 
 # %% ../nbs/09_training.ipynb #090044
 @dataclass(frozen=True)
 class Task:
     "Training without labels; other tasks override what differs."
-    cfg: Config # resolved
+
+    cfg: Config  # resolved
 
     def check(self, data: Dataset) -> None:
         "ValueError if the data do not serve."
-        with torch.device("meta"): networks = make_networks(self.cfg.network, data.x_shape, self.cfg.latent_dim, 1)
+        with torch.device("meta"):
+            networks = make_networks(self.cfg.network, data.x_shape, self.cfg.latent_dim, 1)
         check_rows(self.cfg, *networks)
 
     def about(self, data: Dataset) -> dict:
@@ -428,10 +684,11 @@ class Task:
         known = dict(x_shape=data.x_shape, likelihood=data.likelihood)
         return known if data.units is None else {**known, "units": data.units.record()}
 
-    def make_model(self,
-        about: dict, # as above
-        pseudo_inputs: Tensor | None = None, # as in make_model
-    ) -> nn.Module: # an Autoencoder, or a classifier alone
+    def make_model(
+        self,
+        about: dict,  # as above
+        pseudo_inputs: Tensor | None = None,  # as in make_model
+    ) -> nn.Module:  # an Autoencoder, or a classifier alone
         "The untrained model."
         units = Units.read(about.get("units"))
         return make_model(self.cfg, tuple(about["x_shape"]), about["likelihood"], pseudo_inputs, units)
@@ -442,81 +699,117 @@ class Task:
     def begin(self, model: nn.Module, epoch: int) -> None:
         "What changes in the model from epoch to epoch."
 
-    def rows(self, data: Dataset, epoch: int) -> Tensor: # (steps, batch_size), on the CPU
+    def rows(self, data: Dataset, epoch: int) -> Tensor:  # (steps, batch_size), on the CPU
         "The training examples of each step of an epoch; what does not fill a batch is left out."
-        order, B = torch.randperm(len(data.x_train), generator=generator(self.cfg.seed, "order", epoch)), self.cfg.batch_size
-        return order[:len(order)//B*B].view(-1, B)
+        order, B = (
+            torch.randperm(len(data.x_train), generator=generator(self.cfg.seed, "order", epoch)),
+            self.cfg.batch_size,
+        )
+        return order[: len(order) // B * B].view(-1, B)
 
-    def known(self, data: Dataset, rows: Tensor) -> tuple: # arguments of the loss after x, weight and generator
+    def known(
+        self, data: Dataset, rows: Tensor
+    ) -> tuple:  # arguments of the loss after x, weight and generator
         "What the loss of a batch is given besides its images."
         return ()
 
 # %% ../nbs/09_training.ipynb #090045
-def _validate(self: Task, model: nn.Module, data: Dataset, x: Tensor | LazyImages) -> dict: # column of the history: value
+def _validate(
+    self: Task, model: nn.Module, data: Dataset, x: Tensor | LazyImages
+) -> dict:  # column of the history: value
     "Validation of an epoch, on the validation images x."
     return validated(*mean_terms(model, x, generator(self.cfg.seed, "validation", device=x.device)))
 
-def validated(reconstruction: float, divergence: float) -> dict: # column of the history: value
+
+def validated(reconstruction: float, divergence: float) -> dict:  # column of the history: value
     "Both terms on validation images, and the sum that runs with different weights are compared by."
-    return dict(val_reconstruction=reconstruction, val_divergence=divergence, criterion=reconstruction + divergence)
+    return dict(
+        val_reconstruction=reconstruction, val_divergence=divergence, criterion=reconstruction + divergence
+    )
+
 
 def _loss(self: Task, row: dict) -> float:
     "Of a row of the history: what is smallest in the epoch to keep, whatever the warm-up's weight is in it."
-    return row["val_reconstruction"] + divergence_weight(self.cfg)*row["val_divergence"]
+    return row["val_reconstruction"] + divergence_weight(self.cfg) * row["val_divergence"]
 
-def _metrics(self: Task, model: nn.Module, data: Dataset) -> dict: # metric: value
+
+def _metrics(self: Task, model: nn.Module, data: Dataset) -> dict:  # metric: value
     "What is measured besides that which is measured of every model."
     return {}
 
+
 Task.validate, Task.loss, Task.metrics = _validate, _loss, _metrics
 
+
 def task_of(
-    cfg: Config, # resolved
+    cfg: Config,  # resolved
 ) -> Task:
     "The task of a configuration."
-    if not cfg.labels and cfg.model != SUPERVISED: return Task(cfg)
+    if not cfg.labels and cfg.model != SUPERVISED:
+        return Task(cfg)
     semisup = import_module("csrae_nb.semisup")
     return semisup.SupervisedTask(cfg) if cfg.model == SUPERVISED else semisup.LabelTask(cfg)
 
 # %% ../nbs/09_training.ipynb #090047
 def progress_bar(
-    show: bool, # False: a bar that stays silent
-    *args, **kw, # of tqdm
+    show: bool,  # False: a bar that stays silent
+    *args,
+    **kw,  # of tqdm
 ) -> tqdm:
     "A tqdm bar on stderr: twice a second in a terminal, every ten seconds in a log."
-    return tqdm(*args, file=sys.stderr, mininterval=0.5 if sys.stderr.isatty() else 10, **kw, **({} if show else dict(disable=True)))
+    return tqdm(
+        *args,
+        file=sys.stderr,
+        mininterval=0.5 if sys.stderr.isatty() else 10,
+        **kw,
+        **({} if show else dict(disable=True)),
+    )
 
 # %% ../nbs/09_training.ipynb #090049
 class NonFiniteLoss(ArithmeticError):
     "The loss became infinite, NaN or larger than data can cost: training stopped, the last checkpoint is from before."
+
     remedy = "A lower lr, or a longer warmup, is the usual remedy"
 
+
 def check_finite(
-    log: Float[Tensor, "steps 3"], # loss, reconstruction and divergence of each step
-    epoch: int, # counted from 1
-    first: int = 0, # steps of the epoch before these
+    log: Float[Tensor, "steps 3"],  # loss, reconstruction and divergence of each step
+    epoch: int,  # counted from 1
+    first: int = 0,  # steps of the epoch before these
 ) -> None:
     "NonFiniteLoss that names the first step whose loss or terms are not finite, or beyond 10²⁰."
-    bad = (~(log.abs() < 1e20).all(1)).nonzero()                       # weights that run away need not give NaN
-    if len(bad) == 0: return
+    bad = (~(log.abs() < 1e20).all(1)).nonzero()  # weights that run away need not give NaN
+    if len(bad) == 0:
+        return
     step = bad[0, 0].item()
     loss, rec, div = log[step].tolist()
-    raise NonFiniteLoss(f"epoch {epoch}, step {first + step + 1}: loss {loss:g} = reconstruction {rec:g} and "
-        f"divergence {div:g}. {NonFiniteLoss.remedy}")
+    raise NonFiniteLoss(
+        f"epoch {epoch}, step {first + step + 1}: loss {loss:g} = reconstruction {rec:g} and "
+        f"divergence {div:g}. {NonFiniteLoss.remedy}"
+    )
 
 # %% ../nbs/09_training.ipynb #090050
 def train_epoch(
-    acc, # accelerate.Accelerator
-    model: nn.Module, # as prepared by acc
+    acc,  # accelerate.Accelerator
+    model: nn.Module,  # as prepared by acc
     opt: torch.optim.Optimizer,
-    data: Dataset, # on acc.device
-    cfg: Config, # resolved
-    epoch: int, # counted from 1
-    bar: tqdm, # progress, in steps
-) -> Tensor: # mean reconstruction and divergence
+    data: Dataset,  # on acc.device
+    cfg: Config,  # resolved
+    epoch: int,  # counted from 1
+    bar: tqdm,  # progress, in steps
+) -> Tensor:  # mean reconstruction and divergence
     "One pass over the training data in shuffled batches; of n processes, each takes every n-th row of a batch."
-    task, weight, rank, n, every = task_of(cfg), warmup_weight(cfg, epoch), acc.process_index, acc.num_processes, 50
-    rows, noise = task.rows(data, epoch).to(acc.device), generator(cfg.seed, "noise", epoch, 0, device=acc.device)
+    task, weight, rank, n, every = (
+        task_of(cfg),
+        warmup_weight(cfg, epoch),
+        acc.process_index,
+        acc.num_processes,
+        50,
+    )
+    rows, noise = (
+        task.rows(data, epoch).to(acc.device),
+        generator(cfg.seed, "noise", epoch, 0, device=acc.device),
+    )
     log = torch.zeros(len(rows), 3, device=acc.device)
     for i, batch in enumerate(rows):
         x = data.draw(data.x_train[batch], noise)[rank::n]
@@ -527,9 +820,9 @@ def train_epoch(
         opt.step()
         log[i] = torch.stack([terms.loss, terms.reconstruction.mean(), terms.divergence.mean()]).detach()
         if (i + 1) % every == 0 or i + 1 == len(log):
-            first = i//every*every
-            check_finite(log[first:i+1], epoch, first)
-            _, rec, div = log[first:i+1].mean(0).tolist()
+            first = i // every * every
+            check_finite(log[first : i + 1], epoch, first)
+            _, rec, div = log[first : i + 1].mean(0).tolist()
             bar.set_postfix(epoch=epoch, reconstruction=f"{rec:.2f}", divergence=f"{div:.2f}", refresh=False)
             bar.update(i + 1 - first)
     return acc.reduce(log[:, 1:].mean(0), "mean")
@@ -538,105 +831,152 @@ def train_epoch(
 @in_eval_mode
 def draw_codes(
     model: Autoencoder,
-    x: Tensor | LazyImages, # (n, *X), as the model sees it
+    x: Tensor | LazyImages,  # (n, *X), as the model sees it
     generator: torch.Generator | None = None,
-) -> Tensor: # (n, D)
+) -> Tensor:  # (n, D)
     "One code z ~ q(z|x) for each example."
     return torch.cat([model.encode(xb).rsample(generator) for xb in x.split(rows_at_once(x))])
+
 
 @in_eval_mode
 def active_units(
     model: Autoencoder,
-    x: Tensor | LazyImages, # (n, *X), as the model sees it
-) -> int | None: # between 0 and D; None of a single x, which has no variance
+    x: Tensor | LazyImages,  # (n, *X), as the model sees it
+) -> int | None:  # between 0 and D; None of a single x, which has no variance
     "Latent dimensions in which the mean of q(z|x) varies over x, with a variance above 0.01 (Burda et al., 2016)."
     mu = torch.cat([model.encode(xb).mu[:, 0] for xb in x.split(rows_at_once(x))])
-    return (mu.var(0) > .01).sum().item() if len(mu) > 1 else None
+    return (mu.var(0) > 0.01).sum().item() if len(mu) > 1 else None
+
 
 def _place_components(model, opt, data, cfg):
     "Set a free mixture prior to the k-means clusters of the training codes, and drop its optimiser state."
     codes = draw_codes(model, data.fixed("train"), generator(cfg.seed, "kmeans", device=data.x_train.device))
     model.prior.init_from_codes(codes, cfg.seed)
-    for p in model.prior.parameters(): opt.state.pop(p, None)
+    for p in model.prior.parameters():
+        opt.state.pop(p, None)
 
-def _has_free_components(model): return isinstance(prior := getattr(model, "prior", None), MoGPrior) and prior.network is None
+
+def _has_free_components(model):
+    return isinstance(prior := getattr(model, "prior", None), MoGPrior) and prior.network is None
 
 # %% ../nbs/09_training.ipynb #090054
 @dataclass(frozen=True)
 class Run:
     "A finished run: the best model by validation, and how it came about."
-    cfg: Config # resolved
-    path: Path # its folder
-    model: nn.Module # an Autoencoder, or a classifier alone: the weights of best_epoch, in eval mode
-    history: list[dict] # a row an epoch: weight, and both terms in training and validation
-    best_epoch: int # the epoch of the smallest validation loss
-    seconds: float # spent in training, over all sittings
-    sha256: dict[str, str] # of the data it was trained on
+
+    cfg: Config  # resolved
+    path: Path  # its folder
+    model: nn.Module  # an Autoencoder, or a classifier alone: the weights of best_epoch, in eval mode
+    history: list[dict]  # a row an epoch: weight, and both terms in training and validation
+    best_epoch: int  # the epoch of the smallest validation loss
+    seconds: float  # spent in training, over all sittings
+    sha256: dict[str, str]  # of the data it was trained on
 
     @property
-    def device(self) -> torch.device: # where the model is
+    def device(self) -> torch.device:  # where the model is
         return next(self.model.parameters()).device
 
 # %% ../nbs/09_training.ipynb #090055
 def load_run(
-    path: Path | str, # a run's folder
-    device: torch.device | str = "cpu", # where the model goes
+    path: Path | str,  # a run's folder
+    device: torch.device | str = "cpu",  # where the model goes
 ) -> Run:
     "A finished run from its folder; ValueError for a folder without one, or a damaged, foreign or newer file."
     path = Path(path)
-    if not (path/"model.safetensors").exists(): raise ValueError(f"{path} holds no finished run (no model.safetensors)"
-        + ("; start it again with the same command to finish it" if (path/"checkpoint.safetensors").exists() else ""))
-    weights, meta = load_tensors(path/"model.safetensors")
+    if not (path / "model.safetensors").exists():
+        raise ValueError(
+            f"{path} holds no finished run (no model.safetensors)"
+            + (
+                "; start it again with the same command to finish it"
+                if (path / "checkpoint.safetensors").exists()
+                else ""
+            )
+        )
+    weights, meta = load_tensors(path / "model.safetensors")
     try:
         cfg = make_config(meta["config"])
-        with torch_defaults(): model = task_of(cfg).make_model(meta)
+        with torch_defaults():
+            model = task_of(cfg).make_model(meta)
         model.load_state_dict(weights)
-    except (KeyError, RuntimeError) as e: raise ValueError(f"{path/'model.safetensors'} is no model of a finished run ({e})") from e
-    return Run(cfg, path, model.to(device).eval(), **{k: meta[k] for k in ("history", "best_epoch", "seconds", "sha256")})
+    except (KeyError, RuntimeError) as e:
+        raise ValueError(f"{path / 'model.safetensors'} is no model of a finished run ({e})") from e
+    return Run(
+        cfg,
+        path,
+        model.to(device).eval(),
+        **{k: meta[k] for k in ("history", "best_epoch", "seconds", "sha256")},
+    )
 
 # %% ../nbs/09_training.ipynb #090057
 def prepare_data(
-    cfg: Config, # resolved
-    data: Dataset | dict | None = None, # as in fit
+    cfg: Config,  # resolved
+    data: Dataset | dict | None = None,  # as in fit
 ) -> Dataset:
     "The data of a configuration, loaded if need be and checked against it; ValueError if they do not fit."
-    if data is None and cfg.dataset == "arrays": raise ValueError('dataset="arrays" needs the arrays: fit(cfg, dict(x=..., y=...))')
-    if not isinstance(data, Dataset): data = load_data(cfg.dataset if data is None else data, cfg.likelihood, cfg.split_seed, cfg.fold, cfg.image_size, cfg.validation)
-    if cfg.likelihood not in (None, data.likelihood): raise ValueError(f"the config says likelihood {cfg.likelihood}, the data {data.likelihood}")
+    if data is None and cfg.dataset == "arrays":
+        raise ValueError('dataset="arrays" needs the arrays: fit(cfg, dict(x=..., y=...))')
+    if not isinstance(data, Dataset):
+        data = load_data(
+            cfg.dataset if data is None else data,
+            cfg.likelihood,
+            cfg.split_seed,
+            cfg.fold,
+            cfg.image_size,
+            cfg.validation,
+        )
+    if cfg.likelihood not in (None, data.likelihood):
+        raise ValueError(f"the config says likelihood {cfg.likelihood}, the data {data.likelihood}")
     for split in SPLITS:
-        if isinstance(x := getattr(data, f"x_{split}"), Tensor): make_likelihood(data.likelihood).check(x, f"x_{split}")
+        if isinstance(x := getattr(data, f"x_{split}"), Tensor):
+            make_likelihood(data.likelihood).check(x, f"x_{split}")
     n = len(data.x_train)
-    if cfg.batch_size > n: raise ValueError(f"batch_size={cfg.batch_size} is larger than the {n} training examples of {data.name}")
-    if prior_kind(cfg) != "normal" and cfg.components > n: raise ValueError(f"components={cfg.components}; {data.name} has only {n} training examples")
+    if cfg.batch_size > n:
+        raise ValueError(
+            f"batch_size={cfg.batch_size} is larger than the {n} training examples of {data.name}"
+        )
+    if prior_kind(cfg) != "normal" and cfg.components > n:
+        raise ValueError(f"components={cfg.components}; {data.name} has only {n} training examples")
     task_of(cfg).check(data)
-    if data.name != dataset_name(cfg.dataset): raise ValueError(f'the config says dataset {cfg.dataset!r}, the data are {data.name!r}; for arrays of your own say dataset="arrays"')
+    if data.name != dataset_name(cfg.dataset):
+        raise ValueError(
+            f'the config says dataset {cfg.dataset!r}, the data are {data.name!r}; for arrays of your own say dataset="arrays"'
+        )
     return data
 
 # %% ../nbs/09_training.ipynb #090058
 @contextmanager
 def accelerator(
-    cfg: Config, # resolved
-): # yields an accelerate.Accelerator
+    cfg: Config,  # resolved
+):  # yields an accelerate.Accelerator
     """Accelerate's view of devices, precision and processes, as a configuration asks, inside a with. Accelerate keeps one such
     setting for the whole process: whatever it was before is there again afterwards."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState, PartialState
-    def of_this_run(): return (AcceleratorState, GradientState) + (() if torch.distributed.is_initialized() else (PartialState,))
+
+    def of_this_run():
+        return (AcceleratorState, GradientState) + (
+            () if torch.distributed.is_initialized() else (PartialState,)
+        )
+
     before = {state: dict(state._shared_state) for state in of_this_run()}
-    for state in before: state._shared_state.clear()
+    for state in before:
+        state._shared_state.clear()
     try:
         acc = Accelerator(cpu=cfg.device == "cpu", mixed_precision=cfg.precision)
         _check_shares(cfg, acc.num_processes)
         yield acc
     finally:
-        for state in set(of_this_run()) & set(before):                 # which process this is of several stays known
+        for state in set(of_this_run()) & set(before):  # which process this is of several stays known
             state._shared_state.clear()
             state._shared_state.update(before[state])
 
+# %% ../nbs/09_training.ipynb #090258
 def _check_shares(cfg, n):
     "ValueError if n processes cannot share a batch alike."
     for k in ("batch_size", *(("labelled_batch",) if cfg.labels else ())):
-        if getattr(cfg, k) % n: raise ValueError(f"{k}={getattr(cfg, k)} cannot be shared by {n} processes alike")
+        if getattr(cfg, k) % n:
+            raise ValueError(f"{k}={getattr(cfg, k)} cannot be shared by {n} processes alike")
+
 
 def is_main_process() -> bool:
     "Whether this process is the only one, or the first of several."
@@ -645,19 +985,38 @@ def is_main_process() -> bool:
 # %% ../nbs/09_training.ipynb #090458
 def _untrained(cfg, data, device):
     "Model and optimiser of a configuration, before the first epoch."
-    first = torch.randperm(len(data.x_train), generator=generator(cfg.seed, "pseudo-inputs"))[:cfg.components].to(device)
-    pseudo_inputs = data.draw(data.x_train[first], generator(cfg.seed, "pseudo-inputs", device=device)) if len(first) == cfg.components else None
-    task = task_of(cfg); model = task.make_model(task.about(data), pseudo_inputs).to(device)
+    first = torch.randperm(len(data.x_train), generator=generator(cfg.seed, "pseudo-inputs"))[
+        : cfg.components
+    ].to(device)
+    pseudo_inputs = (
+        data.draw(data.x_train[first], generator(cfg.seed, "pseudo-inputs", device=device))
+        if len(first) == cfg.components
+        else None
+    )
+    task = task_of(cfg)
+    model = task.make_model(task.about(data), pseudo_inputs).to(device)
     return model, torch.optim.Adam(model.parameters(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 # %% ../nbs/09_training.ipynb #090159
 def _tracker(cfg, path):
     "Accelerate's tracker for a run in path, started; None if none is asked for; ValueError if it is not installed."
-    if cfg.tracker is None: return None
+    if cfg.tracker is None:
+        return None
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-    if cfg.tracker not in map(str, get_available_trackers()): raise ValueError(f"tracker={cfg.tracker!r} is not installed: pip install {cfg.tracker.replace('_', '-')}")
-    make, names = LOGGER_TYPE_TO_CLASS[cfg.tracker], dict(wandb=dict(name=path.name), mlflow=dict(run_name=path.name))
-    tracker = make("tracker", logging_dir=path) if make.requires_logging_directory else make("csrae_nb", **names.get(cfg.tracker, {}))
+
+    if cfg.tracker not in map(str, get_available_trackers()):
+        raise ValueError(
+            f"tracker={cfg.tracker!r} is not installed: pip install {cfg.tracker.replace('_', '-')}"
+        )
+    make, names = (
+        LOGGER_TYPE_TO_CLASS[cfg.tracker],
+        dict(wandb=dict(name=path.name), mlflow=dict(run_name=path.name)),
+    )
+    tracker = (
+        make("tracker", logging_dir=path)
+        if make.requires_logging_directory
+        else make("csrae_nb", **names.get(cfg.tracker, {}))
+    )
     tracker.start()
     tracker.store_init_configuration(identity(cfg))
     return tracker
@@ -667,17 +1026,25 @@ def _tracker(cfg, path):
 def _keep_memory():
     """Have glibc keep what tensors free for the next ones. By default it gives large ones back to the system, and a step on images
     of 224 pixels spent more than half of its time on getting them again."""
-    if sys.platform != "linux" or any(k.startswith("MALLOC_") for k in os.environ): return
-    with suppress(OSError, AttributeError):                            # another libc
-        for option, value in ((-1, 2**31 - 1), (-2, 2**26), (-4, 0)):  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
+    if sys.platform != "linux" or any(k.startswith("MALLOC_") for k in os.environ):
+        return
+    with suppress(OSError, AttributeError):  # another libc
+        for option, value in (
+            (-1, 2**31 - 1),
+            (-2, 2**26),
+            (-4, 0),
+        ):  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
             ctypes.CDLL(None).mallopt(option, value)
 
-def _flushes_subnormals(): return not torch.tensor(1e-39, dtype=torch.float32).mul(0.5).item()
 
+def _flushes_subnormals():
+    return not torch.tensor(1e-39, dtype=torch.float32).mul(0.5).item()
+
+# %% ../nbs/09_training.ipynb #090659
 @contextmanager
 def cpu_threads(
-    n: int, # CPU threads
-): # a context
+    n: int,  # CPU threads
+):  # a context
     """CPU operations on n threads inside a with, set for training: memory is kept from one operation to the next, and numbers
     too small for their precision's normal form are 0. Adam's means of gradients that have ceased decay to such numbers, and a
     processor takes a hundred times as long for them. Of several threads, those that ran before go on as they were."""
@@ -685,10 +1052,12 @@ def cpu_threads(
     before, flushed = torch.get_num_threads(), _flushes_subnormals()
     torch.set_num_threads(n)
     torch.set_flush_denormal(True)
-    try: yield
+    try:
+        yield
     finally:
         torch.set_num_threads(before)
         torch.set_flush_denormal(flushed)
+
 
 def _write_history(path, history):
     "history.csv, a row an epoch."
@@ -696,59 +1065,85 @@ def _write_history(path, history):
     writer = csv.DictWriter(out, list(history[0]))
     writer.writeheader()
     writer.writerows(history)
-    write_atomic(path/"history.csv", out.getvalue())
+    write_atomic(path / "history.csv", out.getvalue())
 
 # %% ../nbs/09_training.ipynb #090459
-DTYPE = torch.float32 # of a run's weights
+DTYPE = torch.float32  # of a run's weights
+
 
 @contextmanager
 def torch_defaults(
-    threads: int | None = None, # CPU threads, as in cpu_threads; None: leave that as it is
-): # a context
+    threads: int | None = None,  # CPU threads, as in cpu_threads; None: leave that as it is
+):  # a context
     """Inside a with, torch is as if the process had only begun: new tensors in single precision and on the CPU, gradients
     recorded. Afterwards it is as the caller had it, its global random numbers included."""
     dtype = torch.get_default_dtype()
     device = nullcontext() if torch.get_default_device() == torch.device("cpu") else torch.device("cpu")
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad(), device, \
-            cpu_threads(threads) if threads else nullcontext():
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        device,
+        cpu_threads(threads) if threads else nullcontext(),
+    ):
         torch.set_default_dtype(DTYPE)
-        try: yield
-        finally: torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
 
 # %% ../nbs/09_training.ipynb #090060
 def _check_space(file, times):
     "OSError if the disk cannot hold two later checkpoints: `times` this one's size, 10 for one that holds weights only."
-    need, free = times*file.stat().st_size, shutil.disk_usage(file.parent).free
+    need, free = times * file.stat().st_size, shutil.disk_usage(file.parent).free
     with _writing(file.parent):
-        if free < need: raise OSError(errno.ENOSPC, f"{free/2**20:.0f} MiB free, this run needs {need/2**20:.0f} MiB")
+        if free < need:
+            raise OSError(errno.ENOSPC, f"{free / 2**20:.0f} MiB free, this run needs {need / 2**20:.0f} MiB")
 
 # %% ../nbs/09_training.ipynb #090061
 def _same_run(file, meta, cfg, data):
     "ValueError if a file's header is of another configuration, or of other data."
-    if identity(make_config(meta.get("config", {}))) != identity(cfg): raise ValueError(f"{file} is of another configuration; move it away to train anew")
-    if meta.get("sha256") != data.sha256: raise ValueError(f"{file} is of other data; give this run another name")
+    if identity(make_config(meta.get("config", {}))) != identity(cfg):
+        raise ValueError(f"{file} is of another configuration; move it away to train anew")
+    if meta.get("sha256") != data.sha256:
+        raise ValueError(f"{file} is of other data; give this run another name")
+
 
 def _state_of(file, tensors, meta, model, opt, wanted):
     "The best weights and the header's fields of a checkpoint, whose state goes into model and optimiser."
-    try: return _unpack(tensors, model, opt), {k: meta[k] for k in wanted}
-    except (KeyError, RuntimeError) as e: raise ValueError(
-        f"{file} is no checkpoint ({e}); move it away to start this run anew") from e
+    try:
+        return _unpack(tensors, model, opt), {k: meta[k] for k in wanted}
+    except (KeyError, RuntimeError) as e:
+        raise ValueError(f"{file} is no checkpoint ({e}); move it away to start this run anew") from e
 
 # %% ../nbs/09_training.ipynb #090062
 class _Training:
     "The state of a run between two epochs: model, optimiser, best weights, and what goes into a checkpoint's header."
+
     def __init__(self, cfg, data, acc, path, run_first=None):
         self.cfg, self.data, self.acc, self.path, self.val = cfg, data, acc, path, data.fixed("val")
         self.model, self.opt = _untrained(cfg, data, acc.device)
-        self.best, self.meta = {}, dict(epoch=0, best_epoch=0, val_loss=None, seconds=0., history=[],
-                                        sha256=data.sha256, config=dataclasses.asdict(cfg))
-        self.file, self.saved = path/"checkpoint.safetensors", None    # where, and the epoch that is there
+        self.best, self.meta = (
+            {},
+            dict(
+                epoch=0,
+                best_epoch=0,
+                val_loss=None,
+                seconds=0.0,
+                history=[],
+                sha256=data.sha256,
+                config=dataclasses.asdict(cfg),
+            ),
+        )
+        self.file, self.saved = path / "checkpoint.safetensors", None  # where, and the epoch that is there
         found = self.file.exists()
-        acc.wait_for_everyone()                                        # all have looked before the main process writes
-        if found: self.resume()
-        else: task_of(cfg).start(self.model, run_first)
+        acc.wait_for_everyone()  # all have looked before the main process writes
+        if found:
+            self.resume()
+        else:
+            task_of(cfg).start(self.model, run_first)
         self.save()
-        _check_space(self.file, 2 if found else 10)                    # a disk that cannot take it is found out now
+        _check_space(self.file, 2 if found else 10)  # a disk that cannot take it is found out now
         self.net, self.tracker, self.warned = acc.prepare(self.model), _tracker(cfg, path), False
 
     def resume(self):
@@ -756,21 +1151,23 @@ class _Training:
         tensors, meta = load_tensors(self.file)
         _same_run(self.file, meta, self.cfg, self.data)
         self.best, self.meta = _state_of(self.file, tensors, meta, self.model, self.opt, self.meta)
-        self.meta["config"] = dataclasses.asdict(self.cfg)             # ll_samples, device and threads may differ now
+        self.meta["config"] = dataclasses.asdict(self.cfg)  # ll_samples, device and threads may differ now
 
     def save(self):
         "Write the checkpoint and history.csv, from the main process."
         if self.acc.is_main_process:
             with _writing(self.path):
                 save_tensors(self.file, _pack(self.model, self.opt, self.best), self.meta)
-                if self.meta["history"]: _write_history(self.path, self.meta["history"])
+                if self.meta["history"]:
+                    _write_history(self.path, self.meta["history"])
         self.saved = self.meta["epoch"]
         self.acc.wait_for_everyone()
 
-    def failed(self, error): return NonFiniteLoss(f"{error}. The last good state, of epoch {self.saved}, is {self.file}")
+    def failed(self, error):
+        return NonFiniteLoss(f"{error}. The last good state, of epoch {self.saved}, is {self.file}")
 
     @property
-    def done(self): # patience counts from the end of the warm-up
+    def done(self):  # patience counts from the end of the warm-up
         c, m = self.cfg, self.meta
         warmup = c.warmup if "warmup" not in _unused(c) else 0
         return m["epoch"] >= c.epochs or m["epoch"] - max(m["best_epoch"], warmup) >= c.patience
@@ -779,24 +1176,44 @@ class _Training:
 def _check_collapse(t):
     "Warn, once a run, if the codes say nothing of x, or if a mixture prior acts as one Gaussian."
     epoch = t.meta["epoch"]
-    if t.warned or epoch % 10 or epoch < t.cfg.warmup or t.cfg.model == SUPERVISED or not t.acc.is_main_process: return
-    x = t.val[::math.ceil(len(t.val)/max(200, rows_at_once(t.val)))]   # of all, as neighbours may be frames of one video
-    if len(x) < 10: return                                             # too few to tell
-    with torch.no_grad(): z, p = draw_codes(t.model, x, generator(t.cfg.seed, "collapse", device=t.acc.device)), t.model.prior()
+    if (
+        t.warned
+        or epoch % 10
+        or epoch < t.cfg.warmup
+        or t.cfg.model == SUPERVISED
+        or not t.acc.is_main_process
+    ):
+        return
+    x = t.val[
+        :: math.ceil(len(t.val) / max(200, rows_at_once(t.val)))
+    ]  # of all, as neighbours may be frames of one video
+    if len(x) < 10:
+        return  # too few to tell
+    with torch.no_grad():
+        z, p = draw_codes(t.model, x, generator(t.cfg.seed, "collapse", device=t.acc.device)), t.model.prior()
     K, weight = len(p.logw), "lam" if has_cs(t.cfg) else "beta"
-    if not active_units(t.model, x): what = f"no latent dimension is active: the encoder ignores x, and a smaller {weight} or a longer warmup is the usual remedy"
-    elif K > 1 and (count := distinct_components(p, occupancy(p, z))) < 1.5: what = (f"the prior's {K} components act as {count:.1f}: the mixture has collapsed, "
-        f"and free components that k-means places (kmeans_epoch), or a smaller {weight}, is the usual remedy")
-    else: return
-    t.warned = True; warnings.warn(f"epoch {epoch}: {what}")
+    if not active_units(t.model, x):
+        what = f"no latent dimension is active: the encoder ignores x, and a smaller {weight} or a longer warmup is the usual remedy"
+    elif K > 1 and (count := distinct_components(p, occupancy(p, z))) < 1.5:
+        what = (
+            f"the prior's {K} components act as {count:.1f}: the mixture has collapsed, "
+            f"and free components that k-means places (kmeans_epoch), or a smaller {weight}, is the usual remedy"
+        )
+    else:
+        return
+    t.warned = True
+    warnings.warn(f"epoch {epoch}: {what}")
 
 # %% ../nbs/09_training.ipynb #090063
 def _record(self: _Training, seconds, **row):
     "Add an epoch to the history, and keep the weights if they are the best so far; NonFiniteLoss if validation is."
     m, epoch = self.meta, self.meta["epoch"] + 1
     row = dict(epoch=epoch, weight=warmup_weight(self.cfg, epoch), **row)
-    if not math.isfinite(row["criterion"]): raise NonFiniteLoss(f"epoch {epoch}: validation gives reconstruction "
-        f"{row['val_reconstruction']:g}, divergence {row['val_divergence']:g}. {NonFiniteLoss.remedy}")
+    if not math.isfinite(row["criterion"]):
+        raise NonFiniteLoss(
+            f"epoch {epoch}: validation gives reconstruction "
+            f"{row['val_reconstruction']:g}, divergence {row['val_divergence']:g}. {NonFiniteLoss.remedy}"
+        )
     loss = task_of(self.cfg).loss(row)
     if m["val_loss"] is None or loss < m["val_loss"]:
         m["val_loss"], m["best_epoch"] = loss, epoch
@@ -804,16 +1221,20 @@ def _record(self: _Training, seconds, **row):
     m["history"].append(row)
     m["epoch"] = epoch
     m["seconds"] += seconds
-    if self.tracker: self.tracker.log({k: v for k, v in row.items() if k != "epoch"}, step=epoch)
+    if self.tracker:
+        self.tracker.log({k: v for k, v in row.items() if k != "epoch"}, step=epoch)
+
 
 _Training.record = _record
 
+# %% ../nbs/09_training.ipynb #090263
 def _epoch(t, bar):
     "Train one epoch, and validate."
     start, epoch, task = time.perf_counter(), t.meta["epoch"] + 1, task_of(t.cfg)
     task.begin(t.model.train(), epoch)
     rec, div = train_epoch(t.acc, t.net, t.opt, t.data, t.cfg, epoch, bar).tolist()
-    if epoch == t.cfg.kmeans_epoch and _has_free_components(t.model): _place_components(t.model, t.opt, t.data, t.cfg)
+    if epoch == t.cfg.kmeans_epoch and _has_free_components(t.model):
+        _place_components(t.model, t.opt, t.data, t.cfg)
     row = task.validate(t.model.eval(), t.data, t.val)
     t.record(time.perf_counter() - start, train_reconstruction=rec, train_divergence=div, **row)
     _check_collapse(t)
@@ -823,75 +1244,107 @@ def _finish(t):
     "Write model.safetensors, the best weights with all that load_run needs, and drop the checkpoint."
     meta = {**t.meta, **task_of(t.cfg).about(t.data)}
     if t.acc.is_main_process:
-        with _writing(t.path): save_tensors(t.path/"model.safetensors", t.best, meta)
+        with _writing(t.path):
+            save_tensors(t.path / "model.safetensors", t.best, meta)
         tidied(t.path)
-    if t.tracker: t.tracker.finish()
+    if t.tracker:
+        t.tracker.finish()
     t.acc.wait_for_everyone()
+
 
 def is_trained(path: Path) -> bool:
     "Whether a run's folder holds its model, and nothing of training is left there."
-    return (path/"model.safetensors").exists() and not list(path.glob("checkpoint*.safetensors"))
+    return (path / "model.safetensors").exists() and not list(path.glob("checkpoint*.safetensors"))
+
 
 def tidied(path: Path) -> bool:
     "Whether a run's folder holds its model; if so, its checkpoints are removed, which a kill may have left."
-    if found := (path/"model.safetensors").exists():
-        for f in path.glob("checkpoint*.safetensors"): f.unlink(missing_ok=True)
+    if found := (path / "model.safetensors").exists():
+        for f in path.glob("checkpoint*.safetensors"):
+            f.unlink(missing_ok=True)
     return found
 
 # %% ../nbs/09_training.ipynb #090066
 class RunLocked(RuntimeError):
     "Another process is training or evaluating this run."
 
-@contextmanager
-def run_lock(path: Path): # of a run's folder
-    "The folder's lock, held inside a with; RunLocked if another process has it."
-    lock = FileLock(path/".lock")
-    with _writing(path):
-        try: lock.acquire(timeout=0.5)                                 # who only looks whether it is held has it for a moment
-        except Timeout: raise RunLocked(f"another process is at work in {path}; wait for it, or stop it first") from None
-    try:
-        for f in path.glob(".*.tmp"): f.unlink(missing_ok=True)        # a kill left them behind
-        yield
-    finally: lock.release()
 
+@contextmanager
+def run_lock(path: Path):  # of a run's folder
+    "The folder's lock, held inside a with; RunLocked if another process has it."
+    lock = FileLock(path / ".lock")
+    with _writing(path):
+        try:
+            lock.acquire(timeout=0.5)  # who only looks whether it is held has it for a moment
+        except Timeout:
+            raise RunLocked(f"another process is at work in {path}; wait for it, or stop it first") from None
+    try:
+        for f in path.glob(".*.tmp"):
+            f.unlink(missing_ok=True)  # a kill left them behind
+        yield
+    finally:
+        lock.release()
+
+# %% ../nbs/09_training.ipynb #090166
 def _train(t, progress, checkpoints):
     "From the first epoch, or the last checkpoint, to model.safetensors."
     cfg, steps = t.cfg, len(task_of(t.cfg).rows(t.data, 1))
-    with progress_bar(progress and t.acc.is_main_process, total=cfg.epochs*steps, initial=t.meta["epoch"]*steps,
-                      unit="step", desc="training") as bar:
+    with progress_bar(
+        progress and t.acc.is_main_process,
+        total=cfg.epochs * steps,
+        initial=t.meta["epoch"] * steps,
+        unit="step",
+        desc="training",
+    ) as bar:
         while not t.done:
-            try: _epoch(t, bar)
-            except NonFiniteLoss as e: raise t.failed(e) if checkpoints else e
-            if checkpoints or t.done: t.save()
+            try:
+                _epoch(t, bar)
+            except NonFiniteLoss as e:
+                raise t.failed(e) if checkpoints else e
+            if checkpoints or t.done:
+                t.save()
     _finish(t)
 
 # %% ../nbs/09_training.ipynb #090067
 def fit(
-    cfg: Config, # what to run
-    data: Dataset | dict | None = None, # a Dataset, or a dict of arrays; None: load cfg.dataset
-    progress: bool = True, # show a progress bar on stderr
-    folder: Path | str | None = None, # the run's; None: by its name, in runs_folder()
-    checkpoints: bool = True, # one after each epoch; False: a run that is killed starts anew
-) -> Run: # with the best model
+    cfg: Config,  # what to run
+    data: Dataset | dict | None = None,  # a Dataset, or a dict of arrays; None: load cfg.dataset
+    progress: bool = True,  # show a progress bar on stderr
+    folder: Path | str | None = None,  # the run's; None: by its name, in runs_folder()
+    checkpoints: bool = True,  # one after each epoch; False: a run that is killed starts anew
+) -> Run:  # with the best model
     """Train, or go on, or find finished, the run of a configuration; ValueError, OSError, RunLocked or NonFiniteLoss before
     anything is lost."""
     cfg = resolve(cfg)
-    if cfg.warmup > cfg.epochs and cfg.model != SUPERVISED: warnings.warn(f"warmup={cfg.warmup} is longer than "
-        f"epochs={cfg.epochs}: the divergence gets at most {cfg.epochs/cfg.warmup:.0%} of its weight", stacklevel=2)
+    if cfg.warmup > cfg.epochs and cfg.model != SUPERVISED:
+        warnings.warn(
+            f"warmup={cfg.warmup} is longer than "
+            f"epochs={cfg.epochs}: the divergence gets at most {cfg.epochs / cfg.warmup:.0%} of its weight",
+            stacklevel=2,
+        )
     with torch_defaults(cfg.threads):
         data = prepare_data(cfg, data)
-        with accelerator(cfg) as acc: return _fit(cfg, data, acc, progress, folder, checkpoints)
+        with accelerator(cfg) as acc:
+            return _fit(cfg, data, acc, progress, folder, checkpoints)
 
+# %% ../nbs/09_training.ipynb #090167
 def _fit(cfg, data, acc, progress, folder, checkpoints):
     "`fit` with its surroundings settled."
-    def run_first(c): return fit(c, data, progress, Path(folder)/"first" if folder else None, checkpoints)
+
+    def run_first(c):
+        return fit(c, data, progress, Path(folder) / "first" if folder else None, checkpoints)
+
     path = open_run(cfg, folder)
     if not (found := is_trained(path)):
         with run_lock(path) if acc.is_main_process else nullcontext():
             if not (found := tidied(path)):
                 _train(_Training(cfg, data.to(acc.device), acc, path, run_first), progress, checkpoints)
     run = load_run(path, acc.device)
-    _same_run(path/"model.safetensors", dict(config=dataclasses.asdict(run.cfg), sha256=run.sha256), cfg, data)
-    if found and progress and acc.is_main_process: print(
-        f"{path.name} is finished (best epoch {run.best_epoch} of {len(run.history)}): nothing to train")
+    _same_run(
+        path / "model.safetensors", dict(config=dataclasses.asdict(run.cfg), sha256=run.sha256), cfg, data
+    )
+    if found and progress and acc.is_main_process:
+        print(
+            f"{path.name} is finished (best epoch {run.best_epoch} of {len(run.history)}): nothing to train"
+        )
     return dataclasses.replace(run, cfg=cfg)

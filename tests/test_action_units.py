@@ -1,4 +1,5 @@
 "Two phases, many answers and classifiers alone: what fit makes of them on faces and on digits, and what is refused."
+
 import dataclasses
 
 import pytest
@@ -11,47 +12,103 @@ from csrae_nb.faces import load_faces, write_disfa, write_fera2015
 from csrae_nb.semisup import LabelTask, first_phase, take_over
 from csrae_nb.training import Config, command, fit, load_run, resolve, run_name, runs_folder
 
-pytest.importorskip("cv2"); pytest.importorskip("h5py")
-CFG = Config(dataset="faces_demo", image_size=32, epochs=2, warmup=1, pretrain=2, kmeans_epoch=1, components=3, batch_size=50, labelled_batch=10, latent_dim=4, expost_components=3)
-DIGITS = Config(labels=100., pretrain=2, epochs=2, warmup=1, ll_samples=0, expost_components=5, fid_images=50)
+pytest.importorskip("cv2")
+pytest.importorskip("h5py")
+CFG = Config(
+    dataset="faces_demo",
+    image_size=32,
+    epochs=2,
+    warmup=1,
+    pretrain=2,
+    kmeans_epoch=1,
+    components=3,
+    batch_size=50,
+    labelled_batch=10,
+    latent_dim=4,
+    expost_components=3,
+)
+DIGITS = Config(
+    labels=100.0, pretrain=2, epochs=2, warmup=1, ll_samples=0, expost_components=5, fid_images=50
+)
+
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     "Two subjects of each fold of faces_demo and DISFA, and some tasks of FERA2015, on disk."
-    root = tmp_path_factory.mktemp("faces"); some = ("SN002", "SN010", "SN013", "SN018", "SN003", "SN029")
-    for name in ("faces_demo", "DISFA"): write_disfa(root/name, some, frames=60)
-    write_fera2015(root/"FERA2015", ("F001_T1", "M007_T2", "M011_T1", "F003_T3", "F007_T1", "F015_T4"), frames=40)
+    root = tmp_path_factory.mktemp("faces")
+    some = ("SN002", "SN010", "SN013", "SN018", "SN003", "SN029")
+    for name in ("faces_demo", "DISFA"):
+        write_disfa(root / name, some, frames=60)
+    write_fera2015(
+        root / "FERA2015", ("F001_T1", "M007_T2", "M011_T1", "F003_T3", "F007_T1", "F015_T4"), frames=40
+    )
     return root
 
+
 @pytest.fixture(autouse=True)
-def places(drawn, tmp_path, monkeypatch): monkeypatch.setenv("CSRAE_DATA", str(drawn)); monkeypatch.setenv("CSRAE_RUNS", str(tmp_path/"runs"))
+def places(drawn, tmp_path, monkeypatch):
+    monkeypatch.setenv("CSRAE_DATA", str(drawn))
+    monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "runs"))
+
 
 @pytest.fixture(scope="module")
-def digits(): return load_data("digits")
+def digits():
+    return load_data("digits")
+
 
 @pytest.mark.filterwarnings("ignore:.*left out|fold . of .* has no frame")
 @pytest.mark.parametrize("dataset, answers", [("faces_demo", 8), ("disfa", 8), ("fera2015", 5)])
 def test_both_phases_on_each_layout(dataset, answers):
     "Nothing but the data set and what makes it quick: labels and pretraining come from the preset."
-    cfg = dataclasses.replace(CFG, dataset=dataset, fid_layer=0); metrics = complete_run(cfg, progress=False)
+    cfg = dataclasses.replace(CFG, dataset=dataset, fid_layer=0)
+    metrics = complete_run(cfg, progress=False)
     f1 = {k: v for k, v in metrics.items() if k.startswith("f1_") and k != "f1_val"}
-    assert len(f1) == answers and metrics["f1"] == pytest.approx(sum(v for v in f1.values() if v is not None)/sum(v is not None for v in f1.values()))
-    assert {p.name for p in runs_folder().glob("[!.]*")} == {run_name(cfg), run_name(first_phase(resolve(cfg)))} and resolve(cfg).labels == .25
-    row, = results_table([runs_folder()/run_name(cfg)]); assert (row["labels"], row["pretrain"], row["network"], row["f1_mean"]) == (.25, 2, "faces", metrics["f1"]) and {k for k, v in f1.items() if v is not None} <= {k.removesuffix("_mean") for k in row}
+    assert len(f1) == answers and metrics["f1"] == pytest.approx(
+        sum(v for v in f1.values() if v is not None) / sum(v is not None for v in f1.values())
+    )
+    assert {p.name for p in runs_folder().glob("[!.]*")} == {
+        run_name(cfg),
+        run_name(first_phase(resolve(cfg))),
+    } and resolve(cfg).labels == 0.25
+    (row,) = results_table([runs_folder() / run_name(cfg)])
+    assert (row["labels"], row["pretrain"], row["network"], row["f1_mean"]) == (
+        0.25,
+        2,
+        "faces",
+        metrics["f1"],
+    ) and {k for k, v in f1.items() if v is not None} <= {k.removesuffix("_mean") for k in row}
+
 
 def test_a_fold_without_labels_for_an_answer(drawn):
     data = load_faces("faces_demo", image_size=32, progress=False)
-    y = data.y_train.clone(); y[:, 2] = 0; test = data.y_test.clone(); test[:5, 2], test[:, 3] = 1, 0
-    metrics = LabelTask(resolve(dataclasses.replace(CFG, pretrain=0))).metrics(fit(dataclasses.replace(CFG, pretrain=0), data := dataclasses.replace(data, y_train=y, y_test=test), progress=False).model, data)
+    y = data.y_train.clone()
+    y[:, 2] = 0
+    test = data.y_test.clone()
+    test[:5, 2], test[:, 3] = 1, 0
+    metrics = LabelTask(resolve(dataclasses.replace(CFG, pretrain=0))).metrics(
+        fit(
+            dataclasses.replace(CFG, pretrain=0),
+            data := dataclasses.replace(data, y_train=y, y_test=test),
+            progress=False,
+        ).model,
+        data,
+    )
     assert metrics["f1_AU6"] is None and metrics["f1_AU4"] is not None and 0 <= metrics["f1"] <= 100
+
 
 def interrupted(cfg, data, monkeypatch, phase, epoch):
     "Fit, stopped at the beginning of an epoch of a phase."
     run_epoch = training._epoch
+
     def stop(t, bar):
-        if bool(t.cfg.labels) == (phase == 2) and t.meta["epoch"] + 1 == epoch: raise KeyboardInterrupt
+        if bool(t.cfg.labels) == (phase == 2) and t.meta["epoch"] + 1 == epoch:
+            raise KeyboardInterrupt
         run_epoch(t, bar)
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt): m.setattr(training, "_epoch", stop); fit(cfg, data, progress=False)
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(training, "_epoch", stop)
+        fit(cfg, data, progress=False)
+
 
 @pytest.mark.parametrize("phase, epoch", [(1, 2), (2, 1), (2, 2)])
 def test_either_phase_goes_on_where_it_was_stopped(digits, monkeypatch, phase, epoch):
@@ -60,49 +117,95 @@ def test_either_phase_goes_on_where_it_was_stopped(digits, monkeypatch, phase, e
     again = fit(cfg, digits, progress=False)
     assert all(torch.equal(v, again.model.state_dict()[k]) for k, v in whole.model.state_dict().items())
 
+
 def test_runs_with_other_labels_share_the_first_phase(digits):
-    fit(DIGITS, digits, progress=False); before = {p: p.stat().st_mtime_ns for p in runs_folder().glob("*/model.safetensors")}
-    fit(dataclasses.replace(DIGITS, labels=50.), digits, progress=False)
-    assert len(before) == 2 and len(list(runs_folder().iterdir())) == 3 and all(p.stat().st_mtime_ns == t for p, t in before.items())
-    assert "-p pretrain 2" in command(resolve(DIGITS)) and command(first_phase(resolve(DIGITS))) == "papermill nbs/train.ipynb -p epochs 2 -p warmup 0 -p ll_samples 0 -p fid_images 50 -p expost_components 5".replace(" -p warmup 0", "")
+    fit(DIGITS, digits, progress=False)
+    before = {p: p.stat().st_mtime_ns for p in runs_folder().glob("*/model.safetensors")}
+    fit(dataclasses.replace(DIGITS, labels=50.0), digits, progress=False)
+    assert (
+        len(before) == 2
+        and len(list(runs_folder().iterdir())) == 3
+        and all(p.stat().st_mtime_ns == t for p, t in before.items())
+    )
+    assert (
+        "-p pretrain 2" in command(resolve(DIGITS))
+        and command(first_phase(resolve(DIGITS)))
+        == "papermill nbs/train.ipynb -p epochs 2 -p warmup 0 -p ll_samples 0 -p fid_images 50 -p expost_components 5".replace(
+            " -p warmup 0", ""
+        )
+    )
+
 
 def test_a_first_phase_that_another_process_trains_is_waited_for(digits, monkeypatch):
     calls, real = [], training.fit
+
     def busy(cfg, *args):
         calls.append(cfg.labels)
-        if len(calls) == 1: raise training.RunLocked("busy")
+        if len(calls) == 1:
+            raise training.RunLocked("busy")
         return real(cfg, *args)
+
     monkeypatch.setattr(training, "fit", busy)
     monkeypatch.setattr(semisup.time, "sleep", lambda s: None)
-    fit(DIGITS, digits, progress=False); assert calls == [0., 0.]
+    fit(DIGITS, digits, progress=False)
+    assert calls == [0.0, 0.0]
+
 
 @pytest.mark.parametrize("network, shape", [("mlp", (8, 8)), ("faces", (3, 32, 32))])
 @pytest.mark.parametrize("model", ["VampPriorVAE", "MixtureCSRAE"])
 def test_what_is_taken_over(network, shape, model):
     "The weights of all layers that are alike: of an MLP the features and the decoder, of the network for faces all but what is the label's."
-    cfg = resolve(Config(model=model, labels=10., network=network, components=3, latent_dim=4)); about = dict(x_shape=shape, likelihood="gaussian", kind="OneLabel", outputs=10, share=.5, label_prior=[0.]*10)
-    old, new = training.Task(resolve(dataclasses.replace(cfg, labels=0.))).make_model(about).state_dict(), LabelTask(cfg).make_model(about)
-    for v in old.values(): v.copy_(torch.randn(v.shape).to(v.dtype))
-    taken = take_over(new, old); own = new.state_dict()
+    cfg = resolve(Config(model=model, labels=10.0, network=network, components=3, latent_dim=4))
+    about = dict(
+        x_shape=shape, likelihood="gaussian", kind="OneLabel", outputs=10, share=0.5, label_prior=[0.0] * 10
+    )
+    old, new = (
+        training.Task(resolve(dataclasses.replace(cfg, labels=0.0))).make_model(about).state_dict(),
+        LabelTask(cfg).make_model(about),
+    )
+    for v in old.values():
+        v.copy_(torch.randn(v.shape).to(v.dtype))
+    taken = take_over(new, old)
+    own = new.state_dict()
     parts = {k.split(".")[0] + "." + k.split(".")[1] for k in taken if not k.startswith("prior.")}
-    assert parts == {"encoder.image", "decoder.both", "decoder.net"} | ({"encoder.both", "encoder.code"} if network == "faces" else set())
-    assert sum(torch.equal(own[k], v) for k in taken for v in old.values() if v.shape == own[k].shape) >= len(taken) and any(k.startswith("prior.") for k in taken)
+    assert parts == {"encoder.image", "decoder.both", "decoder.net"} | (
+        {"encoder.both", "encoder.code"} if network == "faces" else set()
+    )
+    assert sum(torch.equal(own[k], v) for k in taken for v in old.values() if v.shape == own[k].shape) >= len(
+        taken
+    ) and any(k.startswith("prior.") for k in taken)
 
-@pytest.mark.parametrize("labels, n", [(100., 100), (1., 1439), (.1, 144)])
+
+@pytest.mark.parametrize("labels, n", [(100.0, 100), (1.0, 1439), (0.1, 144)])
 def test_a_classifier_alone(digits, labels, n):
-    cfg = Config(model="Supervised", labels=labels, epochs=3, components=7, lam=1., warmup=5, pretrain=0)
-    metrics = complete_run(cfg, digits, progress=False); run = load_run(runs_folder()/run_name(cfg)); task = LabelTask(run.cfg)
-    assert metrics["error"] < 85 and metrics["reconstruction"] is None and metrics["frechet_classifier_samples"] is None
-    assert run_name(cfg) == run_name(Config(model="Supervised", labels=labels, epochs=3, latent_dim=3)) and "-z" not in run_name(cfg)
-    rows = training.task_of(run.cfg).rows(digits, 1); assert rows.shape == (14, 100) and len(rows.unique()) >= min(n, 1400) and len(task.labelled(digits)) == n
-    row, = results_table([run.path]); assert row["latent_dim"] == "" and row["error_mean"] == metrics["error"]
+    cfg = Config(model="Supervised", labels=labels, epochs=3, components=7, lam=1.0, warmup=5, pretrain=0)
+    metrics = complete_run(cfg, digits, progress=False)
+    run = load_run(runs_folder() / run_name(cfg))
+    task = LabelTask(run.cfg)
+    assert (
+        metrics["error"] < 85
+        and metrics["reconstruction"] is None
+        and metrics["frechet_classifier_samples"] is None
+    )
+    assert run_name(cfg) == run_name(
+        Config(model="Supervised", labels=labels, epochs=3, latent_dim=3)
+    ) and "-z" not in run_name(cfg)
+    rows = training.task_of(run.cfg).rows(digits, 1)
+    assert rows.shape == (14, 100) and len(rows.unique()) >= min(n, 1400) and len(task.labelled(digits)) == n
+    (row,) = results_table([run.path])
+    assert row["latent_dim"] == "" and row["error_mean"] == metrics["error"]
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(model="Supervised"), "learns from labels alone"),
-    (dict(model="Supervised", labels=10., network="residual"), "has no part for labels"),
-    (dict(model="Supervised", labels=10., network="resnet18"), "colour images"),
-    (dict(labels=.5, network="faces"), "32, 96, 160, 224"),
-])
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(model="Supervised"), "learns from labels alone"),
+        (dict(model="Supervised", labels=10.0, network="residual"), "has no part for labels"),
+        (dict(model="Supervised", labels=10.0, network="resnet18"), "colour images"),
+        (dict(labels=0.5, network="faces"), "32, 96, 160, 224"),
+    ],
+)
 def test_what_is_refused(digits, changes, message):
-    with pytest.raises(ValueError, match=message): fit(Config(**changes), digits, progress=False)
+    with pytest.raises(ValueError, match=message):
+        fit(Config(**changes), digits, progress=False)
     assert not runs_folder().exists()

@@ -1,4 +1,5 @@
 "A run folder that version 0.1.0 wrote loads, is found finished, and is worth the same."
+
 import json
 import shutil
 from pathlib import Path
@@ -11,15 +12,26 @@ from csrae_nb.evaluation import complete_run, evaluate, finished_metrics
 from csrae_nb.sharing import Pretrained
 from csrae_nb.training import Config, load_run, run_name
 
-HERE = Path(__file__).parent/"runs_0.1.0"
-CFG = Config(dataset="digits", network="pinwheel", latent_dim=3, components=5, epochs=4, warmup=1, ll_samples=3, fid_images=50,
-             expost_components=3)
+HERE = Path(__file__).parent / "runs_0.1.0"
+CFG = Config(
+    dataset="digits",
+    network="pinwheel",
+    latent_dim=3,
+    components=5,
+    epochs=4,
+    warmup=1,
+    ll_samples=3,
+    fid_images=50,
+    expost_components=3,
+)
+
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     "A copy of the run in a store of its own."
     monkeypatch.setenv("CSRAE_RUNS", str(tmp_path))
-    return Path(shutil.copytree(HERE/run_name(CFG), tmp_path/run_name(CFG)))
+    return Path(shutil.copytree(HERE / run_name(CFG), tmp_path / run_name(CFG)))
+
 
 def test_it_is_found_finished(folder):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
@@ -27,11 +39,14 @@ def test_it_is_found_finished(folder):
     assert metrics == finished_metrics(CFG) and len(metrics) > 30
     assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
 
+
 def test_it_loads_and_is_worth_the_same(folder):
     run, model = load_run(folder), Pretrained.from_pretrained(folder).model
-    best = json.loads((folder/"metrics.json").read_text())["best_epoch"]
+    best = json.loads((folder / "metrics.json").read_text())["best_epoch"]
     assert (run.cfg.epochs, len(run.history), run.best_epoch) == (4, 4, best)
-    assert all(torch.equal(a, b) for a, b in zip(run.model.state_dict().values(), model.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(run.model.state_dict().values(), model.state_dict().values())
+    )
     now, then = evaluate(run, load_data("digits"), progress=False), finished_metrics(CFG)
     for name in ("reconstruction", "divergence", "ll", "knn3", "active_units", "effective_k"):
         assert now[name] == pytest.approx(then[name], rel=1e-3), name

@@ -1,4 +1,5 @@
 "The scikit-learn estimator: scikit-learn's own checks, whole, and what they do not ask."
+
 import copy
 import io
 import pickle
@@ -25,202 +26,441 @@ from csrae_nb.training import Config, NonFiniteLoss, fit
 pytestmark = pytest.mark.filterwarnings("ignore:epoch .*(collapsed|no latent dimension)")
 X, y = load_iris(return_X_y=True)
 
-def quick(**kw): return CSRAEEmbedding(**dict(epochs=3, warmup=1, components=4, random_state=0) | kw)
+
+def quick(**kw):
+    return CSRAEEmbedding(**dict(epochs=3, warmup=1, components=4, random_state=0) | kw)
+
 
 @pytest.fixture(scope="module")
-def fitted(): return quick().fit(X)
+def fitted():
+    return quick().fit(X)
+
 
 @parametrize_with_checks([CSRAEEmbedding()])
-def test_scikit_learns_own_checks(estimator, check): check(estimator)
+def test_scikit_learns_own_checks(estimator, check):
+    check(estimator)
+
 
 # --- the same training
 
+
 def test_fit_is_fit(tmp_path):
     "The weights are those of fit with the Config that the estimator says, on the rows as it standardises them."
-    mine = quick(validation_fraction=0).fit(X); x = StandardScaler().fit_transform(X).astype(np.float32)
-    cfg = Config(dataset="arrays", latent_dim=2, components=4, epochs=3, warmup=1, likelihood="gaussian", network="mlp", lr=1e-3)
-    run = fit(cfg, dict(x_train=x, x_val=x, x_test=x), progress=False, folder=tmp_path/"run")
-    for k, v in run.model.state_dict().items(): torch.testing.assert_close(mine.model_.state_dict()[k].float(), v, rtol=1e-4, atol=1e-6)
-    assert mine.config_.seed == 0 and mine.config_.network == "mlp" and (mine.n_iter_, mine.best_epoch_) == (len(run.history), run.best_epoch)
+    mine = quick(validation_fraction=0).fit(X)
+    x = StandardScaler().fit_transform(X).astype(np.float32)
+    cfg = Config(
+        dataset="arrays",
+        latent_dim=2,
+        components=4,
+        epochs=3,
+        warmup=1,
+        likelihood="gaussian",
+        network="mlp",
+        lr=1e-3,
+    )
+    run = fit(cfg, dict(x_train=x, x_val=x, x_test=x), progress=False, folder=tmp_path / "run")
+    for k, v in run.model.state_dict().items():
+        torch.testing.assert_close(mine.model_.state_dict()[k].float(), v, rtol=1e-4, atol=1e-6)
+    assert (
+        mine.config_.seed == 0
+        and mine.config_.network == "mlp"
+        and (mine.n_iter_, mine.best_epoch_) == (len(run.history), run.best_epoch)
+    )
+
 
 def test_without_checkpoints_a_run_ends_the_same(tmp_path):
     cfg, x = Config(dataset="arrays", epochs=4, warmup=1, components=3), dict(x=X)
-    a, b = (fit(cfg, x, progress=False, folder=tmp_path/str(c), checkpoints=c) for c in (True, False))
-    assert a.history == b.history and sorted(p.name for p in a.path.iterdir()) == sorted(p.name for p in b.path.iterdir())
-    assert (a.path/"history.csv").read_text() == (b.path/"history.csv").read_text() and all(map(torch.equal, a.model.state_dict().values(), b.model.state_dict().values()))
+    a, b = (fit(cfg, x, progress=False, folder=tmp_path / str(c), checkpoints=c) for c in (True, False))
+    assert a.history == b.history and sorted(p.name for p in a.path.iterdir()) == sorted(
+        p.name for p in b.path.iterdir()
+    )
+    assert (a.path / "history.csv").read_text() == (b.path / "history.csv").read_text() and all(
+        map(torch.equal, a.model.state_dict().values(), b.model.state_dict().values())
+    )
+
 
 def test_one_partial_fit_is_one_epoch_of_fit():
     "Over the k-means, which comes after epoch 3, and over scales, order and noise."
-    there = quick(epochs=5, validation_fraction=0).fit(X); here = quick(epochs=5)
-    for _ in range(5): here.partial_fit(X)
-    assert there.best_epoch_ == 5 and [r["train_reconstruction"] for r in here.history_] == [r["train_reconstruction"] for r in there.history_]
+    there = quick(epochs=5, validation_fraction=0).fit(X)
+    here = quick(epochs=5)
+    for _ in range(5):
+        here.partial_fit(X)
+    assert there.best_epoch_ == 5 and [r["train_reconstruction"] for r in here.history_] == [
+        r["train_reconstruction"] for r in there.history_
+    ]
     assert np.array_equal(here.transform(X), there.transform(X)) and here.score(X) == there.score(X)
+
 
 def test_partial_fit_on_chunks_of_all_sizes():
     est = quick()
-    for rows in (slice(100), slice(1), slice(3), slice(50, 150), slice(100, 150)): est.partial_fit(X[rows])
+    for rows in (slice(100), slice(1), slice(3), slice(50, 150), slice(100, 150)):
+        est.partial_fit(X[rows])
     assert est.config_.components == 4 and est.n_iter_ == 5 and np.isfinite(est.transform(X)).all()
     assert quick().partial_fit(X[:3]).config_.components == 3
     assert np.isfinite(quick().partial_fit(X[:1]).transform(X)).all()
 
+
 def test_partial_fit_goes_on_after_fit(fitted):
-    est = copy.deepcopy(fitted); before = est.transform(X); est.partial_fit(X)
-    assert est.n_iter_ == 4 and est.history_[:3] == fitted.history_ and 0 < abs(est.transform(X) - before).max() < 1
-    est.fit(X); assert np.array_equal(est.transform(X), before)                      # fit forgets
+    est = copy.deepcopy(fitted)
+    before = est.transform(X)
+    est.partial_fit(X)
+    assert (
+        est.n_iter_ == 4
+        and est.history_[:3] == fitted.history_
+        and 0 < abs(est.transform(X) - before).max() < 1
+    )
+    est.fit(X)
+    assert np.array_equal(est.transform(X), before)  # fit forgets
+
 
 def test_partial_fit_can_be_interrupted_by_a_pickle():
     one = quick().partial_fit(X[:80]).partial_fit(X[80:])
     two = pickle.loads(pickle.dumps(quick().partial_fit(X[:80]))).partial_fit(X[80:])
     assert np.array_equal(one.transform(X), two.transform(X))
 
+
 # --- scikit-learn's machinery
 
+
 def test_pipeline_and_grid_search_in_two_processes():
-    pipe = make_pipeline(quick(), KNeighborsClassifier()); grid = {"csraeembedding__lam": [0.1, 1.0]}
+    pipe = make_pipeline(quick(), KNeighborsClassifier())
+    grid = {"csraeembedding__lam": [0.1, 1.0]}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore"); search = GridSearchCV(pipe, grid, cv=2, n_jobs=2, error_score="raise").fit(X, y); alone = GridSearchCV(pipe, grid, cv=2).fit(X, y)
-    assert np.allclose(search.cv_results_["mean_test_score"], alone.cv_results_["mean_test_score"]) and search.best_score_ > 0.5
-    assert GridSearchCV(quick(), {"components": np.arange(2, 4), "lr": np.geomspace(1e-3, 1e-2, 2)}, cv=2, error_score="raise").fit(X).best_params_["components"] in (2, 3)   # by score
+        warnings.simplefilter("ignore")
+        search = GridSearchCV(pipe, grid, cv=2, n_jobs=2, error_score="raise").fit(X, y)
+        alone = GridSearchCV(pipe, grid, cv=2).fit(X, y)
+    assert (
+        np.allclose(search.cv_results_["mean_test_score"], alone.cv_results_["mean_test_score"])
+        and search.best_score_ > 0.5
+    )
+    assert GridSearchCV(
+        quick(), {"components": np.arange(2, 4), "lr": np.geomspace(1e-3, 1e-2, 2)}, cv=2, error_score="raise"
+    ).fit(X).best_params_["components"] in (2, 3)  # by score
+
 
 def test_pandas_output():
-    pd = pytest.importorskip("pandas"); frame = pd.DataFrame(X, index=np.arange(len(X)) + 7, columns=list("abcd"))
-    est = quick().set_output(transform="pandas").fit(frame); z = est.transform(frame)
-    assert list(z.columns) == list(est.get_feature_names_out()) == ["csraeembedding0", "csraeembedding1"] and (z.index == frame.index).all()
-    assert list(quick().set_output(transform="pandas").fit_transform(frame).columns) == list(z.columns) and list(est.feature_names_in_) == list("abcd")
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame(X, index=np.arange(len(X)) + 7, columns=list("abcd"))
+    est = quick().set_output(transform="pandas").fit(frame)
+    z = est.transform(frame)
+    assert (
+        list(z.columns) == list(est.get_feature_names_out()) == ["csraeembedding0", "csraeembedding1"]
+        and (z.index == frame.index).all()
+    )
+    assert list(quick().set_output(transform="pandas").fit_transform(frame).columns) == list(
+        z.columns
+    ) and list(est.feature_names_in_) == list("abcd")
     assert est.inverse_transform(z).shape == X.shape
-    with pytest.raises(ValueError, match="feature names"): est.transform(frame[["b", "a", "c", "d"]])
+    with pytest.raises(ValueError, match="feature names"):
+        est.transform(frame[["b", "a", "c", "d"]])
+
 
 def test_copies_give_the_same_codes(fitted):
-    file = io.BytesIO(); joblib.dump(fitted, file); file.seek(0)
-    for other in (pickle.loads(pickle.dumps(fitted)), joblib.load(file), copy.deepcopy(fitted), clone(fitted).fit(X)):
+    file = io.BytesIO()
+    joblib.dump(fitted, file)
+    file.seek(0)
+    for other in (
+        pickle.loads(pickle.dumps(fitted)),
+        joblib.load(file),
+        copy.deepcopy(fitted),
+        clone(fitted).fit(X),
+    ):
         assert np.array_equal(other.transform(X), fitted.transform(X)) and other.score(X) == fitted.score(X)
         assert all(map(np.array_equal, other.sample(9), fitted.sample(9)))
-    with pytest.raises(NotFittedError): clone(fitted).transform(X)
+    with pytest.raises(NotFittedError):
+        clone(fitted).transform(X)
+
 
 def test_bound_methods_pickle(fitted):
     for name in ("fit", "partial_fit", "transform", "inverse_transform", "predict", "score", "sample"):
-        assert pickle.loads(pickle.dumps(getattr(fitted, name))).__name__ == name == getattr(CSRAEEmbedding, name).__qualname__.split(".")[1]
+        assert (
+            pickle.loads(pickle.dumps(getattr(fitted, name))).__name__
+            == name
+            == getattr(CSRAEEmbedding, name).__qualname__.split(".")[1]
+        )
+
 
 def test_rows_do_not_depend_on_each_other(fitted):
-    z = fitted.transform(X); assert np.allclose(np.concatenate([fitted.transform(X[i:i+1]) for i in range(20)]), z[:20], rtol=1e-10, atol=1e-12)
+    z = fitted.transform(X)
+    assert np.allclose(
+        np.concatenate([fitted.transform(X[i : i + 1]) for i in range(20)]), z[:20], rtol=1e-10, atol=1e-12
+    )
+
 
 # --- what is of the process stays as it was
 
+
 def test_random_state_and_threads_of_torch_are_left_alone():
-    torch.manual_seed(3); state, threads = torch.get_rng_state(), torch.get_num_threads(); before = np.random.get_state()[1].copy()
-    est = quick().fit(X).partial_fit(X); est.transform(X), est.sample(3), est.score(X)
-    assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads and (np.random.get_state()[1] == before).all()
+    torch.manual_seed(3)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    before = np.random.get_state()[1].copy()
+    est = quick().fit(X).partial_fit(X)
+    est.transform(X), est.sample(3), est.score(X)
+    assert (
+        torch.equal(torch.get_rng_state(), state)
+        and torch.get_num_threads() == threads
+        and (np.random.get_state()[1] == before).all()
+    )
+
 
 def test_random_states():
-    same = [quick(random_state=s).fit(X).transform(X) for s in (np.random.RandomState(5), np.random.RandomState(5), 1)]
+    same = [
+        quick(random_state=s).fit(X).transform(X)
+        for s in (np.random.RandomState(5), np.random.RandomState(5), 1)
+    ]
     assert np.array_equal(*same[:2]) and not np.array_equal(*same[1:])
     assert quick(random_state=np.int64(7)).fit(X).config_.seed == 7
 
+
 def test_two_threads_fit_at_once():
-    alone, done, state = [quick(random_state=s).fit(X).transform(X) for s in (0, 1, 2)], {}, torch.get_rng_state()
-    def work(s): done[s] = quick(random_state=s).fit(X).transform(X)
+    alone, done, state = (
+        [quick(random_state=s).fit(X).transform(X) for s in (0, 1, 2)],
+        {},
+        torch.get_rng_state(),
+    )
+
+    def work(s):
+        done[s] = quick(random_state=s).fit(X).transform(X)
+
     threads = [threading.Thread(target=work, args=(s,)) for s in (0, 1, 2)]
-    for t in threads: t.start()
-    for t in threads: t.join()
-    assert all(np.array_equal(done[s], alone[s]) for s in (0, 1, 2)) and torch.equal(torch.get_rng_state(), state)
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert all(np.array_equal(done[s], alone[s]) for s in (0, 1, 2)) and torch.equal(
+        torch.get_rng_state(), state
+    )
+
 
 def test_no_file_is_left(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path)); monkeypatch.chdir(tmp_path); monkeypatch.delenv("CSRAE_RUNS", raising=False)
-    quick().fit(X).partial_fit(X); assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CSRAE_RUNS", raising=False)
+    quick().fit(X).partial_fit(X)
+    assert not list(tmp_path.iterdir())
+
 
 # --- all sorts of rows
 
-@pytest.mark.parametrize("rows", [X[:, :1], np.c_[X, np.full(len(X), 1e6)], np.zeros((20, 3)) + 7, X*1e-6, X + 1e6, X*1e150, X[:2], X[:9],
-    X.astype(np.float32), X.astype(int), X > 2, (X > 2).astype(np.uint8), X.tolist(), np.asfortranarray(X), np.zeros((9, 2), bool)],
-    ids=["one column", "a constant column", "constant", "tiny", "far away", "huge", "two rows", "nine rows", "float32", "int", "bool", "uint8", "list", "fortran", "all false"])
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        X[:, :1],
+        np.c_[X, np.full(len(X), 1e6)],
+        np.zeros((20, 3)) + 7,
+        X * 1e-6,
+        X + 1e6,
+        X * 1e150,
+        X[:2],
+        X[:9],
+        X.astype(np.float32),
+        X.astype(int),
+        X > 2,
+        (X > 2).astype(np.uint8),
+        X.tolist(),
+        np.asfortranarray(X),
+        np.zeros((9, 2), bool),
+    ],
+    ids=[
+        "one column",
+        "a constant column",
+        "constant",
+        "tiny",
+        "far away",
+        "huge",
+        "two rows",
+        "nine rows",
+        "float32",
+        "int",
+        "bool",
+        "uint8",
+        "list",
+        "fortran",
+        "all false",
+    ],
+)
 def test_rows_of_many_kinds(rows):
-    est = quick().fit(rows); z, n = est.transform(rows), len(rows); back = est.inverse_transform(z)
-    assert z.shape == (n, 2) and np.isfinite(z).all() and np.isfinite(back).all() and np.isfinite(est.score(rows)) and back.shape == np.shape(rows)
+    est = quick().fit(rows)
+    z, n = est.transform(rows), len(rows)
+    back = est.inverse_transform(z)
+    assert (
+        z.shape == (n, 2)
+        and np.isfinite(z).all()
+        and np.isfinite(back).all()
+        and np.isfinite(est.score(rows))
+        and back.shape == np.shape(rows)
+    )
     assert z.dtype == back.dtype == (np.float32 if getattr(rows, "dtype", None) == np.float32 else np.float64)
     assert est.predict(rows).shape == (n,) and np.allclose(est.predict_proba(rows).sum(1), 1, atol=1e-5)
-    new, k = est.sample(5); assert new.shape == (5, np.shape(rows)[1]) and np.isfinite(new).all() and k.max() < est.config_.components
+    new, k = est.sample(5)
+    assert new.shape == (5, np.shape(rows)[1]) and np.isfinite(new).all() and k.max() < est.config_.components
+
 
 def test_units_do_not_matter():
     "Codes are the same in any unit, and the score changes by the log of the unit."
-    a, b = quick().fit(X), quick().fit(X*1000); assert np.allclose(a.transform(X), b.transform(X*1000), atol=1e-6)
-    assert np.isclose(b.score(X*1000), a.score(X) - 4*np.log(1000), atol=1e-4)
-    assert np.allclose(b.inverse_transform(b.transform(X*1000)), 1000*a.inverse_transform(a.transform(X)), rtol=1e-4)
+    a, b = quick().fit(X), quick().fit(X * 1000)
+    assert np.allclose(a.transform(X), b.transform(X * 1000), atol=1e-6)
+    assert np.isclose(b.score(X * 1000), a.score(X) - 4 * np.log(1000), atol=1e-4)
+    assert np.allclose(
+        b.inverse_transform(b.transform(X * 1000)), 1000 * a.inverse_transform(a.transform(X)), rtol=1e-4
+    )
+
 
 def test_score_is_a_density_in_the_datas_units():
     "With q = p for a decoder that ignores z, the score is the mean log density of the decoder's normal."
     from scipy.stats import norm
+
     est = quick(components=1, model="CSRAE").fit(X)
     for net in (est.model_.encoder.net, est.model_.decoder.net):
-        for w in net[-1].parameters(): w.data.zero_()
-    want = norm(X.mean(0), X.std(0)*np.sqrt(1 + 1e-4)).logpdf(X).sum(1).mean(); assert np.isclose(est.score(X), want)
+        for w in net[-1].parameters():
+            w.data.zero_()
+    want = norm(X.mean(0), X.std(0) * np.sqrt(1 + 1e-4)).logpdf(X).sum(1).mean()
+    assert np.isclose(est.score(X), want)
+
 
 def test_grey_levels_under_bernoulli():
-    x = (X/X.max()).astype(np.float32); est = quick(likelihood="bernoulli").fit(x)
-    assert est.scaler_ is None and 0 <= est.inverse_transform(est.transform(x)).min() and np.isfinite(est.score(x))
+    x = (X / X.max()).astype(np.float32)
+    est = quick(likelihood="bernoulli").fit(x)
+    assert (
+        est.scaler_ is None
+        and 0 <= est.inverse_transform(est.transform(x)).min()
+        and np.isfinite(est.score(x))
+    )
     assert set(np.unique(est.sample(50, noise=True)[0])) <= {0, 1}
 
+
 def test_noise_has_the_likelihoods_spread():
-    est = quick().fit(X); a, b = est.sample(4000)[0], est.sample(4000, noise=True)[0]
-    assert (b.std(0) > 1.5*a.std(0)).all() and np.allclose(a.mean(0), b.mean(0), atol=.1)
+    est = quick().fit(X)
+    a, b = est.sample(4000)[0], est.sample(4000, noise=True)[0]
+    assert (b.std(0) > 1.5 * a.std(0)).all() and np.allclose(a.mean(0), b.mean(0), atol=0.1)
+
 
 @pytest.mark.parametrize("model", ["CSRAE", "MixtureCSRAE", "VAE", "IWAE", "MixtureVAE", "VampPriorVAE"])
 def test_all_models(model):
-    est = quick(model=model).fit(X).partial_fit(X); K = 1 if model in ("VAE", "CSRAE", "IWAE") else 4
-    assert est.predict_proba(X).shape == (150, K) and np.isfinite(est.score(X)) and np.isfinite(est.sample(5)[0]).all()
+    est = quick(model=model).fit(X).partial_fit(X)
+    K = 1 if model in ("VAE", "CSRAE", "IWAE") else 4
+    assert (
+        est.predict_proba(X).shape == (150, K)
+        and np.isfinite(est.score(X))
+        and np.isfinite(est.sample(5)[0]).all()
+    )
+
 
 def test_a_vamp_prior_moves_with_its_encoder():
-    est = quick(prior="vamp").fit(X); again = pickle.loads(pickle.dumps(est)).partial_fit(X)
-    assert again.model_.prior._encoder[0] is again.model_.encoder and not np.array_equal(again.model_.prior().mu.detach(), est.model_.prior().mu.detach())
+    est = quick(prior="vamp").fit(X)
+    again = pickle.loads(pickle.dumps(est)).partial_fit(X)
+    assert again.model_.prior._encoder[0] is again.model_.encoder and not np.array_equal(
+        again.model_.prior().mu.detach(), est.model_.prior().mu.detach()
+    )
+
 
 # --- what is refused
 
-@pytest.mark.parametrize("rows, says", [([["a", "b"], ["c", "d"]], "convert string"), ([[1., np.nan], [2., 3.]], "contains NaN"), ([[1., np.inf], [2., 3.]], "contains infinity"),
-    (X[:1], "1 sample"), (X[0], "Expected 2D array"), (X[:0], "0 sample"), (X[:, :0], "0 feature"), (X*1j, "Complex data"), (X*1e200, "too far for a variance"), ([[1, 2], [3]], "inhomogeneous")])
+
+@pytest.mark.parametrize(
+    "rows, says",
+    [
+        ([["a", "b"], ["c", "d"]], "convert string"),
+        ([[1.0, np.nan], [2.0, 3.0]], "contains NaN"),
+        ([[1.0, np.inf], [2.0, 3.0]], "contains infinity"),
+        (X[:1], "1 sample"),
+        (X[0], "Expected 2D array"),
+        (X[:0], "0 sample"),
+        (X[:, :0], "0 feature"),
+        (X * 1j, "Complex data"),
+        (X * 1e200, "too far for a variance"),
+        ([[1, 2], [3]], "inhomogeneous"),
+    ],
+)
 def test_rows_that_cannot_be(rows, says):
-    with pytest.raises(ValueError, match=says): quick().fit(rows)
+    with pytest.raises(ValueError, match=says):
+        quick().fit(rows)
+
 
 def test_sparse_rows():
     from scipy.sparse import csr_matrix
-    with pytest.raises(TypeError, match="dense"): quick().fit(csr_matrix(X))
 
-@pytest.mark.parametrize("kw, says", [(dict(likelihood="bernoulli"), "X ranges from 0.1 to 7.9, but Bernoulli needs values from 0 to 1"), (dict(likelihood="discretized_logistic"), "needs values from -0.5 to 0.5"),
-    (dict(likelihood="normal"), "unknown likelihood 'normal'"), (dict(model="GAN"), "unknown model 'GAN'"), (dict(epochs=0), "epochs=0; expected at least 1"), (dict(latent_dim=1.5), "latent_dim=1.5; expected int"),
-    (dict(components=0), "components=0"), (dict(batch_size="all"), "batch_size='all'"), (dict(lam=-1), "lam=-1"), (dict(beta=2.), "beta=2.0 has no effect on MixtureCSRAE; set lam"), (dict(lr=0.), "lr=0.0"), (dict(random_state=-1), "random_state=-1; expected at least 0"),
-    (dict(validation_fraction=1), "validation_fraction=1; expected"), (dict(validation_fraction="a"), "validation_fraction='a'; expected"), (dict(config=dict(lr=1.)), "config sets lr"), (dict(config=dict(labels=.5)), "config sets labels"), (dict(config=dict(colour=1)), "unknown parameter 'colour'"),
-    (dict(network="residual"), "residual network takes images"), (dict(random_state="x"), "cannot be used to seed")])
+    with pytest.raises(TypeError, match="dense"):
+        quick().fit(csr_matrix(X))
+
+
+@pytest.mark.parametrize(
+    "kw, says",
+    [
+        (dict(likelihood="bernoulli"), "X ranges from 0.1 to 7.9, but Bernoulli needs values from 0 to 1"),
+        (dict(likelihood="discretized_logistic"), "needs values from -0.5 to 0.5"),
+        (dict(likelihood="normal"), "unknown likelihood 'normal'"),
+        (dict(model="GAN"), "unknown model 'GAN'"),
+        (dict(epochs=0), "epochs=0; expected at least 1"),
+        (dict(latent_dim=1.5), "latent_dim=1.5; expected int"),
+        (dict(components=0), "components=0"),
+        (dict(batch_size="all"), "batch_size='all'"),
+        (dict(lam=-1), "lam=-1"),
+        (dict(beta=2.0), "beta=2.0 has no effect on MixtureCSRAE; set lam"),
+        (dict(lr=0.0), "lr=0.0"),
+        (dict(random_state=-1), "random_state=-1; expected at least 0"),
+        (dict(validation_fraction=1), "validation_fraction=1; expected"),
+        (dict(validation_fraction="a"), "validation_fraction='a'; expected"),
+        (dict(config=dict(lr=1.0)), "config sets lr"),
+        (dict(config=dict(labels=0.5)), "config sets labels"),
+        (dict(config=dict(colour=1)), "unknown parameter 'colour'"),
+        (dict(network="residual"), "residual network takes images"),
+        (dict(random_state="x"), "cannot be used to seed"),
+    ],
+)
 def test_parameters_that_cannot_be(kw, says, monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)                 # the package's own answer is wanted, not the shape checker's
+    monkeypatch.setattr(
+        jaxtyping.config, "jaxtyping_disable", True
+    )  # the package's own answer is wanted, not the shape checker's
     est = quick(**kw)
     for train in (est.fit, est.partial_fit):
-        if "validation_fraction" in kw and train == est.partial_fit: continue
-        with pytest.raises(ValueError, match=says): train(X)
+        if "validation_fraction" in kw and train == est.partial_fit:
+            continue
+        with pytest.raises(ValueError, match=says):
+            train(X)
+
 
 def test_later_rows_beyond_the_range():
     est = quick().fit(X > 2)
     for method in (est.transform, est.partial_fit, est.score):
-        with pytest.raises(ValueError, match="Bernoulli needs values from 0 to 1"): method(X)
+        with pytest.raises(ValueError, match="Bernoulli needs values from 0 to 1"):
+            method(X)
+
 
 def test_codes_and_samples_that_cannot_be(fitted):
-    with pytest.raises(ValueError, match="X has 4 columns; expected codes of 2"): fitted.inverse_transform(X)
+    with pytest.raises(ValueError, match="X has 4 columns; expected codes of 2"):
+        fitted.inverse_transform(X)
     for n in (0, -1, 1.5, "many"):
-        with pytest.raises(ValueError, match="n_samples="): fitted.sample(n)
+        with pytest.raises(ValueError, match="n_samples="):
+            fitted.sample(n)
+
 
 def test_a_loss_that_fails_says_so_without_a_folder():
     for train in ("fit", "partial_fit"):
         est = quick(lr=1e20)
         with pytest.raises(NonFiniteLoss, match="lower lr") as e:
-            for _ in range(3): getattr(est, train)(X)
+            for _ in range(3):
+                getattr(est, train)(X)
         assert "checkpoint" not in str(e.value) and "/" not in str(e.value)
+
 
 def test_a_failed_fit_leaves_the_class_unfitted():
     est = quick(epochs=0)
-    with pytest.raises(ValueError): est.partial_fit(X)
-    assert not hasattr(est, "model_"); est.set_params(epochs=2).partial_fit(X)
+    with pytest.raises(ValueError):
+        est.partial_fit(X)
+    assert not hasattr(est, "model_")
+    est.set_params(epochs=2).partial_fit(X)
+
 
 def test_a_fit_that_fails_leaves_no_half_a_model():
     est = quick().fit(X)
-    with pytest.raises(ValueError, match="residual"): est.set_params(network="residual").fit(X*1000)
-    with pytest.raises(NotFittedError): est.transform(X)
-    kept = quick().fit(X); before = kept.transform(X)
-    with pytest.raises(ValueError, match="NaN"): kept.partial_fit(X*np.nan)
+    with pytest.raises(ValueError, match="residual"):
+        est.set_params(network="residual").fit(X * 1000)
+    with pytest.raises(NotFittedError):
+        est.transform(X)
+    kept = quick().fit(X)
+    before = kept.transform(X)
+    with pytest.raises(ValueError, match="NaN"):
+        kept.partial_fit(X * np.nan)
     assert np.array_equal(kept.transform(X), before)

@@ -1,4 +1,5 @@
 "Preparing faces: what a notebook cannot show, kills, damage and folders with gaps."
+
 import codecs
 import dataclasses
 import json
@@ -19,11 +20,34 @@ from scipy.io import loadmat, savemat
 
 from csrae_nb import faces
 from csrae_nb.evaluation import complete_run
-from csrae_nb.faces import FACES, FrameStore, load_faces, prepare_faces, read_disfa, read_fera2015, write_disfa, write_fera2015
-from csrae_nb.training import Config, command, fit, identity, load_run, load_tensors, prepare_data, resolve, run_name, runs_folder, save_tensors
+from csrae_nb.faces import (
+    FACES,
+    FrameStore,
+    load_faces,
+    prepare_faces,
+    read_disfa,
+    read_fera2015,
+    write_disfa,
+    write_fera2015,
+)
+from csrae_nb.training import (
+    Config,
+    command,
+    fit,
+    identity,
+    load_run,
+    load_tensors,
+    prepare_data,
+    resolve,
+    run_name,
+    runs_folder,
+    save_tensors,
+)
 
-h5py = pytest.importorskip("h5py"); pytest.importorskip("cv2")
+h5py = pytest.importorskip("h5py")
+pytest.importorskip("cv2")
 SUBJECTS = tuple(FACES["faces_demo"].recordings())
+
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
@@ -31,223 +55,459 @@ def drawn(tmp_path_factory):
     write_disfa(root, SUBJECTS, frames=20)
     return root
 
-def digests(index): return {n: a["sha256"] for n, a in index["recordings"].items()}
+
+def digests(index):
+    return {n: a["sha256"] for n, a in index["recordings"].items()}
+
 
 def test_a_preparation_that_is_killed_goes_on(drawn, tmp_path):
     "What was whole stays as it is, what was half written is made anew, and the result is that of an unbroken one."
-    args = "faces_demo", drawn, tmp_path/"killed"
+    args = "faces_demo", drawn, tmp_path / "killed"
     code = f"from pathlib import Path; from csrae_nb.faces import prepare_faces\nif __name__ == '__main__': prepare_faces('faces_demo', Path({str(drawn)!r}), Path({str(args[2])!r}), 64, jobs=1, progress=False)"
-    (script := tmp_path/"prepare.py").write_text(code)
+    (script := tmp_path / "prepare.py").write_text(code)
     p = subprocess.Popen([sys.executable, script], start_new_session=True)
-    while len(list(args[2].glob("*.npz"))) < 3: assert p.poll() is None; time.sleep(.005)
-    os.killpg(p.pid, signal.SIGKILL); p.wait()
+    while len(list(args[2].glob("*.npz"))) < 3:
+        assert p.poll() is None
+        time.sleep(0.005)
+    os.killpg(p.pid, signal.SIGKILL)
+    p.wait()
     before = {f.name: f.stat().st_mtime_ns for f in args[2].glob("*.npz")}
-    assert 3 <= len(before) < len(SUBJECTS) and not (args[2]/"index.json").exists()
-    (args[2]/".SN999.jpegs.tmp").write_bytes(b"half"); damaged = args[2]/f"{SUBJECTS[0]}.jpegs"; damaged.write_bytes(damaged.read_bytes()[:-5])
+    assert 3 <= len(before) < len(SUBJECTS) and not (args[2] / "index.json").exists()
+    (args[2] / ".SN999.jpegs.tmp").write_bytes(b"half")
+    damaged = args[2] / f"{SUBJECTS[0]}.jpegs"
+    damaged.write_bytes(damaged.read_bytes()[:-5])
     index = prepare_faces(*args, size=64, jobs=2, progress=False)
     after = {f.name: f.stat().st_mtime_ns for f in args[2].glob("*.npz")}
-    assert [n for n in before if before[n] != after[n]] == [f"{SUBJECTS[0]}.npz"] and not list(args[2].glob(".*.tmp"))
-    assert digests(index) == digests(prepare_faces("faces_demo", drawn, tmp_path/"whole", size=64, jobs=1, progress=False))
+    assert [n for n in before if before[n] != after[n]] == [f"{SUBJECTS[0]}.npz"] and not list(
+        args[2].glob(".*.tmp")
+    )
+    assert digests(index) == digests(
+        prepare_faces("faces_demo", drawn, tmp_path / "whole", size=64, jobs=1, progress=False)
+    )
+
 
 def test_what_is_missing_is_named_and_the_rest_goes_on(in_threads, drawn, tmp_path):
-    root = tmp_path/"gaps"; shutil.copytree(drawn, root)
-    shutil.rmtree(root/"Landmark_Points"/"SN001"); (root/"ActionUnit_Labels"/"SN002"/"SN002_au9.txt").unlink()
-    next((root/"Videos_LeftCamera").glob("*SN003*")).write_bytes(b"no video"); next((root/"Videos_LeftCamera").glob("*SN010*")).unlink()
+    root = tmp_path / "gaps"
+    shutil.copytree(drawn, root)
+    shutil.rmtree(root / "Landmark_Points" / "SN001")
+    (root / "ActionUnit_Labels" / "SN002" / "SN002_au9.txt").unlink()
+    next((root / "Videos_LeftCamera").glob("*SN003*")).write_bytes(b"no video")
+    next((root / "Videos_LeftCamera").glob("*SN010*")).unlink()
     for au in FACES["faces_demo"].aus:
-        f = root/"ActionUnit_Labels"/"SN013"/f"SN013_au{au}.txt"; f.write_text(f.read_text() + "".join(f"{k},0\n" for k in range(21, 41)))      # longer than the video
-        f = root/"ActionUnit_Labels"/"SN018"/f"SN018_au{au}.txt"; f.write_text(f.read_text().replace("7,0\n", "7,9\n", 1))
-    for k in (10, 11, 12): next((root/"Landmark_Points"/"SN029").rglob(f"*00{k}_lm.mat")).unlink()
-    with pytest.warns(UserWarning, match="4 of 27 recordings of faces_demo are left out: SN001: no landmarks"): index = prepare_faces("faces_demo", root, tmp_path/"out", size=32, jobs=2, progress=False)
+        f = root / "ActionUnit_Labels" / "SN013" / f"SN013_au{au}.txt"
+        f.write_text(f.read_text() + "".join(f"{k},0\n" for k in range(21, 41)))  # longer than the video
+        f = root / "ActionUnit_Labels" / "SN018" / f"SN018_au{au}.txt"
+        f.write_text(f.read_text().replace("7,0\n", "7,9\n", 1))
+    for k in (10, 11, 12):
+        next((root / "Landmark_Points" / "SN029").rglob(f"*00{k}_lm.mat")).unlink()
+    with pytest.warns(
+        UserWarning, match="4 of 27 recordings of faces_demo are left out: SN001: no landmarks"
+    ):
+        index = prepare_faces("faces_demo", root, tmp_path / "out", size=32, jobs=2, progress=False)
     a = index["recordings"]
-    assert "labels of AU 9" in a["SN002"]["problem"] and "is no video that can be read" in a["SN003"]["problem"] and "no video of the left camera" in a["SN010"]["problem"]
-    assert (a["SN013"]["frames"], a["SN013"]["left_out"]) == (29, {"unreadable": 1, "no face": 10}) and a["SN018"]["left_out"]["not coded"] > 0
-    assert a["SN029"]["left_out"] == {"no face": 2}                     # of three in a row the first repeats the one before
-    assert json.loads((tmp_path/"out"/"index.json").read_text()) == json.loads(json.dumps(index))
+    assert (
+        "labels of AU 9" in a["SN002"]["problem"]
+        and "is no video that can be read" in a["SN003"]["problem"]
+        and "no video of the left camera" in a["SN010"]["problem"]
+    )
+    assert (a["SN013"]["frames"], a["SN013"]["left_out"]) == (29, {"unreadable": 1, "no face": 10}) and a[
+        "SN018"
+    ]["left_out"]["not coded"] > 0
+    assert a["SN029"]["left_out"] == {"no face": 2}  # of three in a row the first repeats the one before
+    assert json.loads((tmp_path / "out" / "index.json").read_text()) == json.loads(json.dumps(index))
+
 
 def test_fera2015_through_the_same_door(in_threads, tmp_path, monkeypatch):
     names = "F001_T1", "F001_T2", "M011_T1", "F007_T8"
-    monkeypatch.setenv("CSRAE_DATA", str(tmp_path)); write_fera2015(root := tmp_path/"FERA2015", names, frames=20)
-    with h5py.File(root/"2DFeatures"/"F001_T2.mat", "a") as f: f["#refs#"].create_dataset("none", data=np.zeros(2)); f["fit/pred"][4, 0] = f["#refs#/none"].ref # Matlab's way to say []
-    (root/"2DFeatures"/"F007_T8.mat").write_bytes(b"damaged")
-    shutil.move(root/"AUCoding", root/"AUCodes"); (root/"AUCoding").mkdir(); shutil.move(root/"AUCodes", root/"AUCoding"/"AU_OCC")
-    with pytest.raises(FileNotFoundError, match="landmarks that cannot be read"): read_fera2015(root, "F007_T8")
-    with pytest.warns(UserWarning) as said, pytest.raises(ValueError, match="fold 2 of fera2015 has no frames to test"): load_faces("fera2015", 2, 28, progress=False)
+    monkeypatch.setenv("CSRAE_DATA", str(tmp_path))
+    write_fera2015(root := tmp_path / "FERA2015", names, frames=20)
+    with h5py.File(root / "2DFeatures" / "F001_T2.mat", "a") as f:
+        f["#refs#"].create_dataset("none", data=np.zeros(2))
+        f["fit/pred"][4, 0] = f["#refs#/none"].ref  # Matlab's way to say []
+    (root / "2DFeatures" / "F007_T8.mat").write_bytes(b"damaged")
+    shutil.move(root / "AUCoding", root / "AUCodes")
+    (root / "AUCoding").mkdir()
+    shutil.move(root / "AUCodes", root / "AUCoding" / "AU_OCC")
+    with pytest.raises(FileNotFoundError, match="landmarks that cannot be read"):
+        read_fera2015(root, "F007_T8")
+    with (
+        pytest.warns(UserWarning) as said,
+        pytest.raises(ValueError, match="fold 2 of fera2015 has no frames to test"),
+    ):
+        load_faces("fera2015", 2, 28, progress=False)
     assert "325 of 328 recordings of fera2015 are left out" in str(said[0].message)
-    with pytest.warns(UserWarning, match="has no frame that shows AU"): data = load_faces("fera2015", 1, 28, progress=False)
-    a = json.loads((tmp_path/"fera2015-prepared-32"/"index.json").read_text())["recordings"]
-    assert (a["F001_T1"]["left_out"], a["F001_T2"]["left_out"]) == ({"not coded": 1}, {"not coded": 1, "no face": 1})
+    with pytest.warns(UserWarning, match="has no frame that shows AU"):
+        data = load_faces("fera2015", 1, 28, progress=False)
+    a = json.loads((tmp_path / "fera2015-prepared-32" / "index.json").read_text())["recordings"]
+    assert (a["F001_T1"]["left_out"], a["F001_T2"]["left_out"]) == (
+        {"not coded": 1},
+        {"not coded": 1, "no face": 1},
+    )
     assert (len(data.x_test), len(data.x_train) + len(data.x_val), data.y_test.shape[1]) == (19, 37, 5)
 
+
 def test_an_intensity_that_is_not_known_is_zero_where_the_au_does_not_occur(tmp_path):
-    write_fera2015(tmp_path, ("F001_T1",), frames=10); file = tmp_path/"AUCoding"/"F001_T1.csv"
-    lines = file.read_text().splitlines(); first = lines[1].split(",")
-    for au in faces.FERA_AUS: first[au] = "0"
+    write_fera2015(tmp_path, ("F001_T1",), frames=10)
+    file = tmp_path / "AUCoding" / "F001_T1.csv"
+    lines = file.read_text().splitlines()
+    first = lines[1].split(",")
+    for au in faces.FERA_AUS:
+        first[au] = "0"
     file.write_text("\n".join([lines[0], ",".join(first), *lines[2:]]))
-    assert read_fera2015(tmp_path, "F001_T1")[0].intensities[0].tolist() == [0]*5
+    assert read_fera2015(tmp_path, "F001_T1")[0].intensities[0].tolist() == [0] * 5
+
 
 def test_a_damaged_image_is_named(in_threads, drawn, tmp_path):
     prepare_faces("faces_demo", drawn, tmp_path, size=32, jobs=2, progress=False)
-    file = tmp_path/"SN001.jpegs"; file.write_bytes(b"\0"*file.stat().st_size)
-    store = FrameStore(tmp_path); assert store.read(np.array([70])).shape == (1, 3, 32, 32)
-    with pytest.raises(ValueError, match="SN001.jpegs is damaged"): store.read(np.array([70, 0]))
+    file = tmp_path / "SN001.jpegs"
+    file.write_bytes(b"\0" * file.stat().st_size)
+    store = FrameStore(tmp_path)
+    assert store.read(np.array([70])).shape == (1, 3, 32, 32)
+    with pytest.raises(ValueError, match="SN001.jpegs is damaged"):
+        store.read(np.array([70, 0]))
+
 
 def test_memory_does_not_grow_with_the_video(tmp_path):
     "The peak of a process that prepares 40 frames, and of one that prepares 400."
     peak = []
     for n in (40, 400):
-        write_disfa(root := tmp_path/str(n), ("SN001",), frames=n)
-        code = (f"import resource; from pathlib import Path; from csrae_nb.faces import _prepare, FACES\nout = Path({str(tmp_path)!r})\n"
-                f"assert _prepare('faces_demo', Path({str(root)!r}), 'SN001', out, 256)['frames'] == {n}\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
-        peak.append(int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)/1024)
-    assert peak[1] - peak[0] < 15                                      # MiB; 360 frames of 256×256 are 67
+        write_disfa(root := tmp_path / str(n), ("SN001",), frames=n)
+        code = (
+            f"import resource; from pathlib import Path; from csrae_nb.faces import _prepare, FACES\nout = Path({str(tmp_path)!r})\n"
+            f"assert _prepare('faces_demo', Path({str(root)!r}), 'SN001', out, 256)['frames'] == {n}\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        )
+        peak.append(
+            int(
+                subprocess.run(
+                    [sys.executable, "-c", code], capture_output=True, text=True, check=True
+                ).stdout
+            )
+            / 1024
+        )
+    assert peak[1] - peak[0] < 15  # MiB; 360 frames of 256×256 are 67
+
 
 def test_a_run_on_faces(drawn, tmp_path, monkeypatch):
     "From the folders to metrics.json, batch by batch from the disk, through the same fit; without labels there are no kNN errors of rows of answers."
-    monkeypatch.setenv("CSRAE_DATA", str(tmp_path)); monkeypatch.setenv("CSRAE_RUNS", str(tmp_path/"runs")); shutil.copytree(drawn, tmp_path/"faces_demo")
-    cfg = Config(dataset="faces_demo", image_size=32, fold=1, epochs=2, warmup=1, kmeans_epoch=1, components=3, batch_size=50, latent_dim=4, expost_components=3)
+    monkeypatch.setenv("CSRAE_DATA", str(tmp_path))
+    monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "runs"))
+    shutil.copytree(drawn, tmp_path / "faces_demo")
+    cfg = Config(
+        dataset="faces_demo",
+        image_size=32,
+        fold=1,
+        epochs=2,
+        warmup=1,
+        kmeans_epoch=1,
+        components=3,
+        batch_size=50,
+        latent_dim=4,
+        expost_components=3,
+    )
     metrics = complete_run(cfg, progress=False)
-    assert metrics["reconstruction"] < 8*3*32**2 and metrics["knn3"] is None and metrics["frechet_classifier_floor"] is None and metrics["effective_k"] >= 1
-    run = load_run(runs_folder()/run_name(cfg)); data = load_faces("faces_demo", 1, 32, progress=False)
+    assert (
+        metrics["reconstruction"] < 8 * 3 * 32**2
+        and metrics["knn3"] is None
+        and metrics["frechet_classifier_floor"] is None
+        and metrics["effective_k"] >= 1
+    )
+    run = load_run(runs_folder() / run_name(cfg))
+    data = load_faces("faces_demo", 1, 32, progress=False)
     assert run.model.reconstruct(data.fixed("test")[:3]).shape == (3, 3, 32, 32) and run.sha256 == data.sha256
-    assert not run_name(cfg) == run_name(dataclasses.replace(cfg, fold=2)) and "-p image_size 32" in command(cfg) and "-p fold 1" in command(cfg)
+    assert (
+        not run_name(cfg) == run_name(dataclasses.replace(cfg, fold=2))
+        and "-p image_size 32" in command(cfg)
+        and "-p fold 1" in command(cfg)
+    )
 
-@pytest.mark.parametrize("wrong, says", [(dict(dataset="mnist", fold=1), "fold, image_size and validation are of faces"), (dict(dataset="faces_demo", image_size=100), "32, 96, 160, 224"),
-                                         (dict(dataset="faces_demo", image_size=32, fold=3), "expected 0 to 2"), (dict(dataset="faces_demo", image_size=32, likelihood="bernoulli"), "call for discretized_logistic")])
+
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        (dict(dataset="mnist", fold=1), "fold, image_size and validation are of faces"),
+        (dict(dataset="faces_demo", image_size=100), "32, 96, 160, 224"),
+        (dict(dataset="faces_demo", image_size=32, fold=3), "expected 0 to 2"),
+        (dict(dataset="faces_demo", image_size=32, likelihood="bernoulli"), "call for discretized_logistic"),
+    ],
+)
 def test_what_faces_cannot_be(in_threads, drawn, tmp_path, monkeypatch, wrong, says):
-    monkeypatch.setenv("CSRAE_DATA", str(tmp_path)); monkeypatch.setenv("CSRAE_RUNS", str(tmp_path/"runs")); (tmp_path/"faces_demo").symlink_to(drawn)
-    with pytest.raises(ValueError, match=says): fit(Config(**wrong), progress=False)
+    monkeypatch.setenv("CSRAE_DATA", str(tmp_path))
+    monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "runs"))
+    (tmp_path / "faces_demo").symlink_to(drawn)
+    with pytest.raises(ValueError, match=says):
+        fit(Config(**wrong), progress=False)
+
 
 @pytest.fixture
 def in_threads(monkeypatch):
     "Prepare without processes, which take seconds to start."
     monkeypatch.setattr(faces, "ProcessPoolExecutor", lambda jobs, context: ThreadPoolExecutor(jobs))
 
+
 # --- landmarks
 
-THREE = "SN001", "SN002", "SN003"                                      # landmarks counted from 0, from 1, and from 1 under other names
+THREE = "SN001", "SN002", "SN003"  # landmarks counted from 0, from 1, and from 1 under other names
+
 
 @pytest.fixture
 def three(tmp_path):
-    write_disfa(tmp_path/"three", THREE, frames=12)
-    return tmp_path/"three"
+    write_disfa(tmp_path / "three", THREE, frames=12)
+    return tmp_path / "three"
 
-def landmarks(root, subject): return sorted((root/"Landmark_Points"/subject).rglob("*.mat"))
+
+def landmarks(root, subject):
+    return sorted((root / "Landmark_Points" / subject).rglob("*.mat"))
+
 
 def rewrite(root, subject, change, files=slice(None)):
-    for f in landmarks(root, subject)[files]: savemat(f, dict(pts=change(loadmat(f)["pts"])))
+    for f in landmarks(root, subject)[files]:
+        savemat(f, dict(pts=change(loadmat(f)["pts"])))
 
-def with_two_corners(p): return np.insert(p, (60, 63), p[[48, 54]], 0)   # the 68 points that the 66 are a part of
-def turned(p): return 2*p @ [[0, 1], [-1, 0]]
 
-@pytest.mark.parametrize("change", [with_two_corners, np.transpose, turned], ids=["68 points", "lying", "turned"])
+def with_two_corners(p):
+    return np.insert(p, (60, 63), p[[48, 54]], 0)  # the 68 points that the 66 are a part of
+
+
+def turned(p):
+    return 2 * p @ [[0, 1], [-1, 0]]
+
+
+@pytest.mark.parametrize(
+    "change", [with_two_corners, np.transpose, turned], ids=["68 points", "lying", "turned"]
+)
 def test_other_ways_to_write_the_same_landmarks(three, change):
-    before = read_disfa(three, "SN002")[0].eyes; rewrite(three, "SN002", change)
+    before = read_disfa(three, "SN002")[0].eyes
+    rewrite(three, "SN002", change)
     assert np.allclose(read_disfa(three, "SN002")[0].eyes, turned(before) if change is turned else before)
 
-@pytest.mark.parametrize("change, says", [
-    (lambda p: p[17:], r"SN001_0000_lm.mat: landmarks of shape \(49, 2\), expected \(66, 2\) or \(68, 2\) \(so are 12 of 12 frames\)"), (lambda p: p[:60], r"shape \(60, 2\)"),
-    (lambda p: np.column_stack([p, p[:, 0]]), r"shape \(66, 3\)"), (lambda p: p[::-1], "another order: the eyes do not lie apart and above the mouth"),
-    (lambda p: p[[*range(42), *range(36, 42), *range(48, 66)]], "do not lie apart"), (lambda p: p*(1, -1), "above the mouth"), (lambda p: p*(-1, 1), "above the mouth"), (lambda p: p[:, ::-1], "above the mouth"),
-    (lambda p: np.array(["text"]), "SN001_0000_lm.mat, like all others, is no file of landmarks"),
-], ids=["49 points", "60 points", "3-D", "backwards", "one eye twice", "y upwards", "mirrored", "y first", "text"])
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (
+            lambda p: p[17:],
+            r"SN001_0000_lm.mat: landmarks of shape \(49, 2\), expected \(66, 2\) or \(68, 2\) \(so are 12 of 12 frames\)",
+        ),
+        (lambda p: p[:60], r"shape \(60, 2\)"),
+        (lambda p: np.column_stack([p, p[:, 0]]), r"shape \(66, 3\)"),
+        (lambda p: p[::-1], "another order: the eyes do not lie apart and above the mouth"),
+        (lambda p: p[[*range(42), *range(36, 42), *range(48, 66)]], "do not lie apart"),
+        (lambda p: p * (1, -1), "above the mouth"),
+        (lambda p: p * (-1, 1), "above the mouth"),
+        (lambda p: p[:, ::-1], "above the mouth"),
+        (lambda p: np.array(["text"]), "SN001_0000_lm.mat, like all others, is no file of landmarks"),
+    ],
+    ids=[
+        "49 points",
+        "60 points",
+        "3-D",
+        "backwards",
+        "one eye twice",
+        "y upwards",
+        "mirrored",
+        "y first",
+        "text",
+    ],
+)
 def test_landmarks_of_another_layout_are_refused(three, change, says):
     rewrite(three, "SN001", change)
-    with pytest.raises(ValueError, match=says): read_disfa(three, "SN001")
+    with pytest.raises(ValueError, match=says):
+        read_disfa(three, "SN001")
 
-@pytest.mark.parametrize("change", [lambda p: p[17:], lambda p: p[::-1], lambda p: p*np.nan, lambda p: 0*p])
+
+@pytest.mark.parametrize(
+    "change", [lambda p: p[17:], lambda p: p[::-1], lambda p: p * np.nan, lambda p: 0 * p]
+)
 def test_a_single_odd_face_is_left_out(three, change):
-    before = read_disfa(three, "SN001")[0].eyes; rewrite(three, "SN001", change, slice(5, 6)); eyes = read_disfa(three, "SN001")[0].eyes
-    assert np.flatnonzero(np.isnan(eyes).any((1, 2))).tolist() == [5] and np.array_equal(np.delete(eyes, 5, 0), np.delete(before, 5, 0))
+    before = read_disfa(three, "SN001")[0].eyes
+    rewrite(three, "SN001", change, slice(5, 6))
+    eyes = read_disfa(three, "SN001")[0].eyes
+    assert np.flatnonzero(np.isnan(eyes).any((1, 2))).tolist() == [5] and np.array_equal(
+        np.delete(eyes, 5, 0), np.delete(before, 5, 0)
+    )
+
 
 @pytest.mark.parametrize("subject, first_is_known", [("SN001", False), ("SN002", True), ("SN003", True)])
 def test_a_missing_first_landmark_shifts_nothing(three, subject, first_is_known):
     "Counted from 1 the numbers tell; from 0, with 1 the smallest, they could be either, and are refused with the remedy."
-    before = read_disfa(three, subject)[0].eyes; first, second = landmarks(three, subject)[:2]; first.unlink()
+    before = read_disfa(three, subject)[0].eyes
+    first, second = landmarks(three, subject)[:2]
+    first.unlink()
     if not first_is_known:
-        with pytest.raises(ValueError, match="landmarks are numbered 1 to 20, for 12 labels and 21 frames: are they counted from 0 or from 1. If from 0, copy number 1 to 0"): read_disfa(three, subject)
+        with pytest.raises(
+            ValueError,
+            match="landmarks are numbered 1 to 20, for 12 labels and 21 frames: are they counted from 0 or from 1. If from 0, copy number 1 to 0",
+        ):
+            read_disfa(three, subject)
         shutil.copy(second, first)
     assert np.array_equal(read_disfa(three, subject)[0].eyes[1:], before[1:])
 
+
 def test_a_missing_last_landmark_shifts_nothing(three):
     before = [read_disfa(three, s)[0].eyes for s in THREE]
-    for s in THREE: landmarks(three, s)[-1].unlink()
+    for s in THREE:
+        landmarks(three, s)[-1].unlink()
     assert np.array_equal(read_disfa(three, "SN001")[0].eyes, before[0])
     for s in THREE[1:]:
-        with pytest.raises(ValueError, match="if from 1, copy number 20 to 21"): read_disfa(three, s)
+        with pytest.raises(ValueError, match="if from 1, copy number 20 to 21"):
+            read_disfa(three, s)
+
 
 def test_two_landmarks_of_one_frame_are_refused(three):
-    folder = landmarks(three, "SN001")[0].parent; shutil.copytree(folder, folder.parent/"frame_lm")
-    with pytest.raises(ValueError, match="SN001_0000_lm.mat and .*SN001_0000_lm.mat have the same number: keep one"): read_disfa(three, "SN001")
+    folder = landmarks(three, "SN001")[0].parent
+    shutil.copytree(folder, folder.parent / "frame_lm")
+    with pytest.raises(
+        ValueError, match="SN001_0000_lm.mat and .*SN001_0000_lm.mat have the same number: keep one"
+    ):
+        read_disfa(three, "SN001")
+
 
 def test_linked_landmarks_labels_and_videos_are_followed(three, tmp_path):
     before = read_disfa(three, "SN001")[0]
-    for folder in "Landmark_Points/SN001/tmp_frame_lm", "Landmark_Points/SN001", "Videos_LeftCamera", "ActionUnit_Labels/SN001":
-        place = tmp_path/"elsewhere"/folder.replace("/", "_"); place.parent.mkdir(exist_ok=True); shutil.move(three/folder, place); (three/folder).symlink_to(place)
-    (three/"Landmark_Points"/"SN001"/"circle").symlink_to(three/"Landmark_Points"/"SN001")
+    for folder in (
+        "Landmark_Points/SN001/tmp_frame_lm",
+        "Landmark_Points/SN001",
+        "Videos_LeftCamera",
+        "ActionUnit_Labels/SN001",
+    ):
+        place = tmp_path / "elsewhere" / folder.replace("/", "_")
+        place.parent.mkdir(exist_ok=True)
+        shutil.move(three / folder, place)
+        (three / folder).symlink_to(place)
+    (three / "Landmark_Points" / "SN001" / "circle").symlink_to(three / "Landmark_Points" / "SN001")
     after = read_disfa(three, "SN001")[0]
     assert np.array_equal(after.eyes, before.eyes) and np.array_equal(after.intensities, before.intensities)
+
 
 def fera_with(root, change):
     "A task of FERA2015 with other landmarks."
     write_fera2015(root, ("F001_T1",), frames=12)
-    with h5py.File(root/"2DFeatures"/"F001_T1.mat", "a") as f:
-        for k in range(12): p = change(f[f"#refs#/{k}"][()]); del f[f"#refs#/{k}"]; f["fit/pred"][k, 0] = f.create_dataset(f"#refs#/{k}", data=p).ref
+    with h5py.File(root / "2DFeatures" / "F001_T1.mat", "a") as f:
+        for k in range(12):
+            p = change(f[f"#refs#/{k}"][()])
+            del f[f"#refs#/{k}"]
+            f["fit/pred"][k, 0] = f.create_dataset(f"#refs#/{k}", data=p).ref
 
-@pytest.mark.parametrize("change, says", [(lambda p: np.concatenate([p, p[:, :17]], 1), r"F001_T1.mat, frame 10: landmarks of shape \(66, 2\), expected \(49, 2\)"), (lambda p: p[:, ::-1], "another order")])
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (
+            lambda p: np.concatenate([p, p[:, :17]], 1),
+            r"F001_T1.mat, frame 10: landmarks of shape \(66, 2\), expected \(49, 2\)",
+        ),
+        (lambda p: p[:, ::-1], "another order"),
+    ],
+)
 def test_landmarks_of_fera2015_of_another_layout_are_refused(tmp_path, change, says):
     fera_with(tmp_path, change)
-    with pytest.raises(ValueError, match=says): read_fera2015(tmp_path, "F001_T1")
+    with pytest.raises(ValueError, match=says):
+        read_fera2015(tmp_path, "F001_T1")
+
 
 def test_frames_of_fera2015_that_are_missing_shift_no_landmarks(tmp_path):
-    write_fera2015(tmp_path, ("F001_T1",), frames=12); before = read_fera2015(tmp_path, "F001_T1")[0].eyes; frames = tmp_path/"BP4D-training"/"F001"/"T1"
-    for k in (13, 14): (frames/f"{k}.jpg").unlink()
+    write_fera2015(tmp_path, ("F001_T1",), frames=12)
+    before = read_fera2015(tmp_path, "F001_T1")[0].eyes
+    frames = tmp_path / "BP4D-training" / "F001" / "T1"
+    for k in (13, 14):
+        (frames / f"{k}.jpg").unlink()
     assert np.array_equal(read_fera2015(tmp_path, "F001_T1")[0].eyes, np.delete(before, (3, 4), 0))
-    (frames/"10.jpg").unlink()                                          # the first, or the last? nobody knows
-    with pytest.raises(ValueError, match="landmarks of 12 frames, but there are 9, numbered 11 to 21"): read_fera2015(tmp_path, "F001_T1")
+    (frames / "10.jpg").unlink()  # the first, or the last? nobody knows
+    with pytest.raises(ValueError, match="landmarks of 12 frames, but there are 9, numbered 11 to 21"):
+        read_fera2015(tmp_path, "F001_T1")
+
 
 # --- malformed files
 
+
 def test_tables_with_a_byte_order_mark_are_read(three, tmp_path):
-    write_fera2015(tmp_path/"fera", ("F001_T1",), frames=12); before = read_disfa(three, "SN001")[0], read_fera2015(tmp_path/"fera", "F001_T1")[0]
-    for f in (*three.rglob("*.txt"), *(tmp_path/"fera").rglob("*.csv")): f.write_bytes(codecs.BOM_UTF8 + f.read_bytes())
-    for a, b in zip(before, (read_disfa(three, "SN001")[0], read_fera2015(tmp_path/"fera", "F001_T1")[0])): assert np.array_equal(a.intensities, b.intensities)
+    write_fera2015(tmp_path / "fera", ("F001_T1",), frames=12)
+    before = read_disfa(three, "SN001")[0], read_fera2015(tmp_path / "fera", "F001_T1")[0]
+    for f in (*three.rglob("*.txt"), *(tmp_path / "fera").rglob("*.csv")):
+        f.write_bytes(codecs.BOM_UTF8 + f.read_bytes())
+    for a, b in zip(before, (read_disfa(three, "SN001")[0], read_fera2015(tmp_path / "fera", "F001_T1")[0])):
+        assert np.array_equal(a.intensities, b.intensities)
 
-@pytest.mark.parametrize("raw, says", [(b"", "is empty"), (b"1,0\n2,0,0\n", "no table of whole numbers"), (b"1,0,0\n", "has 3 columns, expected 2"), ("1,0\n# caf\xe9".encode("latin-1"), "is not UTF-8"), ("1,0".encode("utf-16"), "is not UTF-8"),
-                                       (b"10,1\n10,2\n", "frame 10 is there twice"), (b"99999999999999999999,1\n", "no table"), (None, "Is a directory")])
+
+@pytest.mark.parametrize(
+    "raw, says",
+    [
+        (b"", "is empty"),
+        (b"1,0\n2,0,0\n", "no table of whole numbers"),
+        (b"1,0,0\n", "has 3 columns, expected 2"),
+        ("1,0\n# caf\xe9".encode("latin-1"), "is not UTF-8"),
+        ("1,0".encode("utf-16"), "is not UTF-8"),
+        (b"10,1\n10,2\n", "frame 10 is there twice"),
+        (b"99999999999999999999,1\n", "no table"),
+        (None, "Is a directory"),
+    ],
+)
 def test_a_malformed_label_file_of_fera2015_is_named(tmp_path, raw, says):
-    write_fera2015(tmp_path, ("F001_T1",), frames=12); file = tmp_path/"AU Intensity Codes3.0"/"AU12"/"F001_T1_coded.csv"
-    file.unlink(); file.mkdir() if raw is None else file.write_bytes(raw)
-    with pytest.raises((ValueError, OSError), match=f"F001_T1_coded.csv.*{says}|{says}.*F001_T1_coded.csv"): read_fera2015(tmp_path, "F001_T1")
+    write_fera2015(tmp_path, ("F001_T1",), frames=12)
+    file = tmp_path / "AU Intensity Codes3.0" / "AU12" / "F001_T1_coded.csv"
+    file.unlink()
+    file.mkdir() if raw is None else file.write_bytes(raw)
+    with pytest.raises((ValueError, OSError), match=f"F001_T1_coded.csv.*{says}|{says}.*F001_T1_coded.csv"):
+        read_fera2015(tmp_path, "F001_T1")
 
-@pytest.mark.parametrize("raw", [lambda raw: raw[:len(raw)//2], lambda raw: raw[:-2], lambda raw: b"", lambda raw: b"none"], ids=["half", "without its end", "empty", "text"])
+
+@pytest.mark.parametrize(
+    "raw",
+    [lambda raw: raw[: len(raw) // 2], lambda raw: raw[:-2], lambda raw: b"", lambda raw: b"none"],
+    ids=["half", "without its end", "empty", "text"],
+)
 def test_a_frame_that_is_cut_off_is_not_used(tmp_path, raw):
     "OpenCV gives the half that is there, and grey below."
-    write_fera2015(tmp_path, ("F001_T1",), frames=6); file = tmp_path/"BP4D-training"/"F001"/"T1"/"13.jpg"; file.write_bytes(raw(file.read_bytes()))
-    seen = list(faces.frames_of(read_fera2015(tmp_path, "F001_T1")[0])); assert [i for i, x in enumerate(seen) if x is None] == [3] and len(seen) == 6
+    write_fera2015(tmp_path, ("F001_T1",), frames=6)
+    file = tmp_path / "BP4D-training" / "F001" / "T1" / "13.jpg"
+    file.write_bytes(raw(file.read_bytes()))
+    seen = list(faces.frames_of(read_fera2015(tmp_path, "F001_T1")[0]))
+    assert [i for i, x in enumerate(seen) if x is None] == [3] and len(seen) == 6
+
 
 def test_occurrence_codes_with_too_few_columns_are_named(tmp_path):
-    write_fera2015(tmp_path, ("F001_T1",), frames=12); file = tmp_path/"AUCoding"/"F001_T1.csv"
+    write_fera2015(tmp_path, ("F001_T1",), frames=12)
+    file = tmp_path / "AUCoding" / "F001_T1.csv"
     file.write_text("\n".join(",".join(line.split(",")[:13]) for line in file.read_text().splitlines()))
-    with pytest.raises(ValueError, match="F001_T1.csv has 13 columns, expected 18 or more"): read_fera2015(tmp_path, "F001_T1")
+    with pytest.raises(ValueError, match="F001_T1.csv has 13 columns, expected 18 or more"):
+        read_fera2015(tmp_path, "F001_T1")
 
-def test_a_recording_that_cannot_be_read_is_left_out_and_tried_again(in_threads, drawn, tmp_path, monkeypatch):
+
+def test_a_recording_that_cannot_be_read_is_left_out_and_tried_again(
+    in_threads, drawn, tmp_path, monkeypatch
+):
     "By its name and for its reason; the others are prepared, and once it can be read, the same command prepares it and nothing else."
-    monkeypatch.setenv("CSRAE_DATA", str(tmp_path)); shutil.copytree(drawn, tmp_path/"faces_demo"); labels = tmp_path/"faces_demo"/"ActionUnit_Labels"
-    whole = {s: (labels/s/f"{s}_au1.txt").read_bytes() for s in ("SN001", "SN002")}
-    for s, raw in dict(SN001=b"", SN002="caf\xe9".encode("latin-1")).items(): (labels/s/f"{s}_au1.txt").write_bytes(raw)
-    (labels/"SN003"/"SN003_au1.txt").unlink(); (labels/"SN003"/"SN003_au1.txt").mkdir()
-    with pytest.warns(UserWarning, match=r"3 of 27 recordings .*SN001: .*SN001_au1.txt is empty; SN002: .*SN002_au1.txt is not UTF-8 .*SN003: .*Is a directory.*SN003_au1.txt.* the same command prepares them"):
+    monkeypatch.setenv("CSRAE_DATA", str(tmp_path))
+    shutil.copytree(drawn, tmp_path / "faces_demo")
+    labels = tmp_path / "faces_demo" / "ActionUnit_Labels"
+    whole = {s: (labels / s / f"{s}_au1.txt").read_bytes() for s in ("SN001", "SN002")}
+    for s, raw in dict(SN001=b"", SN002="caf\xe9".encode("latin-1")).items():
+        (labels / s / f"{s}_au1.txt").write_bytes(raw)
+    (labels / "SN003" / "SN003_au1.txt").unlink()
+    (labels / "SN003" / "SN003_au1.txt").mkdir()
+    with pytest.warns(
+        UserWarning,
+        match=r"3 of 27 recordings .*SN001: .*SN001_au1.txt is empty; SN002: .*SN002_au1.txt is not UTF-8 .*SN003: .*Is a directory.*SN003_au1.txt.* the same command prepares them",
+    ):
         data = load_faces("faces_demo", 1, 28, progress=False)
-    times = {f.name: f.stat().st_mtime_ns for f in (tmp_path/"faces_demo-prepared-32").glob("SN*.npz")}
+    times = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "faces_demo-prepared-32").glob("SN*.npz")}
     n = [len(load_faces("faces_demo", 1, 28, progress=False).x_train), len(data.x_train)]
-    for s, raw in whole.items(): (labels/s/f"{s}_au1.txt").write_bytes(raw)
-    with pytest.warns(UserWarning, match="1 of 27 recordings"): mended = load_faces("faces_demo", 1, 28, progress=False)
+    for s, raw in whole.items():
+        (labels / s / f"{s}_au1.txt").write_bytes(raw)
+    with pytest.warns(UserWarning, match="1 of 27 recordings"):
+        mended = load_faces("faces_demo", 1, 28, progress=False)
     assert n[0] == n[1] < len(mended.x_train) and data.sha256 != mended.sha256
-    after = {f.name: f.stat().st_mtime_ns for f in (tmp_path/"faces_demo-prepared-32").glob("SN*.npz")}
+    after = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "faces_demo-prepared-32").glob("SN*.npz")}
     assert {k: after[k] for k in times} == times and len(after) == len(times) + 2
-    shutil.rmtree(tmp_path/"faces_demo"); assert load_faces("faces_demo", 1, 28, progress=False).sha256 == mended.sha256     # what is prepared is enough
+    shutil.rmtree(tmp_path / "faces_demo")
+    assert (
+        load_faces("faces_demo", 1, 28, progress=False).sha256 == mended.sha256
+    )  # what is prepared is enough
 
-def died_or_lived(name): return dict(frames=1) if name != "bad" else os.kill(os.getpid(), signal.SIGKILL)
+
+def died_or_lived(name):
+    return dict(frames=1) if name != "bad" else os.kill(os.getpid(), signal.SIGKILL)
+
 
 def test_a_recording_whose_process_dies_does_not_end_the_others(monkeypatch):
     "Such as one with a file that crashes its reader."
@@ -255,87 +515,202 @@ def test_a_recording_whose_process_dies_does_not_end_the_others(monkeypatch):
     done = faces._prepare_all(lambda n: (n,), ["good", "bad", "better"], 2, faces.progress_bar(False))
     assert done == {"good": dict(frames=1), "better": dict(frames=1), "bad": dict(problem=faces._DIED)}
 
-@pytest.mark.parametrize("damage", [lambda f: (f/"SN001.npz").write_bytes((f/"SN001.npz").read_bytes()[:-9]), lambda f: (f/"SN001.jpegs").unlink(), lambda f: (f/"SN001.jpegs").write_bytes(b""),
-                                    lambda f: (f/"index.json").write_text("{"), lambda f: (f/"index.json").write_text((f/"index.json").read_text().replace("SN001", "SN0O1")),
-                                    lambda f: (f/"index.json").write_text((f/"index.json").read_text().replace('"frames"', '"frbmes"', 1))])
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda f: (f / "SN001.npz").write_bytes((f / "SN001.npz").read_bytes()[:-9]),
+        lambda f: (f / "SN001.jpegs").unlink(),
+        lambda f: (f / "SN001.jpegs").write_bytes(b""),
+        lambda f: (f / "index.json").write_text("{"),
+        lambda f: (f / "index.json").write_text((f / "index.json").read_text().replace("SN001", "SN0O1")),
+        lambda f: (f / "index.json").write_text(
+            (f / "index.json").read_text().replace('"frames"', '"frbmes"', 1)
+        ),
+    ],
+)
 def test_damaged_preparations_are_found_and_made_anew(in_threads, drawn, tmp_path, monkeypatch, damage):
-    monkeypatch.setenv("CSRAE_DATA", str(tmp_path)); (tmp_path/"faces_demo").symlink_to(drawn); before = load_faces("faces_demo", 1, 28, progress=False)
-    damage(tmp_path/"faces_demo-prepared-32")
-    with pytest.raises(ValueError, match="holds no whole preparation of frames"): FrameStore(tmp_path/"faces_demo-prepared-32")
-    again = load_faces("faces_demo", 1, 28, progress=False); assert again.sha256 == before.sha256 and again.x_test[:3].equal(before.x_test[:3])
+    monkeypatch.setenv("CSRAE_DATA", str(tmp_path))
+    (tmp_path / "faces_demo").symlink_to(drawn)
+    before = load_faces("faces_demo", 1, 28, progress=False)
+    damage(tmp_path / "faces_demo-prepared-32")
+    with pytest.raises(ValueError, match="holds no whole preparation of frames"):
+        FrameStore(tmp_path / "faces_demo-prepared-32")
+    again = load_faces("faces_demo", 1, 28, progress=False)
+    assert again.sha256 == before.sha256 and again.x_test[:3].equal(before.x_test[:3])
+
 
 # --- where they go
+
 
 @pytest.fixture
 def read_only(monkeypatch, tmp_path):
     "A data folder in which nothing can be written, also by those who may write everywhere."
-    folder, access, mkdir = tmp_path/"data", os.access, Path.mkdir; folder.mkdir(); monkeypatch.setenv("CSRAE_DATA", str(folder))
-    def inside(path): return folder in (Path(path), *Path(path).parents)
+    folder, access, mkdir = tmp_path / "data", os.access, Path.mkdir
+    folder.mkdir()
+    monkeypatch.setenv("CSRAE_DATA", str(folder))
+
+    def inside(path):
+        return folder in (Path(path), *Path(path).parents)
+
     def refuse(self, *args, **kw):
-        if inside(self): raise OSError(30, "Read-only file system", str(self))
+        if inside(self):
+            raise OSError(30, "Read-only file system", str(self))
         return mkdir(self, *args, **kw)
-    monkeypatch.setattr(os, "access", lambda p, mode, **kw: not (inside(p) and mode & os.W_OK) and access(p, mode, **kw)); monkeypatch.setattr(Path, "mkdir", refuse)
+
+    monkeypatch.setattr(
+        os, "access", lambda p, mode, **kw: not (inside(p) and mode & os.W_OK) and access(p, mode, **kw)
+    )
+    monkeypatch.setattr(Path, "mkdir", refuse)
     return folder
 
-def test_data_that_cannot_be_written_are_prepared_in_the_cache(in_threads, drawn, tmp_path, monkeypatch, read_only):
-    os.symlink(drawn, read_only/"faces_demo"); monkeypatch.setenv("CSRAE_CACHE", str(tmp_path/"cache"))
-    before = load_faces("faces_demo", 1, 28, progress=False); made, = (tmp_path/"cache").glob("faces_demo-prepared-32-*")
-    time_made = (made/"index.json").stat().st_mtime_ns; assert load_faces("faces_demo", 1, 28, progress=False).sha256 == before.sha256 and (made/"index.json").stat().st_mtime_ns == time_made
+
+def test_data_that_cannot_be_written_are_prepared_in_the_cache(
+    in_threads, drawn, tmp_path, monkeypatch, read_only
+):
+    os.symlink(drawn, read_only / "faces_demo")
+    monkeypatch.setenv("CSRAE_CACHE", str(tmp_path / "cache"))
+    before = load_faces("faces_demo", 1, 28, progress=False)
+    (made,) = (tmp_path / "cache").glob("faces_demo-prepared-32-*")
+    time_made = (made / "index.json").stat().st_mtime_ns
+    assert (
+        load_faces("faces_demo", 1, 28, progress=False).sha256 == before.sha256
+        and (made / "index.json").stat().st_mtime_ns == time_made
+    )
     assert os.listdir(read_only) == ["faces_demo"]
-    monkeypatch.delenv("CSRAE_CACHE"); monkeypatch.setattr("pooch.os_cache", lambda name: str(tmp_path/"home"/name))
-    assert load_faces("faces_demo", 1, 28, progress=False).sha256 == before.sha256 and list((tmp_path/"home"/"csrae_nb").glob("faces_demo-prepared-32-*/index.json"))
-    monkeypatch.setenv("CSRAE_CACHE", str(read_only/"cache"))
-    with pytest.raises(OSError, match=r"cannot write to .*faces_demo-prepared-32-.* \(Read-only file system\); free some space there, or name another folder in CSRAE_CACHE"): load_faces("faces_demo", 1, 28, progress=False)
+    monkeypatch.delenv("CSRAE_CACHE")
+    monkeypatch.setattr("pooch.os_cache", lambda name: str(tmp_path / "home" / name))
+    assert load_faces("faces_demo", 1, 28, progress=False).sha256 == before.sha256 and list(
+        (tmp_path / "home" / "csrae_nb").glob("faces_demo-prepared-32-*/index.json")
+    )
+    monkeypatch.setenv("CSRAE_CACHE", str(read_only / "cache"))
+    with pytest.raises(
+        OSError,
+        match=r"cannot write to .*faces_demo-prepared-32-.* \(Read-only file system\); free some space there, or name another folder in CSRAE_CACHE",
+    ):
+        load_faces("faces_demo", 1, 28, progress=False)
+
 
 def test_two_data_folders_share_no_frames(in_threads, drawn, tmp_path, monkeypatch):
-    monkeypatch.setenv("CSRAE_CACHE", str(tmp_path/"cache")); sums = []
+    monkeypatch.setenv("CSRAE_CACHE", str(tmp_path / "cache"))
+    sums = []
     for name in "ab":
-        shutil.copytree(drawn, tmp_path/name/"faces_demo") if name == "a" else write_disfa(tmp_path/name/"faces_demo", SUBJECTS, frames=20, seed=1)
-        monkeypatch.setenv("CSRAE_DATA", str(tmp_path/name)); sums.append(load_faces("faces_demo", 1, 28, progress=False).sha256)
+        shutil.copytree(drawn, tmp_path / name / "faces_demo") if name == "a" else write_disfa(
+            tmp_path / name / "faces_demo", SUBJECTS, frames=20, seed=1
+        )
+        monkeypatch.setenv("CSRAE_DATA", str(tmp_path / name))
+        sums.append(load_faces("faces_demo", 1, 28, progress=False).sha256)
     assert sums[0] != sums[1]
 
+
 def test_frames_that_lie_beside_the_data_are_found(in_threads, drawn, tmp_path, monkeypatch):
-    monkeypatch.setenv("CSRAE_DATA", str(tmp_path)); (tmp_path/"faces_demo").symlink_to(drawn); before = load_faces("faces_demo", 1, 28, progress=False)
-    monkeypatch.setenv("CSRAE_CACHE", str(tmp_path/"cache")); (tmp_path/"faces_demo").unlink()
-    assert load_faces("faces_demo", 1, 28, progress=False).sha256 == before.sha256 and not (tmp_path/"cache").exists()
+    monkeypatch.setenv("CSRAE_DATA", str(tmp_path))
+    (tmp_path / "faces_demo").symlink_to(drawn)
+    before = load_faces("faces_demo", 1, 28, progress=False)
+    monkeypatch.setenv("CSRAE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "faces_demo").unlink()
+    assert (
+        load_faces("faces_demo", 1, 28, progress=False).sha256 == before.sha256
+        and not (tmp_path / "cache").exists()
+    )
+
 
 def test_a_full_disk_ends_the_preparation_with_its_name(drawn, tmp_path, monkeypatch):
     "It is no recording's fault."
-    def full(*args, **kw): raise OSError(28, "No space left on device")
+
+    def full(*args, **kw):
+        raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(faces, "_frames_to", full)
-    with pytest.raises(OSError, match=r"cannot write to .* \(No space left on device\); .* CSRAE_CACHE"): faces._prepare("faces_demo", drawn, "SN001", tmp_path, 32)
+    with pytest.raises(OSError, match=r"cannot write to .* \(No space left on device\); .* CSRAE_CACHE"):
+        faces._prepare("faces_demo", drawn, "SN001", tmp_path, 32)
     assert os.listdir(tmp_path) == []
+
 
 # --- mean eyes, and subjects to validate on
 
+
 def test_eyes_come_to_lie_where_they_are_on_average(in_threads, drawn, tmp_path, monkeypatch):
     "Of two landmarks turned back by the alignment, the mean over all frames is where each frame's are; the fixed ones stay as they are, in a folder of their own."
-    monkeypatch.setenv("CSRAE_DATA", str(tmp_path)); (tmp_path/"faces_demo").symlink_to(drawn)
+    monkeypatch.setenv("CSRAE_DATA", str(tmp_path))
+    (tmp_path / "faces_demo").symlink_to(drawn)
     fixed, mean = (load_faces("faces_demo", 1, 224, progress=False, eyes=e) for e in ("fixed", "mean"))
-    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".lock") == ["faces_demo", "faces_demo-prepared-256", "faces_demo-prepared-256-mean-eyes"] and fixed.sha256 != mean.sha256
-    to = np.array(faces.mean_eyes("faces_demo", drawn)); assert .15 < np.hypot(*(to[1] - to[0])) < .3 and abs(to.mean(0)[0] - .5) < .05
-    whites = [(d.x_test[:20].amin(1) > .35).float().mean(0) for d in (fixed, mean)]                    # of the eyes, which nothing else in these faces is as bright as
-    for w, (left, right) in zip(whites, ([[.34, .38], [.66, .38]], to)):
-        w = w[60:120]; assert [abs(w[:, half].sum(0) @ torch.arange(112.)/w[:, half].sum() + o + 16 - 256*e[0]) < 6 for half, o, e in ((slice(0, 112), 0, left), (slice(112, 224), 112, right))] == [True]*2
-    with pytest.raises(ValueError, match="eyes='median'; expected one of fixed, mean"): load_faces("faces_demo", eyes="median", progress=False)
+    assert (
+        sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".lock")
+        == ["faces_demo", "faces_demo-prepared-256", "faces_demo-prepared-256-mean-eyes"]
+        and fixed.sha256 != mean.sha256
+    )
+    to = np.array(faces.mean_eyes("faces_demo", drawn))
+    assert 0.15 < np.hypot(*(to[1] - to[0])) < 0.3 and abs(to.mean(0)[0] - 0.5) < 0.05
+    whites = [
+        (d.x_test[:20].amin(1) > 0.35).float().mean(0) for d in (fixed, mean)
+    ]  # of the eyes, which nothing else in these faces is as bright as
+    for w, (left, right) in zip(whites, ([[0.34, 0.38], [0.66, 0.38]], to)):
+        w = w[60:120]
+        assert [
+            abs(w[:, half].sum(0) @ torch.arange(112.0) / w[:, half].sum() + o + 16 - 256 * e[0]) < 6
+            for half, o, e in ((slice(0, 112), 0, left), (slice(112, 224), 112, right))
+        ] == [True] * 2
+    with pytest.raises(ValueError, match="eyes='median'; expected one of fixed, mean"):
+        load_faces("faces_demo", eyes="median", progress=False)
+
 
 def test_validation_on_subjects_that_nobody_trained_on(in_threads, drawn, tmp_path, monkeypatch):
     "Through Config, fit and its folder; the test stays the same, and so do names and folders of runs that validate on frames."
-    monkeypatch.setenv("CSRAE_DATA", str(tmp_path)); monkeypatch.setenv("CSRAE_RUNS", str(tmp_path/"runs")); (tmp_path/"faces_demo").symlink_to(drawn)
-    store = (load_faces("faces_demo", 1, 32, progress=False), FrameStore(tmp_path/"faces_demo-prepared-37"))[1]
-    rows = {v: faces.fold_rows(store.subjects, FACES["faces_demo"].folds, 1, 0, v) for v in ("frames", "subjects")}
+    monkeypatch.setenv("CSRAE_DATA", str(tmp_path))
+    monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "runs"))
+    (tmp_path / "faces_demo").symlink_to(drawn)
+    store = (
+        load_faces("faces_demo", 1, 32, progress=False),
+        FrameStore(tmp_path / "faces_demo-prepared-37"),
+    )[1]
+    rows = {
+        v: faces.fold_rows(store.subjects, FACES["faces_demo"].folds, 1, 0, v) for v in ("frames", "subjects")
+    }
     of = {k: set(store.subjects[v]) for k, v in rows["subjects"].items()}
-    assert [len(s) for s in of.values()] == [16, 2, 9] and len(set.union(*of.values())) == 27 and sum(map(len, rows["subjects"].values())) == len(store)
-    assert np.array_equal(rows["frames"]["test"], rows["subjects"]["test"]) and set(store.subjects[rows["frames"]["val"]]) <= set(store.subjects[rows["frames"]["train"]])
-    old = Config(dataset="faces_demo", image_size=32, fold=1, epochs=1, warmup=1, labels=0., kmeans_epoch=0, components=3, batch_size=50, latent_dim=4)
+    assert (
+        [len(s) for s in of.values()] == [16, 2, 9]
+        and len(set.union(*of.values())) == 27
+        and sum(map(len, rows["subjects"].values())) == len(store)
+    )
+    assert np.array_equal(rows["frames"]["test"], rows["subjects"]["test"]) and set(
+        store.subjects[rows["frames"]["val"]]
+    ) <= set(store.subjects[rows["frames"]["train"]])
+    old = Config(
+        dataset="faces_demo",
+        image_size=32,
+        fold=1,
+        epochs=1,
+        warmup=1,
+        labels=0.0,
+        kmeans_epoch=0,
+        components=3,
+        batch_size=50,
+        latent_dim=4,
+    )
     new = dataclasses.replace(old, validation="subjects")
-    data = prepare_data(resolve(new)); assert (len(data.x_val), len(data.x_train)) == tuple(len(rows["subjects"][s]) for s in ("val", "train"))
-    assert "validation" not in identity(old) and identity(new) == {**identity(old), "validation": "subjects"} and run_name(old) != run_name(new) and "-p validation subjects" in command(new)
-    run = fit(old, progress=False); config = json.loads((run.path/"config.json").read_text()); del config["validation"]; (run.path/"config.json").write_text(json.dumps(config))    # as version 0.1.0 wrote it
-    tensors, meta = load_tensors(run.path/"model.safetensors"); del meta["config"]["validation"]; save_tensors(run.path/"model.safetensors", tensors, meta)
+    data = prepare_data(resolve(new))
+    assert (len(data.x_val), len(data.x_train)) == tuple(len(rows["subjects"][s]) for s in ("val", "train"))
+    assert (
+        "validation" not in identity(old)
+        and identity(new) == {**identity(old), "validation": "subjects"}
+        and run_name(old) != run_name(new)
+        and "-p validation subjects" in command(new)
+    )
+    run = fit(old, progress=False)
+    config = json.loads((run.path / "config.json").read_text())
+    del config["validation"]
+    (run.path / "config.json").write_text(json.dumps(config))  # as version 0.1.0 wrote it
+    tensors, meta = load_tensors(run.path / "model.safetensors")
+    del meta["config"]["validation"]
+    save_tensors(run.path / "model.safetensors", tensors, meta)
     assert fit(old, progress=False).history == run.history and load_run(run.path).cfg == run.cfg
-    with pytest.raises(ValueError, match="validation: None there, 'subjects' here"): fit(new, progress=False, folder=run.path)
+    with pytest.raises(ValueError, match="validation: None there, 'subjects' here"):
+        fit(new, progress=False, folder=run.path)
+
 
 def test_validation_is_of_faces():
-    with pytest.raises(ValueError, match="fold, image_size and validation are of faces"): Config(validation="subjects")
-    with pytest.raises(ValueError, match="unknown validation 'videos'; expected one of frames, subjects"): Config(dataset="disfa", validation="videos")
+    with pytest.raises(ValueError, match="fold, image_size and validation are of faces"):
+        Config(validation="subjects")
+    with pytest.raises(ValueError, match="unknown validation 'videos'; expected one of frames, subjects"):
+        Config(dataset="disfa", validation="videos")

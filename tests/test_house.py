@@ -1,4 +1,5 @@
 "What holds for the repository as a whole: notebooks and package agree, the site lists them, requirements are true."
+
 import ast, json, os, re, shutil, subprocess, sys, sysconfig
 from configparser import ConfigParser
 from functools import cache
@@ -10,62 +11,91 @@ from packaging.requirements import Requirement
 
 root = Path(__file__).parents[1]
 scripts = Path(sysconfig.get_path("scripts"))
-notebooks = sorted((root/"nbs").glob("*.ipynb"))
-modules = sorted((root/"csrae_nb").glob("[!_]*.py"))
+notebooks = sorted((root / "nbs").glob("*.ipynb"))
+modules = sorted((root / "csrae_nb").glob("[!_]*.py"))
 ini = ConfigParser(delimiters=["="], interpolation=None)
-ini.read(root/"settings.ini")
+ini.read(root / "settings.ini")
 extras = set(ini["extras"]) - set(ini.defaults())
 per_notebook = pytest.mark.parametrize("path", notebooks, ids=lambda p: p.stem)
+
 
 def house_files():
     "Paths of all files that are committed, or would be by `git add .`"
     out = subprocess.check_output(["git", "ls-files", "-coz", "--exclude-standard"], cwd=root, text=True)
-    return [p for p in map(Path, sorted(set(out.split("\0")))) if (root/p).is_file()]
+    return [p for p in map(Path, sorted(set(out.split("\0")))) if (root / p).is_file()]
+
 
 def code_cells(path):
     "(source, outputs) of the code cells of a notebook."
-    return [("".join(c["source"]), c["outputs"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    return [
+        ("".join(c["source"]), c["outputs"])
+        for c in json.loads(path.read_text())["cells"]
+        if c["cell_type"] == "code"
+    ]
+
 
 def syntax(source):
     "The syntax tree of a cell, without its magics."
     return ast.parse(re.sub(r"^\s*[%!].*", "", source, flags=re.M))
 
+
 def imported(tree, inside_functions=True):
     "Names of the modules that a syntax tree imports, relative ones as csrae_nb's."
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.Import): yield from (a.name for a in node.names)
+        if isinstance(node, ast.Import):
+            yield from (a.name for a in node.names)
         elif isinstance(node, ast.ImportFrom):
-            if node.module != "__future__": yield f"csrae_nb.{node.module}" if node.level else node.module
+            if node.module != "__future__":
+                yield f"csrae_nb.{node.module}" if node.level else node.module
         elif inside_functions or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             yield from imported(node, inside_functions)
 
+
 packages = cache(packages_distributions)
+
 
 def distributions(names):
     "The packages, as pip calls them, that hold the modules; the standard library and csrae_nb left out."
     tops = {n.split(".")[0] for n in names} - sys.stdlib_module_names - {"csrae_nb"}
     return {d.lower().replace("_", "-") for t in tops for d in packages().get(t, [t])}
 
+
 def required(extra=""):
     "The packages that csrae_nb requires, or one of its extras."
     reqs = map(Requirement, requires("csrae_nb"))
-    return {r.name.lower().replace("_", "-") for r in reqs if "extra" not in str(r.marker) or (extra and r.marker.evaluate({"extra": extra}))}
+    return {
+        r.name.lower().replace("_", "-")
+        for r in reqs
+        if "extra" not in str(r.marker) or (extra and r.marker.evaluate({"extra": extra}))
+    }
+
 
 # --- the tree
 
+
 def test_no_large_files():
-    assert not [f"{p}: {(root/p).stat().st_size/1024:.0f} KiB" for p in house_files() if (root/p).stat().st_size > 1500*1024]
+    assert not [
+        f"{p}: {(root / p).stat().st_size / 1024:.0f} KiB"
+        for p in house_files()
+        if (root / p).stat().st_size > 1500 * 1024
+    ]
+
 
 def test_no_file_names_the_workplace():
     name = "../" + "shared"
-    assert not [str(p) for p in house_files() if name in (root/p).read_text(errors="ignore")]
+    assert not [str(p) for p in house_files() if name in (root / p).read_text(errors="ignore")]
+
 
 def test_ruff():
     "No unused import, no unused variable, in modules, notebooks and tests."
-    done = subprocess.run([scripts/"ruff", "check", "--output-format=concise", "."], cwd=root, capture_output=True, text=True)
+    done = subprocess.run(
+        [scripts / "ruff", "check", "--output-format=concise", "."], cwd=root, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout
 
+
 # --- notebooks
+
 
 @per_notebook
 def test_outputs(path):
@@ -77,6 +107,7 @@ def test_outputs(path):
     assert "Traceback (most recent" not in text
     assert not re.findall(r"/(?:work|root|home|tmp|Users)/\w+", text)
 
+
 @per_notebook
 def test_cells(path):
     "Cells stay short, and imports, which the site executes, stand by themselves and name what they take."
@@ -87,37 +118,47 @@ def test_cells(path):
         assert not imports or len(imports) == len(body), f"imports among other code:\n{source}"
         assert not [n for n in imports if n.names[0].name == "*"], source
 
+
 @per_notebook
 def test_chapters_build_on_earlier_ones(path):
     exports = {}
-    for nb in notebooks[:notebooks.index(path)]:
-        exports |= {f"csrae_nb.{m}": nb for s, _ in code_cells(nb) for m in re.findall(r"#\|\s*default_exp (\w+)", s)}
+    for nb in notebooks[: notebooks.index(path)]:
+        exports |= {
+            f"csrae_nb.{m}": nb for s, _ in code_cells(nb) for m in re.findall(r"#\|\s*default_exp (\w+)", s)
+        }
     used = {m for s, _ in code_cells(path) for m in imported(syntax(s)) if m.startswith("csrae_nb.")}
     assert used <= set(exports), f"only these come before: {sorted(exports)}"
 
+
 # --- the package
+
 
 @pytest.fixture
 def copy(tmp_path):
     "A copy of the house in which nbdev may write."
     for p in house_files():
-        (tmp_path/p).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(root/p, tmp_path/p)
+        (tmp_path / p).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(root / p, tmp_path / p)
     return tmp_path
+
 
 def in_copy(copy, *command):
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {"PYTHONPATH": str(copy)}
     done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
+
 def test_export_and_clean_leave_no_diff(copy):
     "The package is what the notebooks export, and the notebooks are clean."
-    for p in (copy/"csrae_nb").glob("*.py"):
-        if p.name != "__init__.py": p.unlink()
-    for command in "nbdev-export", "nbdev-clean": in_copy(copy, scripts/command)
+    for p in (copy / "csrae_nb").glob("*.py"):
+        if p.name != "__init__.py":
+            p.unlink()
+    for command in "nbdev-export", "nbdev-clean":
+        in_copy(copy, scripts / command)
     made = {p.relative_to(copy) for p in copy.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
     assert made == set(house_files())
-    assert not [str(p) for p in made if (copy/p).read_bytes() != (root/p).read_bytes()]
+    assert not [str(p) for p in made if (copy / p).read_bytes() != (root / p).read_bytes()]
+
 
 def test_import_is_light():
     "`import csrae_nb` loads none of the heavy libraries."
@@ -125,10 +166,14 @@ def test_import_is_light():
     env = {k: v for k, v in os.environ.items() if k != "CSRAE_TYPECHECK"}
     assert subprocess.check_output([sys.executable, "-c", code], env=env, text=True).strip() == "[]"
 
+
 def test_main_names():
     "The package offers the main names of its modules, and says when it lacks one."
-    for name in csrae_nb.__all__: assert getattr(csrae_nb, name) is not None
-    with pytest.raises(AttributeError, match="no attribute 'GMN'"): csrae_nb.GMN
+    for name in csrae_nb.__all__:
+        assert getattr(csrae_nb, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'GMN'"):
+        csrae_nb.GMN
+
 
 @pytest.mark.parametrize("path", modules, ids=lambda p: p.stem)
 def test_requirements_are_true(path):
@@ -137,69 +182,104 @@ def test_requirements_are_true(path):
     assert distributions(imported(tree, inside_functions=False)) <= required()
     assert distributions(imported(tree)) <= required().union(*(required(extra) for extra in extras - {"dev"}))
 
+
 def test_every_requirement_is_used():
     names = [m for path in modules for m in imported(ast.parse(path.read_text()))]
     names += [m for nb in notebooks for s, _ in code_cells(nb) for m in imported(syntax(s))]
     assert required() <= distributions(names)
 
+
 def test_metadata():
     "settings.ini, pyproject.toml and the package agree, and `dev` contains every other extra."
     assert ini["DEFAULT"]["version"] == csrae_nb.__version__
-    assert ini["DEFAULT"]["lib_name"] == re.search(r'^name = "(.*)"', (root/"pyproject.toml").read_text(), re.M)[1]
-    for extra in extras: assert required(extra) <= required("dev"), extra
+    assert (
+        ini["DEFAULT"]["lib_name"]
+        == re.search(r'^name = "(.*)"', (root / "pyproject.toml").read_text(), re.M)[1]
+    )
+    for extra in extras:
+        assert required(extra) <= required("dev"), extra
+
 
 def test_readme_examples(tmp_path, monkeypatch):
     "The Python in README runs as it stands."
     monkeypatch.chdir(tmp_path)
     names = {}
-    for block in re.findall(r"```python\n(.*?)```", (root/"README.md").read_text(), re.S): exec(block, names)
+    for block in re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.S):
+        exec(block, names)
+
 
 def test_the_wheel_works_away_from_the_repository(copy, tmp_path_factory):
     "It holds the package and nothing else, and trains where there is no notebook."
     away = tmp_path_factory.mktemp("away")
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
     subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", away, copy], check=True)
-    wheel, = away.glob("csrae_nb-*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--target", away/"site", wheel], check=True)
-    assert {p.name for p in (away/"site").iterdir()} - {"bin"} == {"csrae_nb", f"csrae_nb-{csrae_nb.__version__}.dist-info"}
-    assert {p.name for p in (away/"site"/"csrae_nb").glob("*.py")} == {p.name for p in (root/"csrae_nb").glob("*.py")}
+    (wheel,) = away.glob("csrae_nb-*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", away / "site", wheel], check=True)
+    assert {p.name for p in (away / "site").iterdir()} - {"bin"} == {
+        "csrae_nb",
+        f"csrae_nb-{csrae_nb.__version__}.dist-info",
+    }
+    assert {p.name for p in (away / "site" / "csrae_nb").glob("*.py")} == {
+        p.name for p in (root / "csrae_nb").glob("*.py")
+    }
     code = "import csrae_nb; run = csrae_nb.fit(csrae_nb.Config(epochs=1, warmup=0), progress=False); print(csrae_nb.__file__, run.path)"
-    env = {k: v for k, v in os.environ.items() if k not in ("CSRAE_RUNS", "CSRAE_TYPECHECK")} | {"PYTHONPATH": str(away/"site")}
-    where, run = subprocess.check_output([sys.executable, "-W", "ignore", "-c", code], cwd=away, env=env, text=True).split()
-    assert Path(where).is_relative_to(away) and Path(run).parent == away/"_runs"
+    env = {k: v for k, v in os.environ.items() if k not in ("CSRAE_RUNS", "CSRAE_TYPECHECK")} | {
+        "PYTHONPATH": str(away / "site")
+    }
+    where, run = subprocess.check_output(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=away, env=env, text=True
+    ).split()
+    assert Path(where).is_relative_to(away) and Path(run).parent == away / "_runs"
+
 
 # --- the site
 
+
 def test_sidebar_lists_the_pages():
     "The sidebar lists the home page and the notebooks, each once and in order."
-    site = yaml.safe_load((root/"_quarto.yml").read_text())
+    site = yaml.safe_load((root / "_quarto.yml").read_text())
+
     def pages(contents):
         for entry in contents:
-            if isinstance(entry, dict): yield from pages(entry["contents"])
-            else: yield entry
-    assert list(pages(site["website"]["sidebar"]["contents"])) == ["index.qmd", *(f"nbs/{p.name}" for p in notebooks)]
-    for pattern in site["project"]["render"]: assert list(root.glob(pattern)), pattern
+            if isinstance(entry, dict):
+                yield from pages(entry["contents"])
+            else:
+                yield entry
+
+    assert list(pages(site["website"]["sidebar"]["contents"])) == [
+        "index.qmd",
+        *(f"nbs/{p.name}" for p in notebooks),
+    ]
+    for pattern in site["project"]["render"]:
+        assert list(root.glob(pattern)), pattern
+
 
 def headings(path):
     "The anchors of a page's headings, as pandoc makes them."
     text = path.read_text()
-    if path.suffix == ".ipynb": text = "\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown")
+    if path.suffix == ".ipynb":
+        text = "\n".join(
+            "".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown"
+        )
     plain = (re.sub(r"[^\w\s.-]", "", h).lower() for h in re.findall(r"^#+ (.*)", text, re.M))
     return {re.sub(r"^[^a-z]*", "", re.sub(r"\s+", "-", h.strip())) for h in plain}
+
 
 @pytest.mark.parametrize("page", ["index.qmd", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_links(page):
     "Every file that a page links, shows or includes exists."
-    text = (root/page).read_text()
+    text = (root / page).read_text()
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text) + re.findall(r"{{< include (\S+) >}}", text)
-    assert not [l for l in links if not (root/l).exists()]
-    for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", text): assert anchor in headings(root/(target or page)), f"{target}#{anchor}"
+    assert not [l for l in links if not (root / l).exists()]
+    for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", text):
+        assert anchor in headings(root / (target or page)), f"{target}#{anchor}"
+
 
 def test_site_up_to_quarto(copy):
     "All that nbdev does before it calls Quarto runs, and each page that comes out renders as HTML."
     in_copy(copy, sys.executable, "-c", "from nbdev.serve import proc_nbs; proc_nbs(n_workers=0)")
     for nb in notebooks:
-        page = json.loads((copy/"_proc"/"nbs"/nb.name).read_text())
+        page = json.loads((copy / "_proc" / "nbs" / nb.name).read_text())
         page["metadata"].pop("execution", None)
         for cell in page["cells"]:
             cell.pop("has_sd", None)

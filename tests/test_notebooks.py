@@ -1,4 +1,5 @@
 "Every chapter runs top to bottom, with the shapes of its signatures enforced."
+
 from contextlib import contextmanager
 from pathlib import Path
 import fastcore.test, jaxtyping, nbformat, pytest, torch
@@ -6,34 +7,46 @@ from nbdev.test import test_nb as run_nb
 from csrae_nb import GMM
 
 root = Path(__file__).parents[1]
-by_papermill = {"train.ipynb"} # run as its readers run it, in a test of its own
-chapters = [p for p in sorted((root/"nbs").glob("*.ipynb")) if p.name not in by_papermill]
+by_papermill = {"train.ipynb"}  # run as its readers run it, in a test of its own
+chapters = [p for p in sorted((root / "nbs").glob("*.ipynb")) if p.name not in by_papermill]
+
 
 @pytest.fixture(autouse=True)
 def show_readers_errors(monkeypatch):
     "Where a chapter provokes an error, the package's own answer is wanted, not the shape checker's."
     expect_fail = fastcore.test.expect_fail
+
     @contextmanager
     def unchecked(*args, **kwargs):
         jaxtyping.config.update("jaxtyping_disable", True)
         try:
-            with expect_fail(*args, **kwargs): yield
-        finally: jaxtyping.config.update("jaxtyping_disable", False)
+            with expect_fail(*args, **kwargs):
+                yield
+        finally:
+            jaxtyping.config.update("jaxtyping_disable", False)
+
     monkeypatch.setattr(fastcore.test, "expect_fail", unchecked)
+
 
 @pytest.mark.parametrize("path", chapters, ids=lambda p: p.stem)
 def test_chapter(path):
     passed, _ = run_nb(path, basepath=root)
     assert passed, f"{path.name} fails: its traceback is in the captured stderr"
 
+
 def test_shapes_are_enforced_in_the_package():
-    with pytest.raises(jaxtyping.TypeCheckError): GMM(logw=torch.zeros(3), mu=torch.zeros(2, 1), var=torch.ones(2, 1))
+    with pytest.raises(jaxtyping.TypeCheckError):
+        GMM(logw=torch.zeros(3), mu=torch.zeros(2, 1), var=torch.ones(2, 1))
+
 
 @pytest.mark.parametrize("shape, passes", [((3, 2), True), ((3,), False)])
 def test_shapes_are_enforced_in_notebooks(tmp_path, shape, passes):
     "A notebook that breaks the shapes it declares fails."
-    cells = ["from jaxtyping import Float\nfrom torch import Tensor, zeros",
-             "def rows(x: Float[Tensor, 'B D']) -> int: return len(x)", f"rows(zeros{shape})"]
+    cells = [
+        "from jaxtyping import Float\nfrom torch import Tensor, zeros",
+        "def rows(x: Float[Tensor, 'B D']) -> int: return len(x)",
+        f"rows(zeros{shape})",
+    ]
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
-    nbformat.write(nb, tmp_path/"shapes.ipynb")
-    assert run_nb(tmp_path/"shapes.ipynb", showerr=passes)[0] == passes
+    nbformat.write(nb, tmp_path / "shapes.ipynb")
+    assert run_nb(tmp_path / "shapes.ipynb", showerr=passes)[0] == passes

@@ -1,4 +1,5 @@
 "Two processes on a CPU do what one does: the same losses, one checkpoint, metrics once."
+
 import csv
 import json
 import os
@@ -19,34 +20,78 @@ def job(name, model):
     metrics = complete_run(Config(name=name, model=model, **{CFG}), progress=False)
     print(f"\\nprocess {{PartialState().process_index}} of {{PartialState().num_processes}}: {{len(metrics)}} metrics", flush=True)
 """
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-          "--dynamo_backend", "no", "--main_process_port"]
+LAUNCH = [
+    sys.executable,
+    "-m",
+    "accelerate.commands.launch",
+    "--multi_gpu",
+    "--num_processes",
+    "2",
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+    "--dynamo_backend",
+    "no",
+    "--main_process_port",
+]
+
 
 def free_port():
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); return str(s.getsockname()[1])
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
+
     def run(name, model, launcher):
         call, port = f"job({name!r}, {model!r})", free_port()
-        ends = {"one": call, "launch": call, "notebook": f"notebook_launcher(job, ({name!r}, {model!r}), num_processes=2, use_port={port!r})"}
-        (script := folder/f"{name}.py").write_text(f"{JOB}\nif __name__ == '__main__': {ends[launcher]}\n")
-        env = {**os.environ, "CSRAE_RUNS": str(folder/"runs"), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*([*LAUNCH, port] if launcher == "launch" else [sys.executable]), str(script)], env=env, capture_output=True, text=True, timeout=180)
+        ends = {
+            "one": call,
+            "launch": call,
+            "notebook": f"notebook_launcher(job, ({name!r}, {model!r}), num_processes=2, use_port={port!r})",
+        }
+        (script := folder / f"{name}.py").write_text(f"{JOB}\nif __name__ == '__main__': {ends[launcher]}\n")
+        env = {
+            **os.environ,
+            "CSRAE_RUNS": str(folder / "runs"),
+            "ACCELERATE_USE_CPU": "true",
+            "OMP_NUM_THREADS": "1",
+        }
+        done = subprocess.run(
+            [*([*LAUNCH, port] if launcher == "launch" else [sys.executable]), str(script)],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
-        return folder/"runs"/name, done.stdout
+        return folder / "runs" / name, done.stdout
+
     return run
 
-def history(path): return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(open(path/"history.csv"))]
 
-@pytest.mark.parametrize("model, launchers", [("MixtureCSRAE", ("launch", "notebook")), ("IWAE", ("launch",))])
+def history(path):
+    return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(open(path / "history.csv"))]
+
+
+@pytest.mark.parametrize(
+    "model, launchers", [("MixtureCSRAE", ("launch", "notebook")), ("IWAE", ("launch",))]
+)
 def test_two_processes_train_the_run_of_one(start, model, launchers):
     one, _ = start(f"one-{model}", model, "one")
     for launcher in launchers:
         two, said = start(f"{launcher}-{model}", model, launcher)
         assert "process 0 of 2" in said and "process 1 of 2: 0 metrics" in said
-        assert sorted(os.listdir(one)) == sorted(os.listdir(two)) == [".lock", "config.json", "history.csv", "metrics.json", "model.safetensors"]
-        for a, b in zip(history(one), history(two), strict=True): assert a == pytest.approx(b, rel=2e-4), launcher
-        a, b = (json.loads((p/"metrics.json").read_text())["metrics"] for p in (one, two))
+        assert (
+            sorted(os.listdir(one))
+            == sorted(os.listdir(two))
+            == [".lock", "config.json", "history.csv", "metrics.json", "model.safetensors"]
+        )
+        for a, b in zip(history(one), history(two), strict=True):
+            assert a == pytest.approx(b, rel=2e-4), launcher
+        a, b = (json.loads((p / "metrics.json").read_text())["metrics"] for p in (one, two))
         assert (a["reconstruction"], a["ll"]) == pytest.approx((b["reconstruction"], b["ll"]), rel=1e-3)

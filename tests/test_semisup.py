@@ -1,4 +1,5 @@
 "Learning from few labels: what fit makes of it, and what is refused."
+
 import dataclasses
 
 import pytest
@@ -11,88 +12,154 @@ from csrae_nb.evaluation import complete_run, results_table
 from csrae_nb.semisup import LabelTask, ManyLabels, OneLabel
 from csrae_nb.training import Config, fit, load_run, resolve, runs_folder, task_of
 
-CFG = Config(labels=100., epochs=2, warmup=1, kmeans_epoch=1, ll_samples=2, expost_components=5, fid_images=50)
+CFG = Config(
+    labels=100.0, epochs=2, warmup=1, kmeans_epoch=1, ll_samples=2, expost_components=5, fid_images=50
+)
+
 
 @pytest.fixture(autouse=True)
-def runs(tmp_path, monkeypatch): monkeypatch.setenv("CSRAE_RUNS", str(tmp_path/"runs"))
+def runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "runs"))
+
 
 @pytest.fixture(scope="module")
-def digits(): return load_data("digits")
+def digits():
+    return load_data("digits")
+
 
 @pytest.mark.parametrize("model", ["VAE", "MixtureVAE", "VampPriorVAE", "CSRAE", "MixtureCSRAE"])
 def test_every_model_learns_with_labels(digits, model):
     metrics = complete_run(cfg := dataclasses.replace(CFG, model=model), digits, progress=False)
-    assert 0 < metrics["error"] < 90 and metrics["error_val"] < 90 and metrics["ll"] < 0 and metrics["frechet_classifier_samples"] > 0
-    folder, = runs_folder().glob("digits-*-labels100-seed0-*"); run = load_run(folder)
-    assert run.best_epoch == min(run.history, key=lambda r: r["val_error"])["epoch"] and LabelTask(run.cfg).metrics(run.model, digits)["error"] == metrics["error"]
-    row, = results_table([folder])
-    assert row["labels"] == 100 and row["error_mean"] == metrics["error"] and "-p labels 100" in row["command"] and resolve(cfg).labels == 100
+    assert (
+        0 < metrics["error"] < 90
+        and metrics["error_val"] < 90
+        and metrics["ll"] < 0
+        and metrics["frechet_classifier_samples"] > 0
+    )
+    (folder,) = runs_folder().glob("digits-*-labels100-seed0-*")
+    run = load_run(folder)
+    assert (
+        run.best_epoch == min(run.history, key=lambda r: r["val_error"])["epoch"]
+        and LabelTask(run.cfg).metrics(run.model, digits)["error"] == metrics["error"]
+    )
+    (row,) = results_table([folder])
+    assert (
+        row["labels"] == 100
+        and row["error_mean"] == metrics["error"]
+        and "-p labels 100" in row["command"]
+        and resolve(cfg).labels == 100
+    )
+
 
 def test_a_run_goes_on_where_it_was_stopped(digits, monkeypatch):
     whole = fit(dataclasses.replace(CFG, name="whole", epochs=3), digits, progress=False)
     from csrae_nb import training
+
     epoch = training._epoch
+
     def stop(t, bar):
-        if t.meta["epoch"] == 1: raise KeyboardInterrupt
+        if t.meta["epoch"] == 1:
+            raise KeyboardInterrupt
         epoch(t, bar)
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt): m.setattr(training, "_epoch", stop); fit(cfg := dataclasses.replace(CFG, name="stopped", epochs=3), digits, progress=False)
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(training, "_epoch", stop)
+        fit(cfg := dataclasses.replace(CFG, name="stopped", epochs=3), digits, progress=False)
     again = fit(cfg, digits, progress=False)
     assert all(torch.equal(v, again.model.state_dict()[k]) for k, v in whole.model.state_dict().items())
 
+
 @pytest.mark.parametrize("model", ["VAE", "MixtureCSRAE"])
 def test_two_processes_see_what_one_would(digits, model):
-    task = task_of(resolve(dataclasses.replace(CFG, model=model, components=5))); net = task.make_model(task.about(digits)); rows = task.rows(digits, 1)[0]
+    task = task_of(resolve(dataclasses.replace(CFG, model=model, components=5)))
+    net = task.make_model(task.about(digits))
+    rows = task.rows(digits, 1)[0]
     x, (y,) = digits.draw(digits.x_train[rows], torch.Generator().manual_seed(0)), task.known(digits, rows)
-    whole = net.loss(x, .5, torch.Generator().manual_seed(1), y)
-    parts = [net.loss(x[r::2], .5, Share(torch.Generator().manual_seed(1), r, 2), y[r::2]) for r in range(2)]
-    torch.testing.assert_close((parts[0].loss + parts[1].loss)/2, whole.loss)
-    for r in range(2): torch.testing.assert_close(parts[r].reconstruction, whole.reconstruction[r::2])
+    whole = net.loss(x, 0.5, torch.Generator().manual_seed(1), y)
+    parts = [net.loss(x[r::2], 0.5, Share(torch.Generator().manual_seed(1), r, 2), y[r::2]) for r in range(2)]
+    torch.testing.assert_close((parts[0].loss + parts[1].loss) / 2, whole.loss)
+    for r in range(2):
+        torch.testing.assert_close(parts[r].reconstruction, whole.reconstruction[r::2])
+
 
 def test_each_epoch_sees_all_images(digits):
-    task = task_of(resolve(CFG)); rows = task.rows(digits, 1); labelled, others = rows[:, :20], rows[:, 20:]
-    assert torch.bincount(digits.y_train[labelled.unique()]).tolist() == [10]*10                                          # ten of each digit
-    assert not set(labelled.flatten().tolist()) & set(others.flatten().tolist()) and len(others.unique()) == others.numel() > len(digits.x_train) - 100 - 80
-    assert not rows.equal(task.rows(digits, 2)) and rows[:, :20].unique().equal(task.rows(digits, 2)[:, :20].unique())
-    supervised = task_of(resolve(dataclasses.replace(CFG, labels=float(len(digits.x_train))))); assert len(supervised.known(digits, supervised.rows(digits, 1)[0])[0]) == 100
+    task = task_of(resolve(CFG))
+    rows = task.rows(digits, 1)
+    labelled, others = rows[:, :20], rows[:, 20:]
+    assert torch.bincount(digits.y_train[labelled.unique()]).tolist() == [10] * 10  # ten of each digit
+    assert (
+        not set(labelled.flatten().tolist()) & set(others.flatten().tolist())
+        and len(others.unique()) == others.numel() > len(digits.x_train) - 100 - 80
+    )
+    assert not rows.equal(task.rows(digits, 2)) and rows[:, :20].unique().equal(
+        task.rows(digits, 2)[:, :20].unique()
+    )
+    supervised = task_of(resolve(dataclasses.replace(CFG, labels=float(len(digits.x_train)))))
+    assert len(supervised.known(digits, supervised.rows(digits, 1)[0])[0]) == 100
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(model="IWAE"), "labels have no IWAE"),
-    (dict(network="residual"), "has no part for labels"),
-    (dict(labels=5000.), "expected up to 1439"),
-    (dict(labels=1e-9), "at least one image"),
-    (dict(labelled_batch=100), "leaves no room"),
-    (dict(labels=1300., batch_size=200), "takes 160 images without a label, and there are 139"),
-])
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(model="IWAE"), "labels have no IWAE"),
+        (dict(network="residual"), "has no part for labels"),
+        (dict(labels=5000.0), "expected up to 1439"),
+        (dict(labels=1e-9), "at least one image"),
+        (dict(labelled_batch=100), "leaves no room"),
+        (dict(labels=1300.0, batch_size=200), "takes 160 images without a label, and there are 139"),
+    ],
+)
 def test_what_is_refused(digits, changes, message):
-    with pytest.raises(ValueError, match=message): fit(dataclasses.replace(CFG, **changes), digits, progress=False)
+    with pytest.raises(ValueError, match=message):
+        fit(dataclasses.replace(CFG, **changes), digits, progress=False)
     assert not runs_folder().exists()
+
 
 def test_labels_that_are_not_there(digits):
     none = torch.full_like(digits.y_train, -1)
     for y in (None, none):
-        with pytest.raises(ValueError, match="has no labels of its training images"): fit(CFG, dataclasses.replace(digits, y_train=y), progress=False)
+        with pytest.raises(ValueError, match="has no labels of its training images"):
+            fit(CFG, dataclasses.replace(digits, y_train=y), progress=False)
+
 
 @pytest.mark.parametrize("kind", [OneLabel(3), ManyLabels(2)])
 def test_gradients_through_softened_draws_are_those_of_the_formula(kind):
-    logits = torch.randn(4, kind.outputs, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(0)); normal = torch.randn(4, kind.outputs, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    assert torch.autograd.gradcheck(lambda a: kind.relax(a, .7, normal), logits) and torch.autograd.gradcheck(lambda a: kind.kl(a, torch.zeros(kind.outputs, dtype=torch.float64)), logits)
+    logits = torch.randn(
+        4, kind.outputs, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(0)
+    )
+    normal = torch.randn(4, kind.outputs, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert torch.autograd.gradcheck(
+        lambda a: kind.relax(a, 0.7, normal), logits
+    ) and torch.autograd.gradcheck(
+        lambda a: kind.kl(a, torch.zeros(kind.outputs, dtype=torch.float64)), logits
+    )
+
 
 def test_a_label_that_cannot_be_is_tried_without_harm(digits):
     "In single precision the smallest draws have probability 0, so that labels of probability 1e-43 are tried, too."
+
     class Small(Draws):
-        def standard_normal(self, like): return torch.full_like(like, -8.)
-    task = task_of(resolve(dataclasses.replace(CFG, components=5))); net = task.make_model(task.about(digits)); rows = task.rows(digits, 1)[0]
-    classify = net.encoder.classify; net.encoder.classify = lambda h: 1e4*classify(h)
-    net.loss(digits.x_train[rows], 1., Small(), *task.known(digits, rows)).loss.backward()
+        def standard_normal(self, like):
+            return torch.full_like(like, -8.0)
+
+    task = task_of(resolve(dataclasses.replace(CFG, components=5)))
+    net = task.make_model(task.about(digits))
+    rows = task.rows(digits, 1)[0]
+    classify = net.encoder.classify
+    net.encoder.classify = lambda h: 1e4 * classify(h)
+    net.loss(digits.x_train[rows], 1.0, Small(), *task.known(digits, rows)).loss.backward()
     assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
+
 
 def test_the_first_phase_goes_where_the_run_goes(tmp_path, monkeypatch):
     "A folder of one's own holds both phases, without checkpoints if none were asked for, and nothing lies elsewhere."
-    monkeypatch.setenv("CSRAE_RUNS", str(tmp_path/"runs"))
+    monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "runs"))
     saved, save = [], training._Training.save
-    monkeypatch.setattr(training._Training, "save", lambda t: (saved.append((t.path.name, t.meta["epoch"])), save(t)))
-    cfg = Config(labels=100., pretrain=3, epochs=3, warmup=1, ll_samples=0)
-    run = fit(cfg, progress=False, folder=tmp_path/"mine", checkpoints=False)
+    monkeypatch.setattr(
+        training._Training, "save", lambda t: (saved.append((t.path.name, t.meta["epoch"])), save(t))
+    )
+    cfg = Config(labels=100.0, pretrain=3, epochs=3, warmup=1, ll_samples=0)
+    run = fit(cfg, progress=False, folder=tmp_path / "mine", checkpoints=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine"]
-    assert (load_run(tmp_path/"mine"/"first").cfg.epochs, run.path) == (3, tmp_path/"mine")
+    assert (load_run(tmp_path / "mine" / "first").cfg.epochs, run.path) == (3, tmp_path / "mine")
     assert saved == [("first", 0), ("first", 3), ("mine", 0), ("mine", 3)]

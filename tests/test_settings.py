@@ -1,4 +1,5 @@
 "A run depends on its configuration alone: not on the folder, nor on what the process has set, and it leaves that as it was."
+
 import os
 
 import numpy as np
@@ -15,38 +16,57 @@ from csrae_nb.training import Config, RunLocked, fit, load_run, make_config, pre
 SHORT = dict(epochs=2, warmup=1, kmeans_epoch=1, components=5, ll_samples=2, expost_components=3)
 X = np.random.default_rng(0).random((80, 6), np.float32)
 
+
 @pytest.fixture(autouse=True)
-def runs(tmp_path, monkeypatch): monkeypatch.setenv("CSRAE_RUNS", str(tmp_path/"runs"))
+def runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "runs"))
 
-def arrays(**fields): return Config(dataset="arrays", network="pinwheel", latent_dim=2, batch_size=20, **SHORT, **fields)
 
-def weights(run): return torch.cat([v.flatten() for v in run.model.state_dict().values()])
+def arrays(**fields):
+    return Config(dataset="arrays", network="pinwheel", latent_dim=2, batch_size=20, **SHORT, **fields)
+
+
+def weights(run):
+    return torch.cat([v.flatten() for v in run.model.state_dict().values()])
+
 
 def test_a_finished_run_is_loaded_from_another_folder(tmp_path, monkeypatch):
     "A data set is a relative path, and whether it is there is nobody's question when a run is only loaded."
     from PIL import Image
+
     for i in range(12):
-        (tmp_path/"photos"/"ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        Image.fromarray((X[i*4:i*4 + 4, :4]*255).astype(np.uint8)).save(tmp_path/"photos"/"ab"[i % 2]/f"{i}.png")
+        (tmp_path / "photos" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray((X[i * 4 : i * 4 + 4, :4] * 255).astype(np.uint8)).save(
+            tmp_path / "photos" / "ab"[i % 2] / f"{i}.png"
+        )
     monkeypatch.chdir(tmp_path)
     run = fit(Config(dataset="photos", batch_size=4, **{**SHORT, "components": 2}), progress=False)
-    Pretrained(run.path).save_pretrained(tmp_path/"model")
+    Pretrained(run.path).save_pretrained(tmp_path / "model")
     monkeypatch.chdir("/")
     assert torch.equal(weights(load_run(run.path)), weights(run))
-    assert torch.equal(weights(Pretrained.from_pretrained(tmp_path/"model").run), weights(run))
-    with pytest.raises(ValueError, match="unknown dataset 'photos'; expected one of digits"): prepare_data(resolve(run.cfg))
+    assert torch.equal(weights(Pretrained.from_pretrained(tmp_path / "model").run), weights(run))
+    with pytest.raises(ValueError, match="unknown dataset 'photos'; expected one of digits"):
+        prepare_data(resolve(run.cfg))
+
 
 def test_a_config_does_not_look_at_the_disk(monkeypatch):
-    def looked(*args, **kw): raise AssertionError(f"it asked for {args}")
-    for name in ("stat", "lstat", "scandir", "listdir", "open"): monkeypatch.setattr(os, name, looked)
+    def looked(*args, **kw):
+        raise AssertionError(f"it asked for {args}")
+
+    for name in ("stat", "lstat", "scandir", "listdir", "open"):
+        monkeypatch.setattr(os, name, looked)
     cfg = make_config(dict(dataset="photos", epochs=3))
     assert cfg.dataset == "photos"
+
 
 @pytest.mark.parametrize("first, then", [("bf16", "no"), ("no", "bf16")])
 def test_each_run_has_its_own_precision(first, then):
     alone = fit(arrays(precision=then, name="alone"), dict(x=X), progress=False)
     fit(arrays(precision=first, name="first"), dict(x=X), progress=False)
-    assert torch.equal(weights(fit(arrays(precision=then, name="then"), dict(x=X), progress=False)), weights(alone))
+    assert torch.equal(
+        weights(fit(arrays(precision=then, name="then"), dict(x=X), progress=False)), weights(alone)
+    )
+
 
 def test_accelerate_stays_as_the_user_set_it():
     mine = Accelerator(mixed_precision="bf16", gradient_accumulation_steps=4)
@@ -60,13 +80,22 @@ def test_accelerate_stays_as_the_user_set_it():
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
 
+
 def test_nothing_of_accelerate_is_left_behind():
     fit(arrays(name="a", device="cpu"), dict(x=X), progress=False)
     assert not AcceleratorState._shared_state and not PartialState._shared_state
 
+
 def settings():
-    return (torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(), torch.get_num_threads(),
-            torch.are_deterministic_algorithms_enabled(), torch.get_rng_state().tolist())
+    return (
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.is_grad_enabled(),
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_rng_state().tolist(),
+    )
+
 
 SETTINGS = {
     "double precision": lambda: torch.set_default_dtype(torch.float64),
@@ -77,6 +106,7 @@ SETTINGS = {
     "random state": lambda: torch.manual_seed(7),
 }
 
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_of_torch_are_neither_needed_nor_changed(name):
     def everything(prefix):
@@ -84,7 +114,12 @@ def test_settings_of_torch_are_neither_needed_nor_changed(name):
         fleet = fit_fleet([arrays(name=f"{prefix}{s}", seed=s) for s in range(2)], dict(x=X), progress=False)
         metrics = evaluate(load_run(run.path), prepare_data(resolve(run.cfg), dict(x=X)), progress=False)
         table = CSRAEEmbedding(epochs=2, components=3, random_state=0).fit(X).partial_fit(X)
-        return [*map(weights, (run, load_run(run.path), *fleet))], metrics, [table.transform(X), table.sample(5)[0], table.score(X)]
+        return (
+            [*map(weights, (run, load_run(run.path), *fleet))],
+            metrics,
+            [table.transform(X), table.sample(5)[0], table.score(X)],
+        )
+
     usual = everything("usual")
     threads = torch.get_num_threads()
     SETTINGS[name]()
@@ -100,12 +135,15 @@ def test_settings_of_torch_are_neither_needed_nor_changed(name):
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(usual[0], here[0]))
     assert usual[1] == here[1]
-    assert all(np.allclose(a, b, rtol=1e-9) for a, b in zip(usual[2], here[2]))    # on the caller's own threads
+    assert all(np.allclose(a, b, rtol=1e-9) for a, b in zip(usual[2], here[2]))  # on the caller's own threads
+
 
 def test_a_lock_is_the_same_file_for_all_who_wait(tmp_path):
     "Who opened the lock's file before its holder let go must meet the file that others lock later."
-    with run_lock(tmp_path): waiting = os.stat(tmp_path/".lock").st_ino
     with run_lock(tmp_path):
-        assert os.stat(tmp_path/".lock").st_ino == waiting
+        waiting = os.stat(tmp_path / ".lock").st_ino
+    with run_lock(tmp_path):
+        assert os.stat(tmp_path / ".lock").st_ino == waiting
         with pytest.raises(RunLocked):
-            with run_lock(tmp_path): pass
+            with run_lock(tmp_path):
+                pass

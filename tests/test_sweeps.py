@@ -1,4 +1,5 @@
 "Sweeps that are killed, shared, or lose a run or a worker: what a notebook cannot hold."
+
 import csv
 import json
 import os
@@ -16,27 +17,51 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from csrae_nb.sweeps import (FIELDS, distinct, expand, failure, main, ray_engine, read_sweep, run_folder, run_state, run_sweep, shard,
-                             trained_epochs)
+from csrae_nb.sweeps import (
+    FIELDS,
+    distinct,
+    expand,
+    failure,
+    main,
+    ray_engine,
+    read_sweep,
+    run_folder,
+    run_state,
+    run_sweep,
+    shard,
+    trained_epochs,
+)
 from csrae_nb.training import run_name, runs_folder
 
 root = Path(__file__).parents[1]
 FAST = dict(ll_samples=0, expost_components=5)
 
+
 @pytest.fixture(autouse=True)
-def runs(tmp_path, monkeypatch): monkeypatch.setenv("CSRAE_RUNS", str(tmp_path/"runs"))
+def runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "runs"))
+
 
 @pytest.fixture
 def points(tmp_path):
     "A data set without labels, of which an epoch is short and the evaluation too."
-    np.savez(path := tmp_path/"points.npz", x=np.random.default_rng(0).random((400, 6), np.float32))
+    np.savez(path := tmp_path / "points.npz", x=np.random.default_rng(0).random((400, 6), np.float32))
     return str(path)
 
-def words(fields): return [f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in fields.items()]
+
+def words(fields):
+    return [f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in fields.items()]
+
 
 def start(*args):
     "csrae-sweep in a process of its own."
-    return subprocess.Popen([sys.executable, "-c", "import sys; from csrae_nb.sweeps import main; sys.exit(main())", *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", "import sys; from csrae_nb.sweeps import main; sys.exit(main())", *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
 
 def wait_for(condition, process, seconds=120):
     "Wait until something holds while a process works at it."
@@ -45,141 +70,258 @@ def wait_for(condition, process, seconds=120):
         assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
         time.sleep(0.05)
 
-def models(): return {p.parent.name: p.stat().st_mtime_ns for p in runs_folder().glob("*/model.safetensors")}
+
+def models():
+    return {p.parent.name: p.stat().st_mtime_ns for p in runs_folder().glob("*/model.safetensors")}
+
 
 def sittings(cfg):
     "Process ids of all processes that a run has had, from its log."
-    log = run_folder(cfg)/"log.txt"
-    return [int(pid) for pid in re.findall(r"^20.* UTC, .*, process (\d+): ", log.read_text(), re.M)] if log.exists() else []
+    log = run_folder(cfg) / "log.txt"
+    return (
+        [int(pid) for pid in re.findall(r"^20.* UTC, .*, process (\d+): ", log.read_text(), re.M)]
+        if log.exists()
+        else []
+    )
+
 
 # --- grids
+
 
 def test_equal_runs_are_run_once():
     grid = expand(dict(model=["VAE", "CSRAE", "MixtureCSRAE"], components=[5, 10], lam=[1, 1.0], seed=[1, 0]))
     runs = distinct(grid)
-    assert (len(grid), len(runs)) == (24, 8) and [c.seed for c in runs] == [0]*4 + [1]*4
+    assert (len(grid), len(runs)) == (24, 8) and [c.seed for c in runs] == [0] * 4 + [1] * 4
     assert len({run_name(c) for c in runs}) == 8 and distinct(runs) == runs
 
-@pytest.mark.parametrize("file", sorted((root/"sweeps").glob("*.toml")), ids=lambda p: p.stem)
+
+@pytest.mark.parametrize("file", sorted((root / "sweeps").glob("*.toml")), ids=lambda p: p.stem)
 def test_the_papers_sweeps_are_grids(file):
     runs = distinct(read_sweep(file))
-    full = not file.stem.endswith("_short") and file.stem not in ("faces_demo", "pinwheel_lambda", "equal_pressure")
+    full = not file.stem.endswith("_short") and file.stem not in (
+        "faces_demo",
+        "pinwheel_lambda",
+        "equal_pressure",
+    )
     epochs = {(c.epochs, c.warmup) for c in runs}
     paper = {(50, 15) if c.dataset in ("disfa", "fera2015") else (400, 100) for c in runs}
     assert epochs == paper if full else all(c.epochs <= 100 for c in runs)
     five = full or file.stem == "equal_pressure"
-    seeds = {0, 1, 2, 3, 4} if five else {0, 1, 2} if "table" in file.stem or file.stem == "faces_demo" else {0}
+    seeds = (
+        {0, 1, 2, 3, 4} if five else {0, 1, 2} if "table" in file.stem or file.stem == "faces_demo" else {0}
+    )
     assert {c.seed for c in runs} == seeds
-    assert sorted(sum((shard(list(range(len(runs))), f"{i}/7") for i in range(1, 8)), [])) == list(range(len(runs)))
+    assert sorted(sum((shard(list(range(len(runs))), f"{i}/7") for i in range(1, 8)), [])) == list(
+        range(len(runs))
+    )
 
-@pytest.mark.parametrize("args, says", [(["lamda=1"], f"'lamda'; the known ones are {', '.join(FIELDS)}"), (["seed=0", "--shard", "3/2"], "expected i/n"), (["seed=0", "--jobs", "0"], "at least 1"),
-                                        (["none.toml"], "none.toml"), (["seed=0", "--gpus", "1"], "--engine ray"), (["name=a"], "unknown field 'name'"), (["dataset=mnits"], "unknown dataset")])
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["lamda=1"], f"'lamda'; the known ones are {', '.join(FIELDS)}"),
+        (["seed=0", "--shard", "3/2"], "expected i/n"),
+        (["seed=0", "--jobs", "0"], "at least 1"),
+        (["none.toml"], "none.toml"),
+        (["seed=0", "--gpus", "1"], "--engine ray"),
+        (["name=a"], "unknown field 'name'"),
+        (["dataset=mnits"], "unknown dataset"),
+    ],
+)
 def test_a_wrong_command_is_refused_before_anything_is_written(args, says, capsys):
-    with pytest.raises(SystemExit) as e: main(args)
+    with pytest.raises(SystemExit) as e:
+        main(args)
     assert e.value.code == 2 and says in capsys.readouterr().err and not runs_folder().exists()
+
 
 def test_a_table_begun_elsewhere_is_not_lost(tmp_path, points, capsys):
     "A store with fewer seeds of a configuration, or none, leaves the rows of the file; a file that is no table is refused before anything runs."
-    grid, table = words(dict(dataset=points, model=["VAE", "CSRAE"], epochs=1, batch_size=50, latent_dim=2, **FAST, fid_layer=0)), tmp_path/"table.csv"
+    grid, table = (
+        words(
+            dict(
+                dataset=points,
+                model=["VAE", "CSRAE"],
+                epochs=1,
+                batch_size=50,
+                latent_dim=2,
+                **FAST,
+                fid_layer=0,
+            )
+        ),
+        tmp_path / "table.csv",
+    )
     assert main([*grid, "seed=0,1", "--csv", str(table)]) == 0
-    before = table.read_text(); runs_folder().rename(tmp_path/"elsewhere")
+    before = table.read_text()
+    runs_folder().rename(tmp_path / "elsewhere")
     assert main([*grid, "seed=0,1", "--list", "--csv", str(table)]) == 0 and table.read_text() == before
-    assert main([*grid, "model=VAE", "seed=0", "--jobs", "1"]) == 0 and main([*grid, "seed=0,1", "--list", "--csv", str(table)]) == 0 and table.read_text() == before
-    (other := tmp_path/"other.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(SystemExit): main([*grid, "seed=2", "--csv", str(other)])
-    assert "no column `command`" in capsys.readouterr().err and other.read_text() == "a,b\n1,2\n" and len(list(runs_folder().glob("*-seed2-*"))) == 0
+    assert (
+        main([*grid, "model=VAE", "seed=0", "--jobs", "1"]) == 0
+        and main([*grid, "seed=0,1", "--list", "--csv", str(table)]) == 0
+        and table.read_text() == before
+    )
+    (other := tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(SystemExit):
+        main([*grid, "seed=2", "--csv", str(other)])
+    assert (
+        "no column `command`" in capsys.readouterr().err
+        and other.read_text() == "a,b\n1,2\n"
+        and len(list(runs_folder().glob("*-seed2-*"))) == 0
+    )
+
 
 def test_an_unknown_field_is_named_with_its_file_and_block(tmp_path, capsys):
-    (file := tmp_path/"mine.toml").write_text("[[grid]]\nmodel = 'VAE'\n[[grid]]\nlearning_rate = 1")
-    with pytest.raises(SystemExit): main([str(file)])
-    assert re.search(r"mine.toml, \[\[grid\]\] 2: unknown field 'learning_rate'; the known ones are dataset, .*lr", capsys.readouterr().err)
+    (file := tmp_path / "mine.toml").write_text("[[grid]]\nmodel = 'VAE'\n[[grid]]\nlearning_rate = 1")
+    with pytest.raises(SystemExit):
+        main([str(file)])
+    assert re.search(
+        r"mine.toml, \[\[grid\]\] 2: unknown field 'learning_rate'; the known ones are dataset, .*lr",
+        capsys.readouterr().err,
+    )
+
 
 # --- sweeps
 
+
 def test_twelve_runs_are_killed_and_resumed(tmp_path, capsys):
-    fields = dict(dataset="digits", model=["VAE", "CSRAE"], beta=1, latent_dim=[2, 3, 4], epochs=6, seed=[0, 1], **FAST)
-    runs = distinct(expand(fields)); assert len(runs) == 12
+    fields = dict(
+        dataset="digits", model=["VAE", "CSRAE"], beta=1, latent_dim=[2, 3, 4], epochs=6, seed=[0, 1], **FAST
+    )
+    runs = distinct(expand(fields))
+    assert len(runs) == 12
     p = start(*words(fields), "--jobs", "2")
     wait_for(lambda: len(models()) >= 3, p)
     children = [pid for c in runs for pid in sittings(c)]
-    p.kill(); p.wait(); before = models()
+    p.kill()
+    p.wait()
+    before = models()
     wait_for_end(children)
     states = [run_state(c) for c in runs]
     assert 3 <= len(before) < 12 and "new" in states and "running" not in states
-    assert main([*words(fields), "--jobs", "2", "--csv", str(tmp_path/"tables"/"all.csv")]) == 0
+    assert main([*words(fields), "--jobs", "2", "--csv", str(tmp_path / "tables" / "all.csv")]) == 0
     after = models()
     assert len(after) == 12 and before.items() <= after.items(), "a finished run was repeated"
     assert "12 runs: 12 finished" in capsys.readouterr().out
-    table = (tmp_path/"tables"/"all.csv").read_text().splitlines()
+    table = (tmp_path / "tables" / "all.csv").read_text().splitlines()
     assert len(table) == 1 + 12
     assert main([*words(fields), "--list"]) == 0 and "12 runs: 12 finished" in capsys.readouterr().out
+
 
 def wait_for_end(pids):
     "Wait until none of some processes is alive: those of a sweep that was killed end by themselves."
     end = time.monotonic() + 20
-    while any(Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:1] for pid in pids):
+    while any(
+        Path(f"/proc/{pid}").exists()
+        and "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:1]
+        for pid in pids
+    ):
         assert time.monotonic() < end, "a run outlived its sweep"
         time.sleep(0.05)
+
 
 def test_a_run_that_fails_leaves_the_others_alone_and_is_tried_again(points, capfd):
     good, bad = dict(dataset=points, model="VAE", epochs=3, seed=[0, 1], **FAST), dict(lr=[5e-4, 1e6])
     assert main([*words(good | bad), "--jobs", "1"]) == 1
-    runs = distinct(expand(good | bad)); lost = [c for c in runs if c.lr > 1]
+    runs = distinct(expand(good | bad))
+    lost = [c for c in runs if c.lr > 1]
     assert [run_state(c) for c in runs] == ["failed" if c in lost else "finished" for c in runs]
-    assert failure(lost[0]).startswith("NonFiniteLoss: epoch 1, step") and "-p lr 1000000.0" in json.loads((run_folder(lost[0])/"failed.json").read_text())["command"]
+    assert (
+        failure(lost[0]).startswith("NonFiniteLoss: epoch 1, step")
+        and "-p lr 1000000.0" in json.loads((run_folder(lost[0]) / "failed.json").read_text())["command"]
+    )
     out = capfd.readouterr().out
-    assert "4 runs: 2 finished, 2 failed" in out and str(run_folder(lost[1])) in out and "NonFiniteLoss" in (run_folder(lost[0])/"log.txt").read_text()
-    assert main([*words(good | bad), "--jobs", "1"]) == 1 and [len(sittings(c)) for c in runs] == [2 if c in lost else 1 for c in runs]
+    assert (
+        "4 runs: 2 finished, 2 failed" in out
+        and str(run_folder(lost[1])) in out
+        and "NonFiniteLoss" in (run_folder(lost[0]) / "log.txt").read_text()
+    )
+    assert main([*words(good | bad), "--jobs", "1"]) == 1 and [len(sittings(c)) for c in runs] == [
+        2 if c in lost else 1 for c in runs
+    ]
+
 
 @contextmanager
 def meanwhile(condition, act):
     "As soon as a condition holds, and while the body of a with runs, act."
+
     def watch():
         while not over.is_set():
-            if condition(): return act()
+            if condition():
+                return act()
             time.sleep(0.002)
-    over = threading.Event(); watcher = threading.Thread(target=watch); watcher.start()
-    try: yield
-    finally: over.set(); watcher.join()
 
-def kill(cfg): os.kill(sittings(cfg)[-1], signal.SIGKILL)
+    over = threading.Event()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+
+
+def kill(cfg):
+    os.kill(sittings(cfg)[-1], signal.SIGKILL)
+
 
 def test_a_run_that_is_killed_fails_one_that_is_locked_is_left_and_one_that_is_stopped_goes_on(points, capfd):
     fields = dict(dataset=points, model="VAE", epochs=40, patience=40, **FAST)
     killed, locked, good = runs = distinct(expand(dict(fields, seed=[0, 1, 2])))
     run_folder(locked).mkdir(parents=True)
-    with FileLock(run_folder(locked)/".lock"):
-        with meanwhile(lambda: trained_epochs(killed), lambda: kill(killed)):              # as if memory had run out
+    with FileLock(run_folder(locked) / ".lock"):
+        with meanwhile(lambda: trained_epochs(killed), lambda: kill(killed)):  # as if memory had run out
             assert main([*words(dict(fields, seed=[0, 1, 2])), "--jobs", "2"]) == 1
-        assert "3 runs: 1 finished, 1 failed, 1 running elsewhere" in capfd.readouterr().out and "killed by signal 9" in failure(killed)
+        assert (
+            "3 runs: 1 finished, 1 failed, 1 running elsewhere" in capfd.readouterr().out
+            and "killed by signal 9" in failure(killed)
+        )
         assert [run_state(c) for c in runs] == ["failed", "running", "finished"] and sittings(locked) == []
     before = models()
-    with meanwhile(lambda: trained_epochs(locked), lambda: os.kill(os.getpid(), signal.SIGTERM)):   # as a job scheduler does
+    with meanwhile(
+        lambda: trained_epochs(locked), lambda: os.kill(os.getpid(), signal.SIGTERM)
+    ):  # as a job scheduler does
         assert main([*words(dict(fields, seed=[1, 2])), "--jobs", "1"]) == 130
     assert "stopped with 1 of 2 runs finished" in capfd.readouterr().err and run_state(locked) == "stopped"
     assert run_sweep(runs, jobs=2, progress=False) == {run_name(c): "finished" for c in runs}
     assert trained_epochs(killed) == trained_epochs(locked) == 40 and before.items() <= models().items()
 
+
 def test_two_sweeps_share_a_grid(points):
     runs = distinct(expand(dict(dataset=points, model="VAE", epochs=20, seed=[0, 1, 2, 3], **FAST)))
-    with ThreadPoolExecutor() as pool: a, b = pool.map(lambda _: run_sweep(runs, jobs=1, progress=False), range(2))
-    assert all("finished" in (a[n], b[n]) and "failed" not in (a[n], b[n]) for n in a) and all(run_state(c) == "finished" for c in runs)
-    logs = [(run_folder(c)/"log.txt").read_text() for c in runs]
+    with ThreadPoolExecutor() as pool:
+        a, b = pool.map(lambda _: run_sweep(runs, jobs=1, progress=False), range(2))
+    assert all("finished" in (a[n], b[n]) and "failed" not in (a[n], b[n]) for n in a) and all(
+        run_state(c) == "finished" for c in runs
+    )
+    logs = [(run_folder(c) / "log.txt").read_text() for c in runs]
     assert all(len(re.findall("training: +0%", log)) == 1 for log in logs), "a run was trained twice"
+
 
 # --- Ray
 
+
 def test_a_ray_worker_that_is_killed_is_replaced_and_one_that_always_is_is_a_failure(points):
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'csrae_nb[cluster]'")
-    once, always = runs = distinct(expand(dict(dataset=points, model="VAE", epochs=60, patience=60, seed=[0, 1], **FAST)))
+    once, always = runs = distinct(
+        expand(dict(dataset=points, model="VAE", epochs=60, patience=60, seed=[0, 1], **FAST))
+    )
     try:
-        with (meanwhile(lambda: trained_epochs(once), lambda: kill(once)), meanwhile(lambda: len(sittings(always)) == 1, lambda: kill(always)),
-              meanwhile(lambda: len(sittings(always)) == 2, lambda: kill(always))):
+        with (
+            meanwhile(lambda: trained_epochs(once), lambda: kill(once)),
+            meanwhile(lambda: len(sittings(always)) == 1, lambda: kill(always)),
+            meanwhile(lambda: len(sittings(always)) == 2, lambda: kill(always)),
+        ):
             outcome = run_sweep(runs, jobs=2, engine=ray_engine, losses=1, progress=False)
-    except ValueError as e: pytest.skip(f"this machine is too busy for Ray's time limits: {e}") if "timed out during startup" in str(e) else pytest.fail(str(e))
+    except ValueError as e:
+        pytest.skip(
+            f"this machine is too busy for Ray's time limits: {e}"
+        ) if "timed out during startup" in str(e) else pytest.fail(str(e))
     assert outcome == {run_name(once): "finished", run_name(always): "failed"}
-    assert (len(sittings(once)), trained_epochs(once)) == (2, 60) and (len(sittings(always)), run_state(always)) == (2, "failed")
+    assert (len(sittings(once)), trained_epochs(once)) == (2, 60) and (
+        len(sittings(always)),
+        run_state(always),
+    ) == (2, "failed")
     assert "its Ray worker was lost 2 times" in failure(always)
+
 
 # --- scripts
 
@@ -188,28 +330,55 @@ from csrae_nb.sweeps import expand, run_sweep
 {0}print(run_sweep(expand(dict(dataset={1!r}, model="VAE", epochs=1, ll_samples=0, expost_components=5, seed=[0, 1])), jobs=2, progress=False))
 """
 
-def script(*args, **kw): return subprocess.run([sys.executable, *args], capture_output=True, text=True, **kw)
+
+def script(*args, **kw):
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, **kw)
+
 
 def test_a_sweep_runs_from_standard_input(points):
     done = script("-", input=SCRIPT.format("", points))
     assert done.returncode == 0 and done.stdout.count("'finished'") == 2, done.stdout + done.stderr
 
+
 def test_a_script_without_a_guard_is_told_once(points, tmp_path):
-    (file := tmp_path/"mine.py").write_text(SCRIPT.format("", points))
+    (file := tmp_path / "mine.py").write_text(SCRIPT.format("", points))
     done = script(str(file))
-    assert done.returncode == 1 and done.stderr.count("Traceback") == 1 and not list(runs_folder().glob("*/failed.json"))
+    assert (
+        done.returncode == 1
+        and done.stderr.count("Traceback") == 1
+        and not list(runs_folder().glob("*/failed.json"))
+    )
     assert done.stderr.strip().endswith('put what the script does under if __name__ == "__main__":')
     file.write_text(SCRIPT.format('if __name__ == "__main__": ', points))
     assert script(str(file)).stdout.count("'finished'") == 2
 
+
 # --- tables
+
 
 def test_a_table_only_gains_rows(points, tmp_path):
     "Another grid in the same file, and seeds that were measured elsewhere; a run that is there already is renewed, not doubled."
-    table = tmp_path/"table.csv"
-    def seeds(): return [(r["model"], r["seeds"]) for r in csv.DictReader(table.open())]
-    def sweep(*more): return main([*words(dict(dataset=points, epochs=1, batch_size=50, latent_dim=2, **FAST)), "--csv", str(table), *more])
+    table = tmp_path / "table.csv"
+
+    def seeds():
+        return [(r["model"], r["seeds"]) for r in csv.DictReader(table.open())]
+
+    def sweep(*more):
+        return main(
+            [
+                *words(dict(dataset=points, epochs=1, batch_size=50, latent_dim=2, **FAST)),
+                "--csv",
+                str(table),
+                *more,
+            ]
+        )
+
     assert sweep("model=VAE", "seed=0,1") == 0 and seeds() == [("VAE", "0"), ("VAE", "1")]
     assert sweep("model=CSRAE", "seed=0") == 0 and seeds() == [("VAE", "0"), ("VAE", "1"), ("CSRAE", "0")]
-    runs_folder().rename(tmp_path/"elsewhere")
-    assert sweep("model=VAE", "seed=1,2") == 0 and seeds() == [("VAE", "0"), ("VAE", "1"), ("CSRAE", "0"), ("VAE", "2")]
+    runs_folder().rename(tmp_path / "elsewhere")
+    assert sweep("model=VAE", "seed=1,2") == 0 and seeds() == [
+        ("VAE", "0"),
+        ("VAE", "1"),
+        ("CSRAE", "0"),
+        ("VAE", "2"),
+    ]

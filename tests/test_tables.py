@@ -1,4 +1,5 @@
 "The verdicts of the tables, on measurements made up so that we know what they must be."
+
 import math
 from itertools import product
 from pathlib import Path
@@ -10,104 +11,240 @@ from csrae_nb.evaluation import METRICS, SETS, write_table
 
 KL, CS = ("VAE", "VampPriorVAE"), ("CSRAE", "MixtureCSRAE")
 KINDS = {"VAE": "normal", "CSRAE": "normal", "VampPriorVAE": "vamp", "MixtureCSRAE": "mog"}
-SOURCES = {"samples": 30., "samples_refit": 12., "samples_refit15": 8., "samples_expost": 20.}
+SOURCES = {"samples": 30.0, "samples_refit": 12.0, "samples_refit15": 8.0, "samples_expost": 20.0}
 
-def row(dataset, model, D, K=100, lam=1., prior=None, epochs=30, seeds=3, good=False, **metrics):
+
+def row(dataset, model, D, K=100, lam=1.0, prior=None, epochs=30, seeds=3, good=False, **metrics):
     "A row of a measured table: a good model has half the errors and distances of another, a good MixtureCSRAE 0.4 of them."
-    scale = {False: 1., True: .4 if model == "MixtureCSRAE" else .5}[good]
-    knn = {f"knn{k}{s}": (5 + D/20)*scale for k, s in product((3, 5, 10), ("", "_val"))}
-    values = dict(reconstruction=70 + 5*math.log(lam), divergence=20/lam, criterion=90 + abs(math.log(lam)) + (model in KL)*10, **knn,
-                  frechet_classifier_reconstructions=.5*scale*lam, **{f"frechet_classifier_{s}": v*scale/lam for s, v in SOURCES.items()}) | metrics
-    out = dict(dataset=dataset, model=model, prior=prior or KINDS[model], components=1 if KINDS[model] == "normal" else K, latent_dim=D, lam=lam,
-               samples=1 if model == "VampPriorVAE" else "", epochs=epochs, ll_samples=0, seeds=" ".join(map(str, range(seeds))), images=10_000, fid_layer=None)
-    for m in METRICS: out |= {f"{m}_mean": values.get(m), f"{m}_se": values[m]*.01 if m in values and seeds > 1 else None}
+    scale = {False: 1.0, True: 0.4 if model == "MixtureCSRAE" else 0.5}[good]
+    knn = {f"knn{k}{s}": (5 + D / 20) * scale for k, s in product((3, 5, 10), ("", "_val"))}
+    values = (
+        dict(
+            reconstruction=70 + 5 * math.log(lam),
+            divergence=20 / lam,
+            criterion=90 + abs(math.log(lam)) + (model in KL) * 10,
+            **knn,
+            frechet_classifier_reconstructions=0.5 * scale * lam,
+            **{f"frechet_classifier_{s}": v * scale / lam for s, v in SOURCES.items()},
+        )
+        | metrics
+    )
+    out = dict(
+        dataset=dataset,
+        model=model,
+        prior=prior or KINDS[model],
+        components=1 if KINDS[model] == "normal" else K,
+        latent_dim=D,
+        lam=lam,
+        samples=1 if model == "VampPriorVAE" else "",
+        epochs=epochs,
+        ll_samples=0,
+        seeds=" ".join(map(str, range(seeds))),
+        images=10_000,
+        fid_layer=None,
+    )
+    for m in METRICS:
+        out |= {
+            f"{m}_mean": values.get(m),
+            f"{m}_se": values[m] * 0.01 if m in values and seeds > 1 else None,
+        }
     return out | dict(command="")
+
 
 def short(folder, good=CS):
     "The four reduced tables, with some good models."
-    models = [*product(KL + CS, (1., 2.))]
-    table1 = [row(d, m, 40, lam=l, epochs=40, good=m in good) for d in ("mnist", "caltech101") for m, l in models]
-    table2 = [row(d, m, D, lam=l, good=m in good) for d in ("mnist", "caltech101") for m, l in models for D in (10, 20)]
-    figure3 = [row("mnist", "CSRAE", 40, lam=l, seeds=1, ll=-90 - abs(math.log(l)) - l/100) for l in (.25, .5, 1., 2., 5.)]
-    figure4 = [row("mnist", "MixtureCSRAE", D, K=K, prior=p, seeds=1, criterion=100 - 3*math.log(K) + (p == "vamp")*K/12)
-               for K in (10, 100, 400) for D in (10, 40) for p in ("mog", "vamp")]
-    for name, rows in dict(table1=table1, table2=table2, figure3=figure3, figure4=figure4).items(): write_table(folder/f"{name}_short.csv", rows)
+    models = [*product(KL + CS, (1.0, 2.0))]
+    table1 = [
+        row(d, m, 40, lam=l, epochs=40, good=m in good) for d in ("mnist", "caltech101") for m, l in models
+    ]
+    table2 = [
+        row(d, m, D, lam=l, good=m in good)
+        for d in ("mnist", "caltech101")
+        for m, l in models
+        for D in (10, 20)
+    ]
+    figure3 = [
+        row("mnist", "CSRAE", 40, lam=l, seeds=1, ll=-90 - abs(math.log(l)) - l / 100)
+        for l in (0.25, 0.5, 1.0, 2.0, 5.0)
+    ]
+    figure4 = [
+        row(
+            "mnist",
+            "MixtureCSRAE",
+            D,
+            K=K,
+            prior=p,
+            seeds=1,
+            criterion=100 - 3 * math.log(K) + (p == "vamp") * K / 12,
+        )
+        for K in (10, 100, 400)
+        for D in (10, 40)
+        for p in ("mog", "vamp")
+    ]
+    for name, rows in dict(table1=table1, table2=table2, figure3=figure3, figure4=figure4).items():
+        write_table(folder / f"{name}_short.csv", rows)
 
-def claim(folder, words): return next(c for c in tables.claims(folder) if words in c.claim)
+
+def claim(folder, words):
+    return next(c for c in tables.claims(folder) if words in c.claim)
+
 
 def test_a_world_in_which_the_paper_holds(tmp_path):
     short(tmp_path)
     found = tables.claims(tmp_path)
-    def of(words): return next(c for c in found if words in c.claim)
+
+    def of(words):
+        return next(c for c in found if words in c.claim)
+
     assert of("if reconstructions").verdict == of("if samples").verdict == "holds"
     assert "dynamic MNIST −60 %" in of("if samples").measured
-    assert of("without exception").verdict == "holds" and of("without exception").measured == "4 for, 0 against, 0 unclear; lowest in 12 of 12 cells (the table has 12)"
-    assert of("2.65").verdict == "holds" and "gains of 20 ± 1 % (Caltech101) to 20 ± 1 %" in of("2.65").measured
+    assert (
+        of("without exception").verdict == "holds"
+        and of("without exception").measured
+        == "4 for, 0 against, 0 unclear; lowest in 12 of 12 cells (the table has 12)"
+    )
+    assert (
+        of("2.65").verdict == "holds" and "gains of 20 ± 1 % (Caltech101) to 20 ± 1 %" in of("2.65").measured
+    )
     assert of("Fig. 3a").verdict == of("Fig. 3c").verdict == of("a MoG prior").verdict == "holds"
-    assert of("Fig. 3b").verdict == "does not hold" and "criterion lowest at λ = 1, distance of reconstructions at 0.25, distance of samples at 5" in of("Fig. 3b").measured
-    assert of("more components").verdict == "holds" and "with Vamp: does not hold" in of("more components").measured # Vamp's turns up at 400
-    assert of("(15 EM steps, λ = 1) beats the best baseline").verdict == of("(15 EM steps, λ = 1) beats an ex-post").verdict == "holds"
-    assert of("(as trained, λ = 1) beats the best baseline").verdict == of("(as trained, λ = 1) beats an ex-post").verdict == "does not hold"
+    assert (
+        of("Fig. 3b").verdict == "does not hold"
+        and "criterion lowest at λ = 1, distance of reconstructions at 0.25, distance of samples at 5"
+        in of("Fig. 3b").measured
+    )
+    assert (
+        of("more components").verdict == "holds"
+        and "with Vamp: does not hold" in of("more components").measured
+    )  # Vamp's turns up at 400
+    assert (
+        of("(15 EM steps, λ = 1) beats the best baseline").verdict
+        == of("(15 EM steps, λ = 1) beats an ex-post").verdict
+        == "holds"
+    )
+    assert (
+        of("(as trained, λ = 1) beats the best baseline").verdict
+        == of("(as trained, λ = 1) beats an ex-post").verdict
+        == "does not hold"
+    )
     assert all(len(text) <= 130 for c in found for text in (c.claim, c.measured))
+
 
 def test_vamp_is_not_taken_for_mog(tmp_path):
     "A Vamp prior that wins where MoG loses is mentioned, and decides nothing."
-    write_table(tmp_path/"table2_short.csv", [row("mnist", "VAE", 20), row("mnist", "MixtureCSRAE", 20, **{f"knn{k}": 9. for k in (3, 5, 10)}), row("mnist", "MixtureCSRAE", 20, prior="vamp", good=True)])
+    write_table(
+        tmp_path / "table2_short.csv",
+        [
+            row("mnist", "VAE", 20),
+            row("mnist", "MixtureCSRAE", 20, **{f"knn{k}": 9.0 for k in (3, 5, 10)}),
+            row("mnist", "MixtureCSRAE", 20, prior="vamp", good=True),
+        ],
+    )
     found = claim(tmp_path, "without exception")
     assert found.verdict == "does not hold" and "with Vamp: holds (1, 0, 0)" in found.measured
 
+
 def test_a_world_in_which_it_does_not(tmp_path):
     short(tmp_path, good=KL)
-    for words in ("if samples", "without exception", "2.65"): assert claim(tmp_path, words).verdict == "does not hold", words
+    for words in ("if samples", "without exception", "2.65"):
+        assert claim(tmp_path, words).verdict == "does not hold", words
+
 
 def test_longer_training_is_shown_and_does_not_mix_with_shorter(tmp_path):
     "One cell of the paper's grid stands in the table at once, but is not compared with models that trained less."
     short(tmp_path)
     before = tables.claims(tmp_path)
-    write_table(tmp_path/"table2.csv", [row("mnist", "VAE", 20, epochs=400, seeds=5, knn3=.1, knn3_val=.1)])
+    write_table(
+        tmp_path / "table2.csv", [row("mnist", "VAE", 20, epochs=400, seeds=5, knn3=0.1, knn3_val=0.1)]
+    )
     assert tables.claims(tmp_path) == before
     shown = tables.table2(tables.read_results("table2", tmp_path), tables.read_paper(), "mnist")
     assert "| 20 | VAE | 1 | 1 | 400 × 5 | 0.10 ± 0.00 | 7.04 |" in shown
 
+
 def test_one_seed_borrows_the_spread_of_others(tmp_path):
-    write_table(tmp_path/"figure4_short.csv", [row("mnist", "MixtureCSRAE", 10, K=K, seeds=1, criterion=c) for K, c in ((10, 95.), (100, 94.5), (400, 85.))])
-    assert claim(tmp_path, "more components").verdict == "undecided"                       # nothing tells how far seeds differ
-    write_table(tmp_path/"table2_short.csv", [row("mnist", "VAE", 20)])
+    write_table(
+        tmp_path / "figure4_short.csv",
+        [
+            row("mnist", "MixtureCSRAE", 10, K=K, seeds=1, criterion=c)
+            for K, c in ((10, 95.0), (100, 94.5), (400, 85.0))
+        ],
+    )
+    assert claim(tmp_path, "more components").verdict == "undecided"  # nothing tells how far seeds differ
+    write_table(tmp_path / "table2_short.csv", [row("mnist", "VAE", 20)])
     found = claim(tmp_path, "more components")
     assert (found.verdict, found.measured) == ("holds in part", "1 for, 0 against, 1 unclear")
 
+
 def test_samples_closer_than_reconstructions_win_nothing(tmp_path):
-    def world(reconstructions): write_table(tmp_path/"table1_short.csv", [row("mnist", m, 40, good=m in CS, frechet_classifier_reconstructions=reconstructions) for m in KL + CS])
-    world(1.); assert claim(tmp_path, "15 EM steps, λ = 1) beats the best baseline").verdict == "holds"
-    world(5.); found = claim(tmp_path, "15 EM steps, λ = 1) beats the best baseline")
+    def world(reconstructions):
+        write_table(
+            tmp_path / "table1_short.csv",
+            [
+                row("mnist", m, 40, good=m in CS, frechet_classifier_reconstructions=reconstructions)
+                for m in KL + CS
+            ],
+        )
+
+    world(1.0)
+    assert claim(tmp_path, "15 EM steps, λ = 1) beats the best baseline").verdict == "holds"
+    world(5.0)
+    found = claim(tmp_path, "15 EM steps, λ = 1) beats the best baseline")
     assert found.verdict == "undecided" and "closer than reconstructions" in found.measured
-    assert tables.doubts(tables.read_results("table1", tmp_path)).startswith("Some samples are closer than reconstructions on dynamic MNIST (")
+    assert tables.doubts(tables.read_results("table1", tmp_path)).startswith(
+        "Some samples are closer than reconstructions on dynamic MNIST ("
+    )
+
 
 def test_what_only_some_runs_have(tmp_path):
     "Empty columns are left out of a table; FIDs take the place of the classifier's distances where all rows have them."
-    rows = [{k: v for k, v in row("mnist", m, 40, epochs=40, **{f"fid_{s}": 7. for s in SETS}).items()} for m in ("VAE", "CSRAE")]
-    write_table(tmp_path/"table1_short.csv", [{k: v for k, v in r.items() if not k.startswith("frechet") and not k.startswith("ll_m")} for r in rows])
+    rows = [
+        {k: v for k, v in row("mnist", m, 40, epochs=40, **{f"fid_{s}": 7.0 for s in SETS}).items()}
+        for m in ("VAE", "CSRAE")
+    ]
+    write_table(
+        tmp_path / "table1_short.csv",
+        [
+            {k: v for k, v in r.items() if not k.startswith("frechet") and not k.startswith("ll_m")}
+            for r in rows
+        ],
+    )
     read = tables.read_results("table1", tmp_path)
-    assert tables.distance_kind(read) == "fid" and "| 7.00 ± 0.07 |" in tables.table1(read, tables.read_paper(), "mnist")
+    assert tables.distance_kind(read) == "fid" and "| 7.00 ± 0.07 |" in tables.table1(
+        read, tables.read_paper(), "mnist"
+    )
     assert claim(tmp_path, "if samples").verdict == "undecided"
+
 
 def test_commands_are_parts_of_the_sweeps(tmp_path):
     "The command of a missing cell asks for runs of the paper's grid, and for no others."
     from csrae_nb.sweeps import read_sweep, read_words
     from csrae_nb.training import project_root, resolve
+
     paper = tables.read_paper()
     for table in (1, 2):
-        whole = set(map(resolve, read_sweep(project_root()/"sweeps"/f"table{table}.toml")))
-        asked = [resolve(c) for command in tables.fill_commands(table, [], paper).values() for c in read_words(command.split()[1:])]
+        whole = set(map(resolve, read_sweep(project_root() / "sweeps" / f"table{table}.toml")))
+        asked = [
+            resolve(c)
+            for command in tables.fill_commands(table, [], paper).values()
+            for c in read_words(command.split()[1:])
+        ]
         assert set(asked) <= whole and len(asked) == len(set(asked))
-        assert {c.model for c in whole} - {c.model for c in asked} <= {"MixtureVAE"} # which the printed table lacks
+        assert {c.model for c in whole} - {c.model for c in asked} <= {
+            "MixtureVAE"
+        }  # which the printed table lacks
+
 
 @pytest.mark.parametrize("text", ["", "<!-- claims -->\n", "<!-- /claims -->\n<!-- claims -->\n"])
 def test_a_page_without_a_place_for_claims_is_left_as_it_is(tmp_path, text):
-    (page := tmp_path/"README.md").write_text(text)
-    with pytest.raises(ValueError, match="lacks the lines"): tables.update_readme(page, tmp_path)
+    (page := tmp_path / "README.md").write_text(text)
+    with pytest.raises(ValueError, match="lacks the lines"):
+        tables.update_readme(page, tmp_path)
     assert page.read_text() == text
 
+
 def test_readme_shows_the_claims_of_the_committed_tables():
-    text = (Path(__file__).parents[1]/"README.md").read_text(encoding="utf-8")
-    assert text.split("<!-- claims -->")[1].split("<!-- /claims -->")[0].strip() == tables.claims_markdown().strip(), "run csrae_nb.tables.update_readme('README.md')"
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert (
+        text.split("<!-- claims -->")[1].split("<!-- /claims -->")[0].strip()
+        == tables.claims_markdown().strip()
+    ), "run csrae_nb.tables.update_readme('README.md')"

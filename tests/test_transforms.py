@@ -1,4 +1,5 @@
 "torch.func and torch.compile over the divergence and the models, against autograd."
+
 import os
 import subprocess
 import sys
@@ -17,41 +18,72 @@ from csrae_nb.networks import Decoder, Encoder, mlp
 from csrae_nb.priors import MoGPrior, StandardNormal, VampPrior
 
 torch.set_num_threads(1)
-SIZES = {"small": (5, 4, 3), "loops": (30, 60, 40)} # B, K, D; the larger is for numba's loops, if it is there
+SIZES = {
+    "small": (5, 4, 3),
+    "loops": (30, 60, 40),
+}  # B, K, D; the larger is for numba's loops, if it is there
 
-def close(a, b, eps=1e-9): torch.testing.assert_close(a, b, rtol=eps, atol=eps)
+
+def close(a, b, eps=1e-9):
+    torch.testing.assert_close(a, b, rtol=eps, atol=eps)
+
 
 @pytest.fixture(params=SIZES)
 def sides(request):
     "Of a batch of posteriors and a prior: means, log variances, and logits of the prior."
     (B, K, D), g = SIZES[request.param], torch.Generator().manual_seed(0)
     r = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)
-    return r(B, D), r(B, D)/4 - 1, r(K, D), r(K, D)/4, r(K)
+    return r(B, D), r(B, D) / 4 - 1, r(K, D), r(K, D) / 4, r(K)
 
-def prior(nu, logtau2, logits): return GMM(logits.log_softmax(-1), nu, logtau2.exp())
-def divergence(mu, logvar, *p): return cs_divergence(GMM.gaussian(mu, logvar.exp()), prior(*p))
-def log_density(mu, logvar, *p): return prior(*p).log_prob(mu)
-def self_overlap(mu, logvar, *p): return log_overlap(*[prior(*p)]*2) + 0*mu.sum(-1)
-def reversed_divergence(mu, logvar, *p): return cs_divergence(prior(*p), GMM.gaussian(mu, logvar.exp()))
+
+def prior(nu, logtau2, logits):
+    return GMM(logits.log_softmax(-1), nu, logtau2.exp())
+
+
+def divergence(mu, logvar, *p):
+    return cs_divergence(GMM.gaussian(mu, logvar.exp()), prior(*p))
+
+
+def log_density(mu, logvar, *p):
+    return prior(*p).log_prob(mu)
+
+
+def self_overlap(mu, logvar, *p):
+    return log_overlap(*[prior(*p)] * 2) + 0 * mu.sum(-1)
+
+
+def reversed_divergence(mu, logvar, *p):
+    return cs_divergence(prior(*p), GMM.gaussian(mu, logvar.exp()))
+
+
 def full(mu, logvar, *p):
     return cs_divergence(FullGMM.of(GMM.gaussian(mu, logvar.exp())), prior(*(t[:4] for t in p)))
-def estimate(mu, logvar, *p): return kl_divergence(GMM.gaussian(mu, logvar.exp()), prior(*p), mu + 1)
+
+
+def estimate(mu, logvar, *p):
+    return kl_divergence(GMM.gaussian(mu, logvar.exp()), prior(*p), mu + 1)
+
 
 each_function = [divergence, log_density, self_overlap, reversed_divergence, full, estimate]
 functions = pytest.mark.parametrize("f", each_function)
+
 
 def known_gradients(f, sides):
     leaves = [t.clone().requires_grad_() for t in sides]
     grads = torch.autograd.grad(f(*leaves).sum(), leaves, allow_unused=True)
     return [torch.zeros_like(t) if g is None else g for t, g in zip(sides, grads)]
 
+
 @functions
 def test_grad_and_vjp(f, sides):
     known = known_gradients(f, sides)
-    for a, b in zip(grad(lambda *t: f(*t).sum(), argnums=(0, 1, 2, 3, 4))(*sides), known): close(a, b)
+    for a, b in zip(grad(lambda *t: f(*t).sum(), argnums=(0, 1, 2, 3, 4))(*sides), known):
+        close(a, b)
     with torch.no_grad():
         value, pull = vjp(f, *sides)
-        for a, b in zip(pull(torch.ones_like(value)), known): close(a, b)
+        for a, b in zip(pull(torch.ones_like(value)), known):
+            close(a, b)
+
 
 @functions
 def test_vmap(f, sides):
@@ -61,21 +93,24 @@ def test_vmap(f, sides):
     each = [grad(lambda *t: f(*t).sum(), argnums=2)(m[None], l[None], *p) for m, l in zip(mu[:3], logvar)]
     by_image = vmap(grad(f, argnums=2), in_dims=(0, 0, None, None, None))
     close(by_image(mu[:3], logvar[:3], *p), torch.stack(each))
-    shifted = p[0] + torch.arange(2.).double()[:, None, None]          # over the prior, too
+    shifted = p[0] + torch.arange(2.0).double()[:, None, None]  # over the prior, too
     by_prior = lambda nu: f(mu, logvar, nu, *p[1:])
     close(vmap(by_prior)(shifted), torch.stack([by_prior(nu) for nu in shifted]))
+
 
 @functions
 def test_jacobians_and_directions(f, sides):
     mu, logvar, *p = sides[0][:3], sides[1][:3], *sides[2:]
     known = known_gradients(f, (mu, logvar, *p))
     for jacobian in jacrev, jacfwd:
-        J = jacobian(lambda mu: f(mu, logvar, *p))(mu)               # an image's value depends on that image
+        J = jacobian(lambda mu: f(mu, logvar, *p))(mu)  # an image's value depends on that image
         close(J.diagonal().mT, known[0])
         assert J.sum((0, 2)).sub(known[0].sum(1)).abs().max() < 1e-9
-    with torch.no_grad(): close(jacrev(lambda mu: f(mu, logvar, *p))(mu).diagonal().mT, known[0])
+    with torch.no_grad():
+        close(jacrev(lambda mu: f(mu, logvar, *p))(mu).diagonal().mT, known[0])
     at = tuple(torch.ones_like(t) for t in (mu, logvar, *p))
     close(jvp(f, (mu, logvar, *p), at)[1].sum(), sum(g.sum() for g in known))
+
 
 @functions
 def test_hessian(f):
@@ -88,6 +123,7 @@ def test_hessian(f):
     close(hessian(by_nu)(rest[1]), known)
     close(jacrev(jacrev(by_nu))(rest[1]), known)
 
+
 def test_what_is_asked_of_unequal_batches():
     g = torch.Generator().manual_seed(0)
     r = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)
@@ -97,37 +133,54 @@ def test_what_is_asked_of_unequal_batches():
     close(vmap(f)(q.mu[None])[0], f(q.mu))
     assert f(q.mu).shape == (4, 5, 2, 3)
     unequal = lambda z: cs_divergence(*(GMM.gaussian(t, t.exp()) for t in (z, z[:2])))
-    with pytest.raises(ValueError, match="D=3, p has D=2"): vmap(unequal)(r(5, 3))
+    with pytest.raises(ValueError, match="D=3, p has D=2"):
+        vmap(unequal)(r(5, 3))
+
 
 def models():
     g = torch.Generator().manual_seed(0)
-    enc, dec = Encoder((3, 3), mlp(9, 8, 2*2, generator=g)), Decoder(mlp(2, 8, 9, generator=g), (1, 3, 3))
+    enc, dec = Encoder((3, 3), mlp(9, 8, 2 * 2, generator=g)), Decoder(mlp(2, 8, 9, generator=g), (1, 3, 3))
     mog, normal = MoGPrior(5, 2, generator=g, learned_weights=True), StandardNormal(2)
     vamp = VampPrior(enc, torch.rand(4, 3, 3, generator=g))
-    kinds = {VAE: [normal], IWAE: [normal], CSRAE: [normal],
-             MixtureVAE: [mog], VampPriorVAE: [vamp], MixtureCSRAE: [mog, vamp]}
+    kinds = {
+        VAE: [normal],
+        IWAE: [normal],
+        CSRAE: [normal],
+        MixtureVAE: [mog],
+        VampPriorVAE: [vamp],
+        MixtureCSRAE: [mog, vamp],
+    }
     for model, priors in kinds.items():
-        for p in priors: yield model(enc, dec, p, Bernoulli())
+        for p in priors:
+            yield model(enc, dec, p, Bernoulli())
+
 
 @pytest.mark.parametrize("model", [*models()], ids=lambda m: f"{type(m).__name__}-{type(m.prior).__name__}")
 def test_models(model):
     "The gradient in the weights, all at once and an image at a time, and the Jacobian of an encoder."
     params = {k: v.detach() for k, v in model.named_parameters()}
     x = torch.randint(2, (6, 3, 3), generator=torch.Generator().manual_seed(1)).float()
+
     def terms(params, x):
         return functional_call(model, params, (x,), dict(generator=torch.Generator().manual_seed(2)))
+
     known = torch.autograd.grad(terms({}, x).loss, list(model.parameters()))
-    for a, b in zip(grad(lambda p: terms(p, x).loss)(params).values(), known): close(a, b, 1e-5)
-    def at_mean(params, x): # without a draw: vmap has no generators
+    for a, b in zip(grad(lambda p: terms(p, x).loss)(params).values(), known):
+        close(a, b, 1e-5)
+
+    def at_mean(params, x):  # without a draw: vmap has no generators
         of_encoder = {k.removeprefix("encoder."): v for k, v in params.items() if k.startswith("encoder.")}
         q = functional_call(model.encoder, of_encoder, (x[None],))
         return model.divergence(q, model.prior(), q.mu[:, 0])[0]
+
     each = vmap(grad(at_mean), in_dims=(None, 0))(params, x)
     alone = [grad(at_mean)(params, xi) for xi in x]
-    for k, v in each.items(): close(v, torch.stack([a[k] for a in alone]), 1e-5)
+    for k, v in each.items():
+        close(v, torch.stack([a[k] for a in alone]), 1e-5)
     encode = lambda xi: model.encode(xi[None]).mu[0, 0]
     known = torch.stack([torch.autograd.functional.jacobian(encode, xi) for xi in x])
     close(vmap(jacrev(encode))(x), known, 1e-5)
+
 
 def compile_the_divergence(B, K, D):
     "Compiled before anything else has run, with gradients; and a transform compiled."
@@ -136,11 +189,14 @@ def compile_the_divergence(B, K, D):
     shapes = (B, D), (B, D), (K, D), (K, D), (K,)
     sides = [torch.randn(*s, generator=g).div(2).requires_grad_() for s in shapes]
     grads = torch.autograd.grad(torch.compile(divergence, backend="aot_eager")(*sides).sum(), sides)
-    for a, b in zip(grads, torch.autograd.grad(divergence(*sides).sum(), sides)): close(a, b, 1e-4)
+    for a, b in zip(grads, torch.autograd.grad(divergence(*sides).sum(), sides)):
+        close(a, b, 1e-4)
     sides = [t.detach() for t in sides]
     by_func = grad(lambda *t: divergence(*t).sum(), argnums=(0, 2))
     by_func = torch.compile(by_func, backend="aot_eager")(*sides)
-    for a, b in zip(by_func, (grads[0], grads[2])): close(a, b, 1e-4)
+    for a, b in zip(by_func, (grads[0], grads[2])):
+        close(a, b, 1e-4)
+
 
 def compile_models():
     for model in [*models()][-2:]:
@@ -152,6 +208,7 @@ def compile_models():
             losses.append(f(x).loss)
         close(*losses, 1e-5)
 
+
 def test_compile():
     "In a process of its own: cold, and without the enforcement of shapes, which no compiler can see through."
     env = {k: v for k, v in os.environ.items() if k != "CSRAE_TYPECHECK"}
@@ -160,6 +217,9 @@ def test_compile():
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "compiled\n", done.stdout + done.stderr
 
+
 if __name__ == "__main__":
-    for size in reversed(SIZES.values()): compile_the_divergence(*size)
-    compile_models(); print("compiled")
+    for size in reversed(SIZES.values()):
+        compile_the_divergence(*size)
+    compile_models()
+    print("compiled")
