@@ -5,14 +5,16 @@ from unittest.mock import patch
 
 import torch
 
-from csrae_nb import divergence
-from csrae_nb.divergence import GMM, cs_divergence, log_sum_exp
+from csrae_nb import kernels
+from csrae_nb.divergence import cs_divergence
+from csrae_nb.kernels import log_sum_exp
+from csrae_nb.mixtures import GMM
 
 from .interleaved import Work
 
 
 def mixtures(B, K, D):
-    "B posteriors about where an encoder would put them, and a prior of K components; float32, leaves of a graph."
+    "B posteriors about where an encoder would put them, a prior of K components; float32, leaves of a graph."
     g = torch.Generator().manual_seed(0)
     q = torch.randn(B, D, generator=g), torch.randn(B, D, generator=g) / 4 - 2
     p = torch.randn(K, D, generator=g), torch.randn(K, D, generator=g) / 4
@@ -70,7 +72,7 @@ def sums(f):
 
 def without_numba(f):
     def run():
-        with patch.object(divergence, "_compiled", lambda kind: None):
+        with patch.object(kernels, "_compiled", lambda kind: None):
             return f()
 
     return run

@@ -7,9 +7,9 @@ from copy import deepcopy
 import torch
 from scipy.linalg import sqrtm
 
-from csrae_nb.data import load_data
-from csrae_nb.evaluation import Statistics, frechet_distance
-from csrae_nb.training import cpu_threads
+from csrae_nb.catalogue import load_data
+from csrae_nb.metrics import Statistics, frechet_distance
+from csrae_nb.process import cpu_threads
 
 from .interleaved import Elsewhere, Work
 from .pythae_models import like

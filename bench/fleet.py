@@ -5,9 +5,9 @@ import tempfile
 from itertools import count
 from unittest.mock import patch
 
-from csrae_nb.data import load_data
+from csrae_nb.catalogue import load_data
 from csrae_nb.fleet import fit_fleet
-from csrae_nb.training import fit
+from csrae_nb.runs import fit
 
 from .interleaved import Work
 from .training import STEPS, config, images

@@ -1,5 +1,7 @@
-"""`make gpu`: what only a GPU can tell, in one command that needs no network, papermill or nbdev: does everything work there as on a
-processor, how fast is it, and the tables of the paper, most valuable first, for as long as is given. Writes small CSV files as it goes."""
+"""`make gpu`: what only a GPU can tell, in one command that needs no network, papermill or nbdev.
+
+Does everything work there as on a processor, how fast is it, and the tables of the paper, most valuable
+first, for as long as is given. Writes small CSV files as it goes."""
 
 import argparse
 import ast
@@ -20,22 +22,17 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import torch
 
-from csrae_nb.divergence import GMM, Draws, cs_divergence, naive_log_z
+from csrae_nb.divergence import cs_divergence
+from csrae_nb.kernels import naive_log_z
+from csrae_nb.mixtures import GMM, Draws
 from csrae_nb.evaluation import complete_run, finished_metrics, write_table
 from csrae_nb.fleet import _Graph, _Steps, Fleet, fit_fleet, fleets, stackable, train_fleets
-from csrae_nb.sweeps import _which, attempt, distinct, read_sweep, sweep_table
-from csrae_nb.training import (
-    Config,
-    _Training,
-    command,
-    fit,
-    is_trained,
-    load_run,
-    make_model,
-    resolve,
-    run_name,
-    runs_folder,
-)
+from csrae_nb.sweeps import attempt, distinct, read_sweep, seedless, sweep_table
+from csrae_nb.config import Config, command, resolve, run_name
+from csrae_nb.files import runs_folder
+from csrae_nb.runs import fit, load_run
+from csrae_nb.tasks import make_model
+from csrae_nb.training import Training, is_trained
 
 HERE = Path(__file__).parents[1]
 PARTS = ("smoke", "timing", "tables")
@@ -147,14 +144,14 @@ def weights(run):
 
 def killed_and_resumed():
     whole = fit(digits(name="whole"), progress=False)
-    saves, save = iter(range(3)), _Training.save
+    saves, save = iter(range(3)), Training.save
 
     def dying(t):
         if next(saves, None) is None:
             raise KeyboardInterrupt
         save(t)
 
-    with suppress(KeyboardInterrupt), patch.object(_Training, "save", dying):
+    with suppress(KeyboardInterrupt), patch.object(Training, "save", dying):
         fit(digits(name="killed"), progress=False)
     apart = (weights(fit(digits(name="killed"), progress=False)) - weights(whole)).abs().max().item()
     assert apart < 1e-4, f"weights {apart:.1e} apart"
@@ -284,7 +281,7 @@ def seconds(f, least):
 
 
 def steps_a_second(job, small):
-    from csrae_nb.data import load_data
+    from csrae_nb.catalogue import load_data
 
     n = 400 if small else 20_000
     x = torch.rand(n, 28, 28, generator=torch.Generator().manual_seed(0)).round()
@@ -388,7 +385,7 @@ def overlap_speed(job, small):
             torch.autograd.grad(-terms[0] + (terms[1] + terms[2]) / 2, q)
 
         for block in (22, 25, 28) if CUDA else (25,):
-            with patch("csrae_nb.divergence.GPU_BLOCK", 2**block):
+            with patch("csrae_nb.kernels.GPU_BLOCK", 2**block):
                 job.add(
                     what=f"D_CS, blocks of 2^{block}", K=K, ms=1e3 * seconds(ours, 0.01 if small else 0.3)
                 )
@@ -462,7 +459,7 @@ def _begin(log):
 
 
 def _known(rows):
-    return {(_which(r["command"]), s) for r in rows for s in r["seeds"].split()}
+    return {(seedless(r["command"]), s) for r in rows for s in r["seeds"].split()}
 
 
 def _rows(file):
@@ -480,7 +477,7 @@ class Table:
         self.earlier = _rows(HERE / "results" / f"{self.name}.csv")
         known = _known(self.earlier)
         self.configs = [
-            c for c in distinct(read_sweep(file)) if (_which(command(c)), str(c.seed)) not in known
+            c for c in distinct(read_sweep(file)) if (seedless(command(c)), str(c.seed)) not in known
         ]
 
     def write(self):

@@ -25,7 +25,7 @@ class Work:
 
 
 class Elsewhere:
-    "A function in a process of its own, which our settings do not reach; a call runs it there, and returns what it returns."
+    "A function in a process of its own, which our settings do not reach; a call runs it there."
 
     def __init__(self, make: Callable, *args):  # make(*args) is the function; both are sent to the process
         ctx = get_context("spawn")

@@ -1,4 +1,4 @@
-"Training steps: ours as `fit` makes them, pythae's as its trainer makes them in a process of its own, and the bare matrix products."
+"Training steps: ours as in `fit`, pythae's as in its trainer (in another process), and the matrix products."
 
 import tempfile
 from contextlib import nullcontext
@@ -9,8 +9,13 @@ from sklearn.datasets import load_digits
 from torch.nn import Linear
 from torch.nn.functional import interpolate
 
-from csrae_nb.data import load_data
-from csrae_nb.training import Config, _untrained, accelerator, cpu_threads, progress_bar, resolve, train_epoch
+from csrae_nb.catalogue import load_data
+from csrae_nb.config import Config, resolve
+from csrae_nb.files import progress_bar
+from csrae_nb.process import accelerator, cpu_threads
+from csrae_nb.tasks import task_of
+from csrae_nb.training import train_epoch
+from csrae_nb.training import untrained as fresh
 
 from .interleaved import Elsewhere, Work
 from .pythae_models import like, trainer
@@ -44,21 +49,21 @@ def config(model, **fields):
 
 
 def epoch(cfg, data, flush=True):
-    "One epoch of ours as a function, and the model it trains; flush: subnormal numbers are 0, as `fit` has it."
+    "One epoch of ours as a function, and its model; flush: subnormal numbers are 0, as `fit` has it."
     with accelerator(cfg) as acc:
-        model, opt = _untrained(cfg, data, acc.device)
+        model, opt = fresh(task_of(cfg), data, acc.device)
         net = acc.prepare(model)
 
     def run():
         with cpu_threads(1), progress_bar(False) as bar:
             torch.set_flush_denormal(flush)
-            train_epoch(acc, net, opt, data, cfg, 1, bar)
+            train_epoch(task_of(cfg), acc, net, opt, data, 1, bar)
 
     return run, model
 
 
 def epoch_of_pythae(model, x, epochs, tuned):
-    "One epoch of pythae's trainer as a function, after some that are not timed; tuned: with what `fit` sets for its process."
+    "One epoch of pythae's trainer as a function, after some untimed ones; tuned: with what `fit` sets."
     theirs = trainer(like(model, SHAPE), x, tempfile.mkdtemp())
 
     def run():

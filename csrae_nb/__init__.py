@@ -9,12 +9,18 @@ if os.environ.get("CSRAE_TYPECHECK") == "1": # the tests enforce the shapes in t
     from jaxtyping import install_import_hook
     install_import_hook("csrae_nb", "beartype.beartype")
 
+from .registry import PLUGINS
+
+PLUGINS[:] = ["csrae_nb.tasks", "csrae_nb.semisup", "csrae_nb.faces"] # chapters that register something; what comes before does not name them
+
 _names = { # the main names, each in its module; loaded on first use, so that `import csrae_nb` stays light
-    "divergence": "GMM FullGMM cs_divergence log_overlap kl_divergence",
+    "mixtures": "GMM FullGMM",
+    "divergence": "cs_divergence log_overlap kl_divergence",
     "priors": "StandardNormal MoGPrior VampPrior",
     "models": "VAE IWAE MixtureVAE VampPriorVAE CSRAE MixtureCSRAE",
-    "data": "load_data",
-    "training": "Config fit load_run",
+    "catalogue": "load_data",
+    "config": "Config",
+    "runs": "fit load_run",
     "estimator": "CSRAEEmbedding",
     "sharing": "Pretrained",
 }

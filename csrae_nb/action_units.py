@@ -17,8 +17,8 @@ from jaxtyping import Int
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .tables import markdown_table, read_paper, where
-from .training import SUPERVISED
+from .results import markdown_table, read_paper, where
+from .config import SUPERVISED
 
 # %% ../nbs/16_action_units.ipynb #160007
 FACE_TABLES = {7: "DISFA", 8: "FERA2015"}  # of the paper: F1 by AU
@@ -47,14 +47,8 @@ def chance_f1(
     return [100 * 2 * r / (1 + r) if r else None for r in rate]
 
 # %% ../nbs/16_action_units.ipynb #160016
-_not_model = (
-    "fold",
-    "images",
-    "seeds",
-    "commit",
-    "command",
-    "name",
-)  # columns in which rows of one model may differ
+# columns in which rows of one model may differ
+_not_model = ("fold", "images", "seeds", "commit", "command", "name")
 
 
 def _mean_of_known(values):

@@ -59,7 +59,7 @@ def _from_file(path):
 def given_parameters(
     options: dict,  # papermill's own, by name
 ) -> dict:  # name: value
-    "The parameters of a papermill command, merged as papermill merges them. ValueError for what cannot be read."
+    "A papermill command's parameters, merged as papermill merges them. ValueError for what cannot be read."
     from papermill.cli import _resolve_type
 
     parts = [
@@ -93,9 +93,11 @@ def train_output(
     values: dict,  # parameters of train.ipynb
     cwd: str | Path | None = None,  # where the notebook will run, from which paths to data start; None: here
 ) -> Path:
-    "The executed notebook of a run, in its folder, which is made; ValueError or OSError if there can be no such run."
+    """The executed notebook of a run, in its folder, which is made.
+    ValueError or OSError if there can be no such run."""
     from papermill.utils import chdir
-    from csrae_nb.training import prepare_data, make_config, open_run, resolve
+    from csrae_nb.config import make_config, resolve
+    from csrae_nb.runs import prepare_data, open_run
 
     cfg = resolve(make_config(values))
     with chdir(cwd):
@@ -106,14 +108,14 @@ def train_output(
 def fill_in(
     ctx,  # click.Context of a papermill command, parsed
 ) -> None:
-    "Give a papermill command on a notebook of this project its output path; ValueError or OSError if it cannot be run."
+    """Give a papermill command on a notebook of this project its output path.
+    ValueError or OSError if it cannot be run."""
     o = ctx.params
     if not (root := project_of(o["notebook_path"] or "-")) or o["help_notebook"] or o["prepare_only"]:
         return
     if not (notebook := Path(o["notebook_path"])).is_file():
-        raise ValueError(
-            f"no notebook {notebook}; there are {', '.join(sorted(p.name for p in (root / 'nbs').glob('*.ipynb')))}"
-        )
+        there = sorted(p.name for p in (root / "nbs").glob("*.ipynb"))
+        raise ValueError(f"no notebook {notebook}; there are {', '.join(there)}")
     values = given_parameters(o)
     check_names(notebook, values)
     _hand_over(o, values)
@@ -146,7 +148,8 @@ def _hand_over(options, values):
 
 
 def _show_messages(options):
-    "Let what the notebook prints appear where papermill was started, its progress bars as wide as the terminal, in place of papermill's own."
+    """Let what the notebook prints appear where papermill was started, in place of papermill's own bar.
+    Its progress bars are as wide as the terminal."""
     if options["progress_bar"] is None:
         options["progress_bar"] = False
     for name, stream in dict(stdout_file=sys.stdout, stderr_file=sys.stderr).items():
@@ -162,9 +165,8 @@ def _report(folder):
 
     if isinstance(sys.exc_info()[1], click.exceptions.Exit | None):  # click ends a success by Exit
         shown = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else folder
-        print(
-            f"run: {shown}/ ({', '.join(sorted(p.name for p in folder.iterdir() if not p.name.startswith('.')))})"
-        )
+        files = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+        print(f"run: {shown}/ ({', '.join(files)})")
 
 # %% ../nbs/90_command_line.ipynb #900022
 def open_door() -> None:

@@ -20,30 +20,21 @@ from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from .data import column_units, default_likelihood, from_arrays
-from .divergence import GMM
+from .mixtures import GMM
 from .likelihoods import make_likelihood
-from .models import rows_at_once
+from .models import Autoencoder, rows_at_once
 
 # %% ../nbs/20_estimator.ipynb #200102
-from csrae_nb.training import (
-    _has_free_components,
-    _place_components,
-    _untrained,
-    accelerator,
-    fit,
-    generator,
-    make_config,
-    mean_terms,
-    progress_bar,
-    resolve,
-    torch_defaults,
-    train_epoch,
-    warmup_weight,
-)
+from .config import Config, make_config, resolve
+from .files import generator, progress_bar
+from .process import accelerator, torch_defaults
+from .runs import fit
+from .tasks import mean_terms, task_of, warmup_weight
+from .training import place_components, to_be_placed, train_epoch, untrained
 
 # %% ../nbs/20_estimator.ipynb #200005
-class CSRAEEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
-    "An autoencoder with a mixture prior as a scikit-learn estimator: codes, clusters, samples and a score for a table of numbers."
+class _Parameters(BaseEstimator):
+    "What an estimator is made of, as it is given."
 
     def __init__(
         self,
@@ -55,94 +46,130 @@ class CSRAEEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         lam=1.0,  # λ, weight of D_CS
         beta=1.0,  # β, weight of the KL, for models that have it in place of D_CS
         network="mlp",  # a row of Table 6
-        likelihood=None,  # bernoulli, gaussian or discretized_logistic; None: bernoulli for zeros and ones, else gaussian
+        likelihood=None,  # None: bernoulli for zeros and ones, else gaussian; or discretized_logistic
         standardize=True,  # under a gaussian: columns to mean 0 and variance 1 for the model, and back
         epochs=100,  # passes over the training rows, at most
         warmup=None,  # epochs over which the divergence's weight grows; None: a fifth of them
-        patience=None,  # stop after so many epochs without a better validation loss; the warm-up does not count; None: 50
+        patience=None,  # epochs to wait for a better validation loss, after the warm-up; None: 50
         batch_size=100,  # rows a step; at most the number of training rows is used
         lr=1e-3,  # Adam's learning rate; twice that of a Config, as small tables give few steps
-        validation_fraction=0.1,  # of the rows, to stop early and to choose the epoch by; less than two rows: the training rows
+        validation_fraction=0.1,  # of the rows, to choose the epoch by; under two rows: the training rows
         config=None,  # a dict of further fields of a Config
         device="auto",  # where to train: auto, a GPU if there is one, or cpu
         random_state=None,  # None, a RandomState, or an int, which is the seed of the Config
         verbose=False,  # show a progress bar
     ):
-        self.model, self.prior, self.latent_dim, self.components, self.lam, self.beta = (
-            model,
-            prior,
-            latent_dim,
-            components,
-            lam,
-            beta,
-        )
-        self.network, self.likelihood, self.standardize, self.epochs, self.warmup, self.patience = (
-            network,
-            likelihood,
-            standardize,
-            epochs,
-            warmup,
-            patience,
-        )
-        self.batch_size, self.lr, self.validation_fraction, self.config = (
-            batch_size,
-            lr,
-            validation_fraction,
-            config,
-        )
-        self.device, self.random_state, self.verbose = device, random_state, verbose
+        self.model, self.prior, self.latent_dim, self.components = model, prior, latent_dim, components
+        self.lam, self.beta, self.network, self.likelihood = lam, beta, network, likelihood
+        self.standardize, self.epochs, self.warmup, self.patience = standardize, epochs, warmup, patience
+        self.batch_size, self.lr, self.validation_fraction = batch_size, lr, validation_fraction
+        self.config, self.device, self.random_state, self.verbose = config, device, random_state, verbose
+
+# %% ../nbs/20_estimator.ipynb #200006
+class _Codes(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Parameters):
+    "From rows to codes, and back."
+
+    model_: Autoencoder  # in double precision, on the CPU
+    config_: Config  # of the training, resolved
+    likelihood_: str
+    scaler_: StandardScaler | None  # of a gaussian's columns
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        return tags
+
+    @property
+    def _n_features_out(self):  # for get_feature_names_out
+        return self.config_.latent_dim
+
+    def _start(self, x):  # rows that a training begins with, float64
+        self.likelihood_, self.scaler_ = _columns_of(x, self.likelihood, self.standardize)
 
     def transform(self, X):
         "Codes (n, D) of the rows: the means of q(z|x), in X's precision."
         x, dtype = _known_rows(self, X)
         return _codes(self, x).numpy().astype(dtype)
 
-# %% ../nbs/20_estimator.ipynb #200006
-def _tags(self: CSRAEEmbedding):
-    tags = super(CSRAEEmbedding, self).__sklearn_tags__()
-    tags.transformer_tags.preserves_dtype = ["float64", "float32"]
-    return tags
+    def inverse_transform(self, X) -> np.ndarray:  # (n, features), of codes (n, D)
+        "E[x|z] of codes; ValueError for another number of columns."
+        return _rows_of_codes(self, X)
 
+# %% ../nbs/20_estimator.ipynb #200106
+class _Components(_Parameters):
+    "The prior's components, a score, and samples."
 
-CSRAEEmbedding.__sklearn_tags__ = _tags
-CSRAEEmbedding._n_features_out = property(lambda self: self.config_.latent_dim)  # for get_feature_names_out
+    def predict_proba(self, X) -> np.ndarray:  # (n, K), rows that sum to one
+        "Responsibilities of the prior's components for the codes of the rows X (n, features)."
+        return _responsibilities(self, X)
 
+    def predict(self, X) -> np.ndarray:  # (n,), integers below K
+        "The component that is most responsible for each row's code."
+        return self.predict_proba(X).argmax(1)
 
-def _method(f):
-    "Make f a method of the class, under its name without the underscore."
-    f.__name__ = f.__name__[1:]
-    f.__qualname__ = f"CSRAEEmbedding.{f.__name__}"
-    setattr(CSRAEEmbedding, f.__name__, f)
-    return f
+    def score(self, X, y=None) -> float:  # nats a row; y is ignored
+        "Mean of E log p(x|z) − D(q‖p), greater is better; D without λ or β, densities in the data's units."
+        return _score(self, X)
+
+    def sample(
+        self,
+        n_samples=1,  # how many
+        noise=False,  # draws from p(x|z), not its mean
+    ) -> tuple[np.ndarray, np.ndarray]:  # rows (n_samples, features), the component of each
+        """E[x|z] at codes drawn from the prior, the same each time, and their components.
+        ValueError for less than one."""
+        return _samples(self, n_samples, noise)
+
+# %% ../nbs/20_estimator.ipynb #200206
+class CSRAEEmbedding(_Codes, _Components):
+    """An autoencoder with a mixture prior as a scikit-learn estimator.
+    For a table of numbers: codes, clusters, samples and a score."""
+
+    def fit(self, X, y=None) -> "CSRAEEmbedding":  # itself; y is ignored
+        """Train from the start on rows X (n, features), at least two.
+        The weights of the epoch that is best on the validation rows are kept.
+        ValueError for rows or parameters that cannot be."""
+        vars(self).pop("model_", None)  # should this fit fail, there is none
+        self.config_, run = _whole_run(self, X)
+        self.model_, self._optimizer = run.model.cpu().double(), None
+        self.history_, self.n_iter_, self.best_epoch_ = run.history, len(run.history), run.best_epoch
+        return self
+
+    def partial_fit(self, X, y=None) -> "CSRAEEmbedding":  # itself; y is ignored
+        """One pass over the rows X in shuffled batches, from where the last call or fit left off.
+        Nothing validates. ValueError as in fit."""
+        self.config_, model, self._optimizer, self.history_ = _one_pass(self, X)
+        self.model_, self.n_iter_ = model.eval().cpu().double(), len(self.history_)
+        return self
 
 # %% ../nbs/20_estimator.ipynb #200009
-def _start_columns(est, X):  # float64
-    "Decide the likelihood and the columns' means and scales by the rows; ValueError for an unknown likelihood, or columns too wide."
-    est.likelihood_, est.scaler_ = est.likelihood or default_likelihood([X]), None
-    make_likelihood(est.likelihood_)
-    if est.likelihood_ != "gaussian":
-        return
-    if not est.standardize:
+def _columns_of(X, likelihood, standardize):  # float64
+    """The likelihood and the columns' means and scales, by the rows.
+    ValueError for an unknown likelihood, or columns too wide."""
+    likelihood, span = likelihood or default_likelihood([X]), f"X ranges from {X.min():g} to {X.max():g}"
+    make_likelihood(likelihood)
+    if likelihood != "gaussian":
+        return likelihood, None
+    if not standardize:
         if column_units(torch.from_numpy(X)):
-            warnings.warn(
-                f"X ranges from {X.min():g} to {X.max():g}, and networks "
-                "start as for numbers around 1: standardize=True is the remedy"
-            )
-        return
+            remedy = "networks start as for numbers around 1: standardize=True is the remedy"
+            warnings.warn(f"{span}, and {remedy}")
+        return likelihood, None
     with np.errstate(over="ignore", invalid="ignore"):
-        est.scaler_ = StandardScaler().fit(X)
-    if not np.isfinite(est.scaler_.scale_).all():
-        raise ValueError(
-            f"X ranges from {X.min():g} to {X.max():g}, too far for a variance in double precision; divide it by a large number first"
-        )
+        scaler = StandardScaler().fit(X)
+    if not np.isfinite(scaler.scale_).all():
+        too_far = "too far for a variance in double precision; divide it by a large number first"
+        raise ValueError(f"{span}, {too_far}")
+    return likelihood, scaler
 
 # %% ../nbs/20_estimator.ipynb #200109
 def _rows(est, X, start, **kw):  # start: a training begins
-    "The rows as the model sees them, float64, and X's precision; ValueError for what is no table of numbers, or beyond the likelihood's range."
+    """The rows as the model sees them, float64, and X's precision.
+    ValueError for what is no table of numbers, or beyond the likelihood's range."""
     X = validate_data(est, X, reset=start, dtype=[np.float64, np.float32], **kw)
     x = X.astype(np.float64)
     if start:
-        _start_columns(est, x)
+        est._start(x)
     with np.errstate(over="ignore"):  # an outlier may be too far for a number
         if est.scaler_:
             x = np.nan_to_num(est.scaler_.transform(x))
@@ -155,21 +182,10 @@ def _known_rows(est, X):
     return _rows(est, X, False)
 
 # %% ../nbs/20_estimator.ipynb #200012
+# named alike here and in a Config
 _fields = (
-    "model",
-    "prior",
-    "latent_dim",
-    "components",
-    "lam",
-    "beta",
-    "network",
-    "epochs",
-    "warmup",
-    "patience",
-    "batch_size",
-    "lr",
-    "device",
-)  # named alike here and in a Config
+    "model prior latent_dim components lam beta network epochs warmup patience batch_size lr device"
+).split()
 
 
 def _plain(v):
@@ -178,12 +194,13 @@ def _plain(v):
 # %% ../nbs/20_estimator.ipynb #200112
 def _config(est, n, seed):  # of n training rows
     "The resolved Config of an estimator's parameters; ValueError for those that cannot be, or are set twice."
-    own = {k: _plain(getattr(est, k)) for k in _fields} | dict(
-        likelihood=est.likelihood_, seed=seed, dataset="arrays", labels=0
-    )
-    if twice := sorted(own.keys() & (more := est.config or {}).keys()):
+    own = {k: _plain(getattr(est, k)) for k in _fields}
+    own |= dict(likelihood=est.likelihood_, seed=seed, dataset="arrays", labels=0)
+    more = est.config or {}
+    if twice := sorted(own.keys() & more.keys()):
         raise ValueError(
-            f"config sets {', '.join(twice)}; expected fields that are no parameters of the estimator (random_state for seed), nor dataset and labels: pass them by name"
+            f"config sets {', '.join(twice)}; expected fields that are no parameters of the estimator "
+            "(random_state for seed), nor dataset and labels: pass them by name"
         )
     for k in ("components", "batch_size"):
         own[k] = min(own[k], n) if isinstance(own[k], int) else own[k]
@@ -191,13 +208,11 @@ def _config(est, n, seed):  # of n training rows
 
 
 def _seed(random_state):  # of a Config
-    if isinstance(random_state, Integral) and random_state < 0:
+    if not isinstance(random_state, Integral):
+        return int(check_random_state(random_state).randint(2**31 - 1))
+    if random_state < 0:
         raise ValueError(f"random_state={random_state}; expected at least 0, None or a RandomState")
-    return int(
-        random_state
-        if isinstance(random_state, Integral)
-        else check_random_state(random_state).randint(2**31 - 1)
-    )
+    return int(random_state)
 
 # %% ../nbs/20_estimator.ipynb #200015
 def _split(x, fraction, seed):  # training rows, validation rows
@@ -219,72 +234,57 @@ def _dataset(est, train, val):
 _turn = threading.Lock()  # one training at a time in a process
 
 # %% ../nbs/20_estimator.ipynb #200020
-@_method
-def _fit(
-    self: CSRAEEmbedding,
-    X,  # rows of numbers (n, features), at least two
-    y=None,  # ignored
-) -> CSRAEEmbedding:  # itself
-    "Train from the start; the weights of the epoch that is best on the validation rows are kept. ValueError for rows or parameters that cannot be."
-    vars(self).pop("model_", None)  # should this fit fail, there is none
-    x, _ = _rows(self, X, True, ensure_min_samples=2)
-    seed = _seed(self.random_state)
-    train, val = _split(x, self.validation_fraction, seed)
-    cfg, data = _config(self, len(train), seed), _dataset(self, train, val)
+def _whole_run(est, X):
+    "A training from the start: its configuration, and the run."
+    x, _ = _rows(est, X, True, ensure_min_samples=2)
+    seed = _seed(est.random_state)
+    train, val = _split(x, est.validation_fraction, seed)
+    cfg, data = _config(est, len(train), seed), _dataset(est, train, val)
     with _turn, TemporaryDirectory() as folder:
-        run = fit(cfg, data, bool(self.verbose), folder, checkpoints=False)
-    self.model_, self.config_, self._optimizer = run.model.cpu().double(), cfg, None
-    self.history_, self.n_iter_, self.best_epoch_ = run.history, len(run.history), run.best_epoch
-    return self
+        return cfg, fit(cfg, data, bool(est.verbose), folder, checkpoints=False)
 
 # %% ../nbs/20_estimator.ipynb #200024
-def _resume(est, x):  # rows as the model sees them
-    "Data and configuration of the next pass."
-    first, n = not hasattr(est, "model_"), len(x)
-    if first:
-        est.config_, est.history_, est._optimizer = _config(est, n, _seed(est.random_state)), [], None
-    batch_size = est.config_.batch_size if first else _plain(est.batch_size)
-    return _dataset(est, x, x), dataclasses.replace(est.config_, batch_size=min(batch_size, n))
+def _left_off(est, n):  # rows of the next pass
+    "Configuration, optimiser's state and history that a pass goes on from, and its batch size."
+    if hasattr(est, "model_"):
+        return est.config_, est._optimizer, est.history_, min(_plain(est.batch_size), n)
+    cfg = _config(est, n, _seed(est.random_state))
+    return cfg, None, [], min(cfg.batch_size, n)
 
 
 def _on_cpu(state):  # of an optimiser
     return {**state, "state": {i: {k: v.cpu() for k, v in s.items()} for i, s in state["state"].items()}}
 
-
-def _pass(est, acc, data, cfg, epoch):
-    "An epoch from where the estimator left off, or from the start: model, optimiser, and the mean of both terms."
+# %% ../nbs/20_estimator.ipynb #200124
+def _pass(acc, data, cfg, epoch, weights, state, verbose):
+    "An epoch from these weights and this state of the optimiser: model, optimiser, and both mean terms."
     data = data.to(acc.device)
-    model, opt = _untrained(cfg, data, acc.device)
-    if epoch > 1:
-        model.load_state_dict(est.model_.state_dict())
-    if est._optimizer:
-        opt.load_state_dict(est._optimizer)
-    with progress_bar(
-        bool(est.verbose), total=len(data.x_train) // cfg.batch_size, unit="step", desc="training"
-    ) as bar:
-        terms = train_epoch(acc, acc.prepare(model.train()), opt, data, cfg, epoch, bar).tolist()
+    task = task_of(cfg)
+    model, opt = untrained(task, data, acc.device)
+    if weights:
+        model.load_state_dict(weights)
+    if state:
+        opt.load_state_dict(state)
+    steps = dict(total=len(data.x_train) // cfg.batch_size, unit="step", desc="training")
+    with progress_bar(verbose, **steps) as bar:
+        terms = train_epoch(task, acc, acc.prepare(model.train()), opt, data, epoch, bar).tolist()
     enough = len(data.x_train) >= cfg.components
-    if epoch == cfg.kmeans_epoch and _has_free_components(model) and enough:
-        _place_components(model, opt, data, cfg)
+    if enough and to_be_placed(model, cfg, epoch):
+        place_components(model, opt, data, cfg)
     return model, opt, terms
 
 # %% ../nbs/20_estimator.ipynb #200025
-@_method
-def _partial_fit(
-    self: CSRAEEmbedding,
-    X,  # rows of numbers (n, features)
-    y=None,  # ignored
-) -> CSRAEEmbedding:  # itself
-    "One pass over the rows in shuffled batches, from where the last call or fit left off; nothing validates. ValueError as in fit."
-    x, _ = _rows(self, X, not hasattr(self, "model_"))
-    data, cfg = _resume(self, x)
-    epoch = len(self.history_) + 1
+def _one_pass(est, X):
+    "One more pass: configuration, model, the optimiser's state, and the history with one more row."
+    x, _ = _rows(est, X, not hasattr(est, "model_"))
+    config, state, history, batch_size = _left_off(est, len(x))
+    data, cfg = _dataset(est, x, x), dataclasses.replace(config, batch_size=batch_size)
+    weights, epoch = est.model_.state_dict() if history else None, len(history) + 1
     with _turn, torch_defaults(cfg.threads), accelerator(cfg) as acc:
-        model, opt, (rec, div) = _pass(self, acc, data, cfg, epoch)
-    row = dict(epoch=epoch, weight=warmup_weight(cfg, epoch), train_reconstruction=rec, train_divergence=div)
-    self.history_ = [*self.history_, row]
-    self.model_, self._optimizer, self.n_iter_ = model.eval().cpu().double(), _on_cpu(opt.state_dict()), epoch
-    return self
+        model, opt, terms = _pass(acc, data, cfg, epoch, weights, state, bool(est.verbose))
+    row = dict(epoch=epoch, weight=warmup_weight(cfg, epoch))
+    row |= dict(train_reconstruction=terms[0], train_divergence=terms[1])
+    return config, model, _on_cpu(opt.state_dict()), [*history, row]
 
 # %% ../nbs/20_estimator.ipynb #200029
 @torch.no_grad()
@@ -302,64 +302,34 @@ def _decoded(est, z, generator=None):  # (n, features)
     return est.scaler_.inverse_transform(x) if est.scaler_ else x
 
 
-@_method
-def _inverse_transform(
-    self: CSRAEEmbedding,
-    X,  # codes (n, D)
-) -> np.ndarray:  # (n, features)
-    "E[x|z] of codes; ValueError for another number of columns."
-    check_is_fitted(self, "model_")
+def _rows_of_codes(est, X):
+    "E[x|z] of codes, in their precision; ValueError for another number of columns."
+    check_is_fitted(est, "model_")
     z = check_array(X, dtype=[np.float64, np.float32])
-    D = self.config_.latent_dim
+    D = est.config_.latent_dim
     if z.shape[1] != D:
         raise ValueError(f"X has {z.shape[1]} columns; expected codes of {D}, as transform returns them")
-    return _decoded(self, torch.from_numpy(z.astype(np.float64))).astype(z.dtype)
+    return _decoded(est, torch.from_numpy(z.astype(np.float64))).astype(z.dtype)
 
 # %% ../nbs/20_estimator.ipynb #200032
-@_method
 @torch.no_grad()
-def _predict_proba(
-    self: CSRAEEmbedding,
-    X,  # rows (n, features)
-) -> np.ndarray:  # (n, K), rows that sum to one
-    "Responsibilities of the prior's components for the rows' codes."
-    x, dtype = _known_rows(self, X)
-    return self.model_.prior().responsibilities(_codes(self, x)).numpy().astype(dtype)
-
-
-@_method
-def _predict(
-    self: CSRAEEmbedding,
-    X,  # rows (n, features)
-) -> np.ndarray:  # (n,), integers below K
-    "The component that is most responsible for each row's code."
-    return self.predict_proba(X).argmax(1)
+def _responsibilities(est, X):  # (n, K)
+    x, dtype = _known_rows(est, X)
+    return est.model_.prior().responsibilities(_codes(est, x)).numpy().astype(dtype)
 
 # %% ../nbs/20_estimator.ipynb #200035
-@_method
-def _score(
-    self: CSRAEEmbedding,
-    X,  # rows (n, features)
-    y=None,  # ignored
-) -> float:  # nats a row
-    "Mean of E log p(x|z) − D(q‖p), greater is better; D without λ or β, densities in the units of the data."
-    x, _ = _known_rows(self, X)
-    log_scale = np.log(self.scaler_.scale_).sum() if self.scaler_ else 0.0
-    return float(-sum(mean_terms(self.model_, x, generator(self.config_.seed, "score"))) - log_scale)
+def _score(est, X):
+    x, _ = _known_rows(est, X)
+    log_scale = np.log(est.scaler_.scale_).sum() if est.scaler_ else 0.0
+    return float(-sum(mean_terms(est.model_, x, generator(est.config_.seed, "score"))) - log_scale)
 
 # %% ../nbs/20_estimator.ipynb #200038
-@_method
 @torch.no_grad()
-def _sample(
-    self: CSRAEEmbedding,
-    n_samples=1,  # how many
-    noise=False,  # draws from p(x|z), not its mean
-) -> tuple[np.ndarray, np.ndarray]:  # rows (n_samples, features), the component of each
-    "E[x|z] at codes drawn from the prior, the same each time, and their components; ValueError for less than one."
-    check_is_fitted(self, "model_")
+def _samples(est, n_samples, noise):
+    check_is_fitted(est, "model_")
     if not (isinstance(n_samples, Integral) and n_samples >= 1):
         raise ValueError(f"n_samples={n_samples!r}; expected an integer of at least 1")
-    g, p = generator(self.config_.seed, "samples"), self.model_.prior()
+    g, p = generator(est.config_.seed, "samples"), est.model_.prior()
     k = torch.multinomial(p.logw.exp(), int(n_samples), True, generator=g)
     z = GMM.gaussian(p.mu[k], p.var[k]).rsample(g)
-    return _decoded(self, z, g if noise else None), k.numpy()
+    return _decoded(est, z, g if noise else None), k.numpy()

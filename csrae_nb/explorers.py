@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import torch
@@ -28,25 +29,18 @@ from matplotlib.patches import Ellipse
 from torch import Tensor
 
 from .data import Dataset, names_of_labels
-from .divergence import GMM, cs_divergence
-from .evaluation import is_picture, run_codes
+from .divergence import cs_divergence
+from .mixtures import GMM
+from .evaluation import run_codes
+from .metrics import is_picture
 from .models import Autoencoder
 from .pictures import plot_codes, plot_components, plot_history, show_examples
 from .priors import occupancy
 
 # %% ../nbs/22_explorers.ipynb #220102
-from csrae_nb.training import (
-    Config,
-    Run,
-    divergence_weight,
-    fit,
-    generator,
-    load_run,
-    prepare_data,
-    resolve,
-    run_name,
-    runs_folder,
-)
+from .config import Config, divergence_weight, resolve, run_name
+from .files import generator, runs_folder
+from .runs import Run, fit, load_run, prepare_data
 
 # %% ../nbs/22_explorers.ipynb #220005
 blue, orange, grey = "#0072B2", "#D55E00", "#777777"  # told apart with any colour vision
@@ -55,9 +49,8 @@ FOUR = (blue, orange, "#009E73", "#CC79A7")
 
 def png(fig: Figure) -> bytes:
     "A figure as the bytes of a PNG file."
-    fig.savefig(
-        out := io.BytesIO(), format="png", dpi=100, pil_kwargs=dict(compress_level=1)
-    )  # fast rather than small
+    out = io.BytesIO()
+    fig.savefig(out, format="png", dpi=100, pil_kwargs=dict(compress_level=1))  # fast rather than small
     return out.getvalue()
 
 
@@ -65,7 +58,7 @@ def framed(
     width: float,  # inches
     height: float,
     columns: int = 1,  # axes beside each other
-    left: float = 0.75,  # margins, inches; fixed ones are drawn twice as fast as those that a layout engine finds
+    left: float = 0.75,  # margins, inches; fixed ones draw twice as fast as those of a layout engine
     bottom: float = 0.55,
     top: float = 0.35,
     **kw,  # of the axes' grid
@@ -90,9 +83,10 @@ def quiet(
 
 # %% ../nbs/22_explorers.ipynb #220007
 def reason(error: Exception) -> str:  # HTML
-    "What a panel says of an error: its text, with the kind of error where that is not one of the package's own."
+    "What a panel says of an error: its text, with the kind where it is none of the package's own."
     kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-    return f'<div class="csrae-message" style="color:#a40000; max-width:900px; overflow-wrap:anywhere">{escape(f"{kind}{error}")}</div>'
+    style = "color:#a40000; max-width:900px; overflow-wrap:anywhere"
+    return f'<div class="csrae-message" style="{style}">{escape(f"{kind}{error}")}</div>'
 
 
 def guarded(
@@ -117,6 +111,11 @@ def _panel_class():
     from ipywidgets import VBox
 
     class Panel(VBox):
+        def __init__(self, title, children, still, parts):
+            super().__init__(children)
+            self.title, self.still, self.parts = title, still, parts
+            self.add_class("csrae-panel")
+
         def __repr__(self):
             return f"{self.title}: run this cell to use it"
 
@@ -131,10 +130,7 @@ def _panel_class():
 
 def _panel(title, children, still, parts):
     "A panel of children, below each other; still() is its picture."
-    panel = _panel_class()(children)
-    panel.add_class("csrae-panel")
-    panel.title, panel.still, panel.parts = title, still, parts
-    return panel
+    return _panel_class()(title, children, still, parts)
 
 # %% ../nbs/22_explorers.ipynb #220011
 def _slider(label, low, high, value, step, colour=None, **kw):
@@ -189,12 +185,18 @@ def _picture(value=b""):
         layout=Layout(max_width="100%", object_fit="contain", align_self="flex-start"),
     )
 
-
+# %% ../nbs/22_explorers.ipynb #220211
 def _row(*widgets):
     "Widgets beside each other, or below where the page is too narrow."
     from ipywidgets import HBox, Layout
 
     return HBox(widgets, layout=Layout(flex_flow="row wrap"))
+
+
+def _column(*widgets):
+    from ipywidgets import VBox
+
+    return VBox(widgets)
 
 # %% ../nbs/22_explorers.ipynb #220013
 def line_mixture(
@@ -209,12 +211,11 @@ def line_mixture(
         raise ValueError(
             f"widths {sd1:g} and {sd2:g}, weight {weight:g}; expected widths above 0 and a weight from 0 to 1"
         )
-    column = lambda a, b: torch.tensor([[a], [b]], dtype=torch.float64)
-    return GMM(
-        torch.tensor([weight, 1 - weight], dtype=torch.float64).log(),
-        column(mean1, mean2),
-        column(sd1, sd2) ** 2,
-    )
+
+    def column(*values):
+        return torch.tensor(values, dtype=torch.float64)[:, None]
+
+    return GMM(column(weight, 1 - weight)[:, 0].log(), column(mean1, mean2), column(sd1, sd2) ** 2)
 
 # %% ../nbs/22_explorers.ipynb #220014
 STEP = 0.05  # of the quadrature
@@ -236,13 +237,8 @@ def line_divergences(q: GMM, p: GMM) -> dict[str, float]:  # name: nats
     return {k: max(0.0, v) for k, v in values.items()}  # rounding can leave −1e-16
 
 # %% ../nbs/22_explorers.ipynb #220017
-TARGET = (
-    -3.0,
-    1.0,
-    3.0,
-    1.0,
-    0.5,
-)  # p of Eq. (30): mean and width of each Gaussian, and the weight of the first
+# p of Eq. (30): mean and width of each Gaussian, and the weight of the first
+TARGET = (-3.0, 1.0, 3.0, 1.0, 0.5)
 STARTS = {  # name: q
     "one Gaussian on a mode": (-2.98, 1.0, 3.0, 1.0, 1.0),
     "one Gaussian across both": (0.0, 4.0, 3.0, 1.0, 1.0),
@@ -268,13 +264,8 @@ def _five(name, values, colour):
     "The sliders of a mixture, under its name."
     from ipywidgets import HTML, VBox
 
-    rows = [
-        ("mean 1", -6, 6),
-        ("width 1", 0.2, 4),
-        ("mean 2", -6, 6),
-        ("width 2", 0.2, 4),
-        ("weight 1", 0, 1),
-    ]
+    each = [("mean 1", -6, 6), ("width 1", 0.2, 4), ("mean 2", -6, 6), ("width 2", 0.2, 4)]
+    rows = [*each, ("weight 1", 0, 1)]
     sliders = [
         _slider(label, low, high, v, 0.01 if "weight" in label else 0.05, colour)
         for (label, low, high), v in zip(rows, values)
@@ -284,10 +275,12 @@ def _five(name, values, colour):
 
 def _numbers(values):
     "Numbers with their names, in large letters."
-    cells = "".join(
-        f'<td style="padding-right:48px">{k.replace("_CS", "<sub>CS</sub>")} <b style="font-size:22px">{v:.4f}</b></td>'
-        for k, v in values.items()
-    )
+
+    def cell(name, value):
+        name = name.replace("_CS", "<sub>CS</sub>")
+        return f'<td style="padding-right:48px">{name} <b style="font-size:22px">{value:.4f}</b></td>'
+
+    cells = "".join(cell(k, v) for k, v in values.items())
     return f'<table class="csrae-numbers" style="font-size:16px"><tr>{cells}<td>nats</td></tr></table>'
 
 # %% ../nbs/22_explorers.ipynb #220021
@@ -375,6 +368,22 @@ def _draw_plane(axs, run, data):
     axs[1].set(title="reconstructions by class", xlabel="$x_1$", ylabel="$x_2$")
 
 # %% ../nbs/22_explorers.ipynb #220027
+def _draw_trade(ax, runs, lam):
+    "Both terms of each run, one of them large; runs in one place share a label."
+    terms = {l: (kept(r)["val_divergence"], kept(r)["val_reconstruction"]) for l, r in runs.items()}
+    ax.plot(*zip(*terms.values()), "o-", color=grey, lw=1)
+    ax.plot(*terms[lam], "o", ms=12, color=orange)
+    ax.margins(0.12)
+    names = {}
+    for l, at in terms.items():
+        names.setdefault(tuple(round(v, 1) for v in at), []).append(l)
+    for i, ls in enumerate(names.values()):
+        style = dict(textcoords="offset points", fontsize=9)
+        ax.annotate(", ".join(f"{l:g}" for l in ls), terms[ls[0]], (7, -13 if i % 2 else 6), **style)
+    ax.set_title(f"λ = {lam:g} among the others")
+    ax.set(xlabel="$D_{CS}$ on validation data, nats", ylabel="reconstruction, nats")
+
+# %% ../nbs/22_explorers.ipynb #220127
 def draw_pinwheel(
     runs: dict[float, Run],  # λ: run
     lam: float,  # which to show
@@ -383,26 +392,7 @@ def draw_pinwheel(
     "The latent space by class, the reconstructions, and the trade between both terms."
     fig, axs = framed(12.0, 4.2, 3)
     _draw_plane(axs, runs[lam], data)
-    terms = {l: (kept(r)["val_divergence"], kept(r)["val_reconstruction"]) for l, r in runs.items()}
-    axs[2].plot(*zip(*terms.values()), "o-", color=grey, lw=1)
-    axs[2].plot(*terms[lam], "o", ms=12, color=orange)
-    axs[2].margins(0.12)
-    names = {}
-    for l, at in terms.items():
-        names.setdefault(tuple(round(v, 1) for v in at), []).append(l)  # those in one place share a label
-    for i, ls in enumerate(names.values()):
-        axs[2].annotate(
-            ", ".join(f"{l:g}" for l in ls),
-            terms[ls[0]],
-            (7, -13 if i % 2 else 6),
-            textcoords="offset points",
-            fontsize=9,
-        )
-    axs[2].set(
-        title=f"λ = {lam:g} among the others",
-        xlabel="$D_{CS}$ on validation data, nats",
-        ylabel="reconstruction, nats",
-    )
+    _draw_trade(axs[2], runs, lam)
     return fig
 
 # %% ../nbs/22_explorers.ipynb #220029
@@ -417,79 +407,84 @@ def _train_missing(configs, runs, data, bar, show):
 
 def _missing_note(configs, runs, wrong):
     "What to do about runs that are not there, as HTML."
-    n = len(configs) - len(runs)
-    how = (
-        f"{n} of the {len(configs)} runs are not there. Make them with <code>{SWEEP}</code> and press “look again”, or here:"
-        if n
-        else ""
-    )
-    return "<br>".join([*map(escape, wrong), how])
+    n, lines = len(configs) - len(runs), [*map(escape, wrong)]
+    if n:
+        how = f"Make them with <code>{SWEEP}</code> and press “look again”, or here:"
+        lines.append(f"{n} of the {len(configs)} runs are not there. {how}")
+    return "<br>".join(lines)
 
 # %% ../nbs/22_explorers.ipynb #220030
-def pinwheel_explorer(
-    configs: list[Config] | None = None,  # resolved, of different λ; None: those of SWEEP
-):  # an ipywidgets VBox
-    "A panel: a slider of λ over trained checkpoints, and a button that trains those that are missing."
+def _pinwheel_parts(n):  # of runs
+    "The widgets of the panel, by name."
     from ipywidgets import Button, HTML, IntProgress, Layout, SelectionSlider
 
-    configs = configs or pinwheel_configs()
-    runs, pictures, data = {}, {}, prepare_data(configs[0])
-    lam = SelectionSlider(
-        options=[("", 0.0)],
-        description="λ",
-        layout=Layout(width="500px"),
-        style=dict(description_width="30px"),
-    )
-    train, again, bar = (
-        Button(description="train them"),
-        Button(description="look again"),
-        IntProgress(max=len(configs), layout=Layout(display="none")),
-    )
-    note, message, picture = HTML(), HTML(), _picture()
-    parts = dict(lam=lam, train=train, again=again, bar=bar, note=note, message=message, picture=picture)
-
-    def draw(*_):
-        if lam.value in pictures:
-            picture.value = pictures[lam.value]
-
-    def look(*_):
-        found, wrong = pinwheel_runs(configs)
-        runs.clear()
-        runs.update(found)
-        pictures.clear()
-        pictures.update({l: png(draw_pinwheel(runs, l, data)) for l in runs})
-        note.value, bar.value = _missing_note(configs, runs, wrong), len(runs)
-        train.layout.display = "none" if len(runs) == len(configs) else ""
-        lam.layout.display = "" if runs else "none"
-        if runs and [v for _, v in lam.options] != list(runs):
-            _offer(lam, runs)
-        draw()
-
-    def work():
-        try:
-            _train_missing(configs, dict(runs), data, bar, look)
-        finally:
-            train.disabled, bar.layout.display = False, "none"
-
-    def start(*_):
-        train.disabled, bar.layout.display = True, ""
-        parts["training"] = threading.Thread(target=guarded(message, work), daemon=True)
-        parts["training"].start()
-
-    lam.observe(guarded(message, draw), "value")
-    again.on_click(guarded(message, look))
-    train.on_click(guarded(message, start))
-    guarded(message, look)()
-    return _panel(
-        "Pinwheel", [_row(lam, again), note, _row(train, bar), message, picture], lambda: picture.value, parts
+    wide = dict(layout=Layout(width="500px"), style=dict(description_width="30px"))
+    return dict(
+        lam=SelectionSlider(options=[("", 0.0)], description="λ", **wide),
+        train=Button(description="train them"),
+        again=Button(description="look again"),
+        bar=IntProgress(max=n, layout=Layout(display="none")),
+        note=HTML(),
+        message=HTML(),
+        picture=_picture(),
     )
 
-# %% ../nbs/22_explorers.ipynb #220130
+
 def _offer(slider, runs):
     "Let a slider choose among runs; it stays at its λ if it can."
     at = slider.value
     slider.options = [(f"{l:g}", l) for l in runs]
     slider.value = at if at in runs else min(runs, key=lambda l: abs(l - 1))
+
+# %% ../nbs/22_explorers.ipynb #220130
+class _Pinwheel:
+    "What the panel shows and does."
+
+    def __init__(self, configs, parts):
+        self.configs, self.parts, self.at = configs, parts, SimpleNamespace(**parts)
+        self.runs, self.pictures, self.data = {}, {}, prepare_data(configs[0])
+
+    def draw(self, *_):
+        if self.at.lam.value in self.pictures:
+            self.at.picture.value = self.pictures[self.at.lam.value]
+
+    def look(self, *_):
+        self.runs, wrong = pinwheel_runs(self.configs)
+        self.pictures = {l: png(draw_pinwheel(self.runs, l, self.data)) for l in self.runs}
+        self.at.note.value = _missing_note(self.configs, self.runs, wrong)
+        self.at.bar.value = len(self.runs)
+        self.at.train.layout.display = "none" if len(self.runs) == len(self.configs) else ""
+        self.at.lam.layout.display = "" if self.runs else "none"
+        if self.runs and [v for _, v in self.at.lam.options] != list(self.runs):
+            _offer(self.at.lam, self.runs)
+        self.draw()
+
+    def work(self):
+        try:
+            _train_missing(self.configs, dict(self.runs), self.data, self.at.bar, self.look)
+        finally:
+            self.at.train.disabled, self.at.bar.layout.display = False, "none"
+
+    def start(self, *_):
+        self.at.train.disabled, self.at.bar.layout.display = True, ""
+        work = guarded(self.at.message, self.work)
+        self.parts["training"] = threading.Thread(target=work, daemon=True)
+        self.parts["training"].start()
+
+# %% ../nbs/22_explorers.ipynb #220230
+def pinwheel_explorer(
+    configs: list[Config] | None = None,  # resolved, of different λ; None: those of SWEEP
+):  # an ipywidgets VBox
+    "A panel: a slider of λ over trained checkpoints, and a button that trains those that are missing."
+    configs = configs or pinwheel_configs()
+    parts = _pinwheel_parts(len(configs))
+    panel, at = _Pinwheel(configs, parts), SimpleNamespace(**parts)
+    at.lam.observe(guarded(at.message, panel.draw), "value")
+    at.again.on_click(guarded(at.message, panel.look))
+    at.train.on_click(guarded(at.message, panel.start))
+    guarded(at.message, panel.look)()
+    rows = [_row(at.lam, at.again), at.note, _row(at.train, at.bar), at.message, at.picture]
+    return _panel("Pinwheel", rows, lambda: at.picture.value, parts)
 
 # %% ../nbs/22_explorers.ipynb #220035
 @dataclass(frozen=True)
@@ -505,7 +500,7 @@ class Explored:
     sd: Float[Tensor, "A"]  # standard deviation of the codes along each
     used: Float[Tensor, "K"]  # occupancy of the prior's components by all test codes
 
-
+# %% ../nbs/22_explorers.ipynb #220135
 def run_folders() -> list[Path]:  # by name
     "The folders of runs, finished or not."
     return sorted(
@@ -519,7 +514,8 @@ def run_data(cfg: Config) -> Dataset:
     "What a run was trained on; ValueError or OSError if it cannot be had."
     if cfg.dataset == "arrays":
         raise ValueError(
-            "this run was trained on arrays given to fit, which are not kept; train with dataset=PATH of an .npz file to explore a run of your own data"
+            "this run was trained on arrays given to fit, which are not kept; "
+            "train with dataset=PATH of an .npz file to explore a run of your own data"
         )
     return prepare_data(cfg)
 
@@ -530,7 +526,8 @@ def explore(
     load: Callable[[Config], Dataset] = run_data,  # how to get its data
     n: int = 2000,  # test examples, at most
 ) -> Explored:
-    "A run as the panel shows it; ValueError or OSError for one that is not finished, is damaged, has no images, or whose data are not at hand."
+    """A run as the panel shows it.
+    ValueError or OSError for one that is not finished, is damaged, has no images, or has no data at hand."""
     run = load_run(folder)
     if not isinstance(run.model, Autoencoder):
         raise ValueError(f"{run.path.name} is a classifier alone: it has no codes and draws no images")
@@ -540,9 +537,8 @@ def explore(
     x, codes = data.fixed("test")[:n], run_codes(run, data, "test")
     z = codes[:n]
     _, s, axes = torch.linalg.svd(z - z.mean(0), full_matrices=False)
-    return Explored(
-        run, data, x, z, z.mean(0), axes, s / max(1, len(z) - 1) ** 0.5, occupancy(run.model.prior(), codes)
-    )
+    sd, used = s / max(1, len(z) - 1) ** 0.5, occupancy(run.model.prior(), codes)
+    return Explored(run, data, x, z, z.mean(0), axes, sd, used)
 
 # %% ../nbs/22_explorers.ipynb #220038
 def label_free(
@@ -598,11 +594,9 @@ def draw_examples(
 ) -> Figure:
     "Examples as a figure of their own."
     images, rows = is_picture(seen.data.x_shape), -(-len(xs) // columns)
-    fig, (ax,) = (
-        framed(size * columns + 0.3, size * rows + 0.4, left=0.15, bottom=0.05)
-        if images
-        else framed(5.0, 4.2)
-    )
+    height = size * rows + 0.4
+    small = dict(left=0.15, bottom=0.05)
+    fig, (ax,) = framed(size * columns + 0.3, height, **small) if images else framed(5.0, 4.2)
     if seen.data.x_shape == (2,):
         show_examples(ax, seen.x, color="#cccccc")
         ax.plot(*xs.T, "o-" if len(xs) > 3 else "o", ms=6, color=orange, lw=1)
@@ -616,13 +610,9 @@ def draw_examples(
 # %% ../nbs/22_explorers.ipynb #220142
 def draw_pair(seen: Explored, i: int) -> Figure:
     "A test example and its reconstruction."
-    return draw_examples(
-        seen,
-        torch.cat([seen.x[i : i + 1], seen.run.model.reconstruct(seen.x[i : i + 1])]),
-        2,
-        f"test example {i}{_class(seen, i)}, and its reconstruction",
-        2.1,
-    )
+    both = torch.cat([seen.x[i : i + 1], seen.run.model.reconstruct(seen.x[i : i + 1])])
+    title = f"test example {i}{_class(seen, i)}, and its reconstruction"
+    return draw_examples(seen, both, 2, title, 2.1)
 
 
 def _class(seen, i):
@@ -654,13 +644,8 @@ def draw_moved(
     moves: Float[Tensor, "A"],  # along the leading axes, in standard deviations
 ) -> Figure:
     "What is decoded at a test example's code, and at the code that was moved."
-    return draw_examples(
-        seen,
-        along_axes(seen, i, torch.stack([torch.zeros_like(moves), moves])),
-        2,
-        f"test example {i}, decoded, and moved",
-        2.1,
-    )
+    both = along_axes(seen, i, torch.stack([torch.zeros_like(moves), moves]))
+    return draw_examples(seen, both, 2, f"test example {i}, decoded, and moved", 2.1)
 
 
 def draw_traversal(seen: Explored, i: int) -> Figure:
@@ -678,9 +663,8 @@ def draw_component(
     used, order = seen.used, seen.used.argsort(descending=True)
     k, images = order[rank].item(), is_picture(seen.data.x_shape)
     fig, (left, right) = framed(10.0, 3.4, 2, left=0.15, width_ratios=(1.7, 1))
-    show_examples(
-        left, seen.run.model.sample(n if images else 200, generator(seed, "component", k), component=k)
-    )
+    g = generator(seed, "component", k)
+    show_examples(left, seen.run.model.sample(n if images else 200, g, component=k))
     left.set_title(f"samples of component {k}, no. {rank + 1} by occupancy", fontsize=11)
     bars = right.bar(range(len(used)), used[order].tolist(), color=grey)
     bars[rank].set_color(orange)
@@ -713,26 +697,24 @@ def _clickable(fig, clicked):
     return canvas
 
 # %% ../nbs/22_explorers.ipynb #220048
+def _codes_axes(seen):
+    "The codes in two dimensions: axes, points, and a ring to mark one."
+    ax = quiet(plot_codes, seen.run, seen.data, len(seen.x)).axes[0]
+    (ring,) = ax.plot([], [], "o", ms=13, mfc="none", mec="k", mew=2)
+    return ax, torch.tensor(ax.collections[0].get_offsets()), ring
+
+# %% ../nbs/22_explorers.ipynb #220148
 def _codes_tab(seen, guard):
     "The codes in two dimensions; a click, or the slider, shows an example and its reconstruction."
-    from ipywidgets import VBox
-
-    fig = quiet(plot_codes, seen.run, seen.data, len(seen.x))
-    ax = fig.axes[0]
-    points, index, pair, still = (
-        torch.tensor(ax.collections[0].get_offsets()),
-        _index("test example", len(seen.x)),
-        _picture(),
-        _picture(),
-    )
-    (ring,) = ax.plot([], [], "o", ms=13, mfc="none", mec="k", mew=2)
+    ax, points, ring = _codes_axes(seen)
+    fig = ax.figure
+    index, pair, still = _index("test example", len(seen.x)), _picture(), _picture(png(fig))
+    fig.set_layout_engine("none")  # limits and layout are known once it is drawn; then they stay
 
     def clicked(event):
         if event.inaxes is ax:
             index.value = nearest(ax, points, float(event.x), float(event.y))
 
-    still.value = png(fig)
-    fig.set_layout_engine("none")  # limits and layout are known once it is drawn; then they stay
     canvas = _clickable(fig, guard(clicked))
 
     def show(*_):
@@ -745,22 +727,16 @@ def _codes_tab(seen, guard):
 
     index.observe(guard(show), "value")
     show()
-    return _row(canvas or still, VBox([index, pair])), dict(
-        example=index, pair=pair, canvas=canvas, points=points, ax=ax
-    )
+    parts = dict(example=index, pair=pair, canvas=canvas, points=points, ax=ax)
+    return _row(canvas or still, _column(index, pair)), parts
 
 # %% ../nbs/22_explorers.ipynb #220051
 def _components_tab(seen, guard):
     "Samples by component and occupancy: all, and one of them."
-    from ipywidgets import Button, VBox
+    from ipywidgets import Button
 
-    rank, anew, every, one, seed = (
-        _index("component no.", len(seen.used)),
-        Button(description="draw anew"),
-        _picture(png(quiet(plot_components, seen.run, seen.data))),
-        _picture(),
-        [0],
-    )
+    rank, anew = _index("component no.", len(seen.used)), Button(description="draw anew")
+    every, one, seed = _picture(png(quiet(plot_components, seen.run, seen.data))), _picture(), [0]
 
     def show(*_):
         one.value = png(draw_component(seen, rank.value, seed[0]))
@@ -772,19 +748,14 @@ def _components_tab(seen, guard):
     rank.observe(guard(show), "value")
     anew.on_click(guard(draw_anew))
     show()
-    return VBox([every, _row(rank, anew), one]), dict(rank=rank, anew=anew, every=every, one=one)
+    return _column(every, _row(rank, anew), one), dict(rank=rank, anew=anew, every=every, one=one)
 
 # %% ../nbs/22_explorers.ipynb #220151
 def _interpolation_tab(seen, guard):
     "Two test examples and what lies between."
-    from ipywidgets import VBox
-
-    a, b, t, strip = (
-        _index("from test example", len(seen.x)),
-        _index("to test example", len(seen.x), 1),
-        _slider("place", 0, 1, 0.5, 0.01),
-        _picture(),
-    )
+    n = len(seen.x)
+    a, b = _index("from test example", n), _index("to test example", n, 1)
+    t, strip = _slider("place", 0, 1, 0.5, 0.01), _picture()
 
     def show(*_):
         strip.value = png(draw_interpolation(seen, a.value, b.value, t.value))
@@ -792,19 +763,15 @@ def _interpolation_tab(seen, guard):
     for s in (a, b, t):
         s.observe(guard(show), "value")
     show()
-    return VBox([_row(a, b), t, strip]), dict(a=a, b=b, place=t, strip=strip)
+    return _column(_row(a, b), t, strip), dict(a=a, b=b, place=t, strip=strip)
 
 # %% ../nbs/22_explorers.ipynb #220052
 def _dimensions_tab(seen, guard):
     "A slider an axis; beside them what is decoded, below all axes."
-    from ipywidgets import Button, VBox
+    from ipywidgets import Button
 
-    index, back, moved, every = (
-        _index("from test example", len(seen.x)),
-        Button(description="back to the start"),
-        _picture(),
-        _picture(),
-    )
+    index, back = _index("from test example", len(seen.x)), Button(description="back to the start")
+    moved, every = _picture(), _picture()
     axes = [
         _slider(f"axis {k + 1}", -3, 3, 0, 0.1, tooltip=f"standard deviation {s:.2f}")
         for k, s in enumerate(seen.sd[:8].tolist())
@@ -823,9 +790,8 @@ def _dimensions_tab(seen, guard):
     index.observe(guard(start), "value")
     back.on_click(lambda b: _set(axes, [0] * len(axes), safely))
     start()
-    return _row(VBox([index, *axes, back]), VBox([moved, every])), dict(
-        start=index, axes=axes, back=back, moved=moved, every=every
-    )
+    parts = dict(start=index, axes=axes, back=back, moved=moved, every=every)
+    return _row(_column(index, *axes, back), _column(moved, every)), parts
 
 # %% ../nbs/22_explorers.ipynb #220152
 def _history_tab(seen, guard):
@@ -847,18 +813,17 @@ def _about(seen):
     "A line on a run, as HTML."
     r, c = seen.run, seen.run.cfg
     label = "; codes are decoded with the label that the model predicts" if hasattr(r.model, "given") else ""
-    about = f"{c.model} on {seen.data.name}, weight of the divergence {divergence_weight(c):g}, D = {c.latent_dim}; best epoch {r.best_epoch} of {len(r.history)}; {len(seen.x):,} test examples{label}"
-    return escape(about)
+    about = f"{c.model} on {seen.data.name}, weight of the divergence {divergence_weight(c):g}"
+    epochs = f"D = {c.latent_dim}; best epoch {r.best_epoch} of {len(r.history)}"
+    return escape(f"{about}, {epochs}; {len(seen.x):,} test examples{label}")
 
 
 def _choices(folder):
     "Runs to choose from, named, and a folder of the caller's if it is not among them."
     paths = run_folders()
     paths = paths if folder is None or folder in paths else [folder, *paths]
-    return [
-        ("choose a run", None),
-        *((p.name + ("" if (p / "model.safetensors").exists() else " (not finished)"), p) for p in paths),
-    ]
+    names = [p.name + ("" if (p / "model.safetensors").exists() else " (not finished)") for p in paths]
+    return [("choose a run", None), *zip(names, paths)]
 
 
 def _newest():
@@ -888,11 +853,8 @@ def _tabs(parts, guard):
     def begin(explored):  # None: nothing to show
         seen[:] = [explored] if explored else []
         at = tabs.selected_index or 0
-        tabs.children, tabs.titles, tabs.layout.display = (
-            [VBox() for _ in TABS],
-            list(TABS),
-            "" if explored else "none",
-        )
+        tabs.children, tabs.titles = [VBox() for _ in TABS], list(TABS)
+        tabs.layout.display = "" if explored else "none"
         tabs.selected_index = at
         fill()
 
@@ -900,52 +862,52 @@ def _tabs(parts, guard):
     return tabs, begin
 
 # %% ../nbs/22_explorers.ipynb #220055
+class _AnyRun:
+    "What the panel shows and does."
+
+    def __init__(self, folder, parts, begin):
+        self.folder, self.choice, self.about = folder, parts["choice"], parts["about"]
+        self.begin, self.loaded = begin, {}
+
+    def data_of(self, cfg):
+        if (key := _data_key(cfg)) not in self.loaded:
+            self.loaded.clear()
+            self.loaded[key] = run_data(cfg)
+        return self.loaded[key]
+
+    def choose(self, *_):
+        self.begin(None)
+        self.about.value = ""
+        if self.choice.value is not None:
+            seen = explore(self.choice.value, self.data_of)
+            self.about.value = _about(seen)
+            self.begin(seen)
+
+    def look(self, *_):
+        at, options = self.choice.value, _choices(self.folder)
+        self.loaded.clear()
+        self.choice.options = options
+        self.choice.value = at if at in [v for _, v in options] else None
+
+# %% ../nbs/22_explorers.ipynb #220255
 def run_explorer(
-    folder: Path
-    | str
-    | None = None,  # of a run, or its name in the runs folder; None: the newest that is finished
+    folder: Path | str | None = None,  # a run's, or its name in the runs folder; None: the newest finished
 ):  # an ipywidgets VBox
     "A panel: choose a run; see its components, codes, interpolations, latent dimensions and history."
     from ipywidgets import Button, Dropdown, HTML, Layout
 
     folder = None if folder is None else runs_folder() / folder
-    loaded, parts = {}, {}
-
-    def data_of(cfg):
-        if (key := _data_key(cfg)) not in loaded:
-            loaded.clear()
-            loaded[key] = run_data(cfg)
-        return loaded[key]
-
-    choice = Dropdown(
-        options=_choices(folder),
-        value=folder or _newest(),
-        description="run",
-        layout=Layout(width="640px"),
-        style=dict(description_width="40px"),
-    )
+    wide = dict(layout=Layout(width="640px"), style=dict(description_width="40px"))
+    choice = Dropdown(options=_choices(folder), value=folder or _newest(), description="run", **wide)
     again, about, message = Button(description="look again"), HTML(), HTML()
-    tabs, begin = _tabs(parts, lambda act: guarded(message, act))
-
-    def choose(*_):
-        begin(None)
-        about.value = ""
-        if choice.value is not None:
-            seen = explore(choice.value, data_of)
-            about.value = _about(seen)
-            begin(seen)
-
-    def look(*_):
-        at, options = choice.value, _choices(folder)
-        loaded.clear()
-        choice.options = options
-        choice.value = at if at in [v for _, v in options] else None
-
-    choice.observe(guarded(message, choose), "value")
-    again.on_click(guarded(message, look))
-    guarded(message, choose)()
-    parts.update(choice=choice, again=again, about=about, message=message, tabs=tabs)
-    return _panel("Any run", [_row(choice, again), about, message, tabs], lambda: _still(parts), parts)
+    parts = dict(choice=choice, again=again, about=about, message=message)
+    parts["tabs"], begin = _tabs(parts, lambda act: guarded(message, act))
+    panel = _AnyRun(folder, parts, begin)
+    choice.observe(guarded(message, panel.choose), "value")
+    again.on_click(guarded(message, panel.look))
+    guarded(message, panel.choose)()
+    rows = [_row(choice, again), about, message, parts["tabs"]]
+    return _panel("Any run", rows, lambda: _still(parts), parts)
 
 # %% ../nbs/22_explorers.ipynb #220155
 def _still(parts):

@@ -33,13 +33,14 @@ class Likelihood:
         "ValueError if x holds NaN or values outside the likelihood's range: the range seen, and what to do."
         low, high = (v.item() for v in x.aminmax())
         if not math.isfinite(low) or not math.isfinite(high):
+            odd = (~x.isfinite()).sum().item()
             raise ValueError(
-                f"{name} holds {(~x.isfinite()).sum().item()} values that are NaN or infinite, of {x.numel()}; clean the data first"
+                f"{name} holds {odd} values that are NaN or infinite, of {x.numel()}; clean the data first"
             )
         if low < self.low or high > self.high:
             raise ValueError(
-                f"{name} ranges from {low:g} to {high:g}, but {type(self).__name__} needs values from {self.low:g} to "
-                f"{self.high:g}; {self.remedy}"
+                f"{name} ranges from {low:g} to {high:g}, but {type(self).__name__} needs values "
+                f"from {self.low:g} to {self.high:g}; {self.remedy}"
             )
 
 # %% ../nbs/04_likelihoods.ipynb #040007
@@ -147,11 +148,8 @@ class DiscretizedLogistic(Likelihood):
         d, h = x - out[:, 0], self.width / 2
         upper, lower = F.logsigmoid((d + h) * inv), F.logsigmoid(-(d - h) * inv)
         inner = upper + lower + torch.log(-torch.expm1(-self.width * inv))
-        return (
-            torch.where(x < self.low + h, upper, torch.where(x > self.high - h, lower, inner))
-            .flatten(1)
-            .sum(1)
-        )
+        inner = torch.where(x > self.high - h, lower, inner)
+        return torch.where(x < self.low + h, upper, inner).flatten(1).sum(1)
 
     def mean(self, out: Float[Tensor, "B 2 *X"]) -> Float[Tensor, "B *X"]:
         "The logistic's mean, within the data's range."

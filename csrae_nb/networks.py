@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .divergence import GMM
+from .mixtures import GMM
 from .priors import variance, within
 
 # %% ../nbs/05_networks.ipynb #050005
@@ -60,7 +60,7 @@ class Linears(nn.Module):
 def side_by_side(
     nets: Sequence[nn.Sequential],  # R fully connected networks of the same layers
 ) -> nn.Sequential:  # (R·B, inputs) to (R·B, outputs)
-    "R networks as one, on R equal blocks of rows; ValueError for layers other than linear ones and activations."
+    "R networks as one, on R equal blocks of rows; ValueError for layers other than linear and activations."
     kinds = {tuple((type(l), getattr(l, "weight", torch.empty(0)).shape) for l in net) for net in nets}
     if len(kinds) > 1:
         raise ValueError("the networks have different layers; only like ones go side by side")
@@ -83,9 +83,8 @@ class Encoder(nn.Module):
 
     def forward(self, x: Float[Tensor, "B *X"]) -> GMM:  # batch B, one component
         if tuple(x.shape[1:]) != self.x_shape:
-            raise ValueError(
-                f"got x of shape {tuple(x.shape)}; expected a batch of {self.x_shape}: (B, {', '.join(map(str, self.x_shape))})"
-            )
+            batch = f"(B, {', '.join(map(str, self.x_shape))})"
+            raise ValueError(f"got x of shape {tuple(x.shape)}; expected a batch of {self.x_shape}: {batch}")
         h = self.net(within(x).flatten(1))
         mu, logvar = h.to(torch.promote_types(h.dtype, torch.float32)).chunk(2, -1)
         return GMM.gaussian(within(mu), variance(logvar))
@@ -109,7 +108,8 @@ class Decoder(nn.Module):
 # %% ../nbs/05_networks.ipynb #050013
 @dataclass(frozen=True)
 class Network:
-    "A row of Table 6: builders of its networks, all from rows of numbers to rows of numbers. The last argument is the generator of the weights."
+    """A row of Table 6: builders of its networks, all from rows of numbers to rows of numbers. The last
+    argument is the generator of the weights."""
 
     encoder: Callable[..., nn.Module]  # (x_shape, outputs, generator)
     decoder: Callable[..., nn.Module]  # (inputs, out_shape, generator)
@@ -167,26 +167,23 @@ def residual_encoder(
 ) -> nn.Sequential:  # (B, C·H·W) to (B, outputs)
     "Encoder of Table 6's CIFAR-10 row; ValueError for x that are no such images."
     C, H, W = _image_shape(x_shape)
-    return glorot_(
-        nn.Sequential(
-            nn.Unflatten(1, (C, H, W)),
-            nn.Conv2d(C, 128, 4, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(128, 256, 4, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(256, 256, 3, padding=1),
-            ResidualBlock(),
-            ResidualBlock(),
-            nn.ReLU(),
-            nn.Conv2d(256, 256, 1),
-            nn.ReLU(),
-            nn.Conv2d(256, 256, 1),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(256 * (H // 4) * (W // 4), outputs),
-        ),
-        generator,
+    stem = nn.Conv2d(C, 128, 4, stride=2, padding=1), nn.ReLU(), nn.Conv2d(128, 256, 4, stride=2, padding=1)
+    net = nn.Sequential(
+        nn.Unflatten(1, (C, H, W)),
+        *stem,
+        nn.ReLU(),
+        nn.Conv2d(256, 256, 3, padding=1),
+        ResidualBlock(),
+        ResidualBlock(),
+        nn.ReLU(),
+        nn.Conv2d(256, 256, 1),
+        nn.ReLU(),
+        nn.Conv2d(256, 256, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(256 * (H // 4) * (W // 4), outputs),
     )
+    return glorot_(net, generator)
 
 # %% ../nbs/05_networks.ipynb #050021
 def residual_decoder(
@@ -239,7 +236,8 @@ def _face_shape(x_shape):
     "(C, H, W), and the size that is left after four convolutions; ValueError for other images."
     if len(x_shape) != 3 or any(n % 64 != 32 for n in x_shape[1:]):
         raise ValueError(
-            f"the network for faces takes images of shape (C, H, W) with H and W of 32, 96, 160, 224, … pixels, got {tuple(x_shape)}; crop or resize them, or use another network"
+            "the network for faces takes images of shape (C, H, W) with H and W of 32, 96, 160, 224, … "
+            f"pixels, got {tuple(x_shape)}; crop or resize them, or use another network"
         )
     return x_shape, tuple((n // 32 + 1) // 2 for n in x_shape[1:])
 
@@ -328,7 +326,7 @@ def resnet18_features(
     outputs: int = 512,
     generator: torch.Generator | None = None,  # draws the weights
 ) -> nn.Sequential:  # (B, 3·H·W) to (B, outputs)
-    "ResNet18 up to its 512 features, as torchvision initialises it; ValueError for x that are no colour images."
+    "ResNet18 up to its 512 features, as torchvision initialises it; ValueError for other images."
     if len(x_shape) != 3 or x_shape[0] != 3 or outputs != 512:
         raise ValueError(
             f"resnet18 takes colour images (3, H, W) to 512 features, got {tuple(x_shape)} and {outputs}"
@@ -340,7 +338,7 @@ def resnet18_features(
     net.fc = nn.Identity()
     return nn.Sequential(nn.Unflatten(1, tuple(x_shape)), net)
 
-
+# %% ../nbs/05_networks.ipynb #050232
 def resnet18_encoder(
     x_shape: tuple[int, ...], outputs: int, generator: torch.Generator | None = None
 ) -> nn.Sequential:  # (B, 3·H·W) to (B, outputs)
@@ -372,7 +370,8 @@ def make_networks(
     n_params: int,  # P, the likelihood's n_params
     generator: torch.Generator | None = None,  # draws the weights, the encoder's first
 ) -> tuple[Encoder, Decoder]:
-    "Encoder and decoder of Table 6's row `name`; ValueError that lists the known names, or for x that do not suit the network."
+    """Encoder and decoder of Table 6's row `name`; ValueError that lists the known names, or for x that do
+    not suit the network."""
     if latent_dim < 1:
         raise ValueError(f"latent_dim={latent_dim}; expected at least 1")
     row, out_shape = _row(name), (n_params, *x_shape)

@@ -16,9 +16,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .data import Dataset
-from .evaluation import is_picture, run_codes, sample_sources
+from .evaluation import run_codes, sample_sources
+from .metrics import is_picture
 from .priors import distinct_components, effective_components, occupancy, overlap_matrix
-from .training import Run, generator
+from .files import generator
+from .runs import Run
 
 # %% ../nbs/11_samples.ipynb #110007
 def show_examples(
@@ -110,22 +112,18 @@ def plot_components(
     m, g = run.model, generator(run.cfg.seed, "component samples", device=run.device)
     used = occupancy(m.prior(), run_codes(run, data, "test"))
     order = used.argsort(descending=True)
+    top, pictures = order[:components], is_picture(data.x_shape)
+    samples = [m.sample(n if pictures else 200, g, component=k.item()) for k in top]
     fig, axs = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", width_ratios=(2, 1))
-    if is_picture(data.x_shape):
-        top = order[:components]
-        xs = torch.stack([m.sample(n, g, component=k.item()) for k in top], 1).flatten(0, 1)
-        show_examples(axs[0], xs, columns=len(top))
-        axs[0].set_title("a column a component, the most used first")
+    if pictures:
+        show_examples(axs[0], torch.stack(samples, 1).flatten(0, 1), columns=len(top))
     else:
-        for k in order[:components]:
-            show_examples(axs[0], m.sample(200, g, component=k.item()))
-        axs[0].set_title("a colour a component")
+        for xs in samples:
+            show_examples(axs[0], xs)
+    axs[0].set_title("a column a component, the most used first" if pictures else "a colour a component")
     axs[1].bar(range(len(used)), used[order].cpu())
-    axs[1].set(
-        xlabel="component, by occupancy",
-        ylabel="share of test codes",
-        title=f"effective K = {effective_components(used):.1f} of {len(used)}",
-    )
+    axs[1].set(xlabel="component, by occupancy", ylabel="share of test codes")
+    axs[1].set_title(f"effective K = {effective_components(used):.1f} of {len(used)}")
     return fig
 
 # %% ../nbs/11_samples.ipynb #110111
@@ -133,7 +131,7 @@ def plot_overlap(
     run: Run,  # with a mixture prior
     data: Dataset,
 ) -> Figure:
-    "Overlaps of the prior's components, the most used first: dark off the diagonal where components are alike."
+    "Overlaps of the prior's components, the most used first: dark off the diagonal where two are alike."
     p = run.model.prior()
     used = occupancy(p, run_codes(run, data, "test"))
     order = used.argsort(descending=True)
@@ -154,29 +152,38 @@ def plot_codes(
     data: Dataset,
     n: int = 2000,  # test examples
 ) -> Figure:
-    "Test codes and the means of the prior's components, on the codes' two leading principal axes if there are more than two."
+    "Test codes and the means of the prior's components, on the codes' two leading principal axes."
     z = run_codes(run, data, "test")[:n].cpu()
-    mu, centre = run.model.prior().mu.detach().cpu(), z.mean(0)
-    many_axes = z.shape[1] > 2 and len(z) > 1
-    axes = (
-        torch.linalg.svd(z - centre, full_matrices=False).Vh[:2].T if many_axes else torch.eye(z.shape[1], 2)
-    )
+    mu, centre, axes = run.model.prior().mu.detach().cpu(), z.mean(0), _two_axes(z)
     fig, ax = plt.subplots(figsize=(5.5, 4.5), layout="constrained")
-    y = data.y_test[:n].cpu() if data.y_test is not None else None
-    if many := y is not None and y.ndim > 1:
-        y = y.clamp_min(0).sum(1)
-    ten = dict(cmap="tab10", vmin=-0.5, vmax=9.5) if y is not None and y.max() < 10 else {}
-    points, size = (z - centre) @ axes, 12 if len(z) < 500 else 3
-    known = torch.ones(len(z), dtype=torch.bool) if y is None else y >= 0
-    if not known.all():
-        ax.scatter(*points[~known].T, s=size, c="#cccccc", label="without a label")
-    s = ax.scatter(*points[known].T, s=size, c=None if y is None else y[known], **ten)
-    if y is not None:
-        fig.colorbar(s, label="answers that are yes" if many else "class", ticks=range(10) if ten else None)
+    _scatter_codes(ax, (z - centre) @ axes, data.y_test[:n].cpu() if data.y_test is not None else None)
     ax.plot(*((mu - centre) @ axes).T, "k+", ms=8, label="prior's means")
     ax.legend(fontsize=8)
     ax.set(xlabel="first axis", ylabel="second axis", title="codes of test data")
     return fig
+
+
+def _two_axes(z):
+    "The leading principal axes of codes, (D, 2); their own axes where they have no more than two."
+    if z.shape[1] > 2 and len(z) > 1:
+        return torch.linalg.svd(z - z.mean(0), full_matrices=False).Vh[:2].T
+    return torch.eye(z.shape[1], 2)
+
+# %% ../nbs/11_samples.ipynb #110112
+def _scatter_codes(ax, points, y):
+    "Points coloured by class, or by how many answers are yes; grey without a label."
+    size = 12 if len(points) < 500 else 3
+    if y is None:
+        ax.scatter(*points.T, s=size)
+        return
+    if many := y.ndim > 1:
+        y = y.clamp_min(0).sum(1)
+    if not (known := y >= 0).all():
+        ax.scatter(*points[~known].T, s=size, c="#cccccc", label="without a label")
+    ten = dict(cmap="tab10", vmin=-0.5, vmax=9.5) if y.max() < 10 else {}
+    s = ax.scatter(*points[known].T, s=size, c=y[known], **ten)
+    label = "answers that are yes" if many else "class"
+    ax.figure.colorbar(s, label=label, ticks=range(10) if ten else None)
 
 # %% ../nbs/11_samples.ipynb #110020
 def compare_reconstructions(

@@ -21,7 +21,8 @@ def make_pinwheel(
     rate: float = 0.25,  # how much an arm bends
     generator: torch.Generator | None = None,
 ) -> tuple[Float[Tensor, "n 2"], Int[Tensor, "n"]]:  # points and their classes
-    "Points on C spiral arms (Johnson et al. 2016; §4.1 with its two deviations exchanged); ValueError for fewer points than arms or a deviation ≤ 0."
+    """Points on C spiral arms (Johnson et al. 2016; §4.1 with its two deviations exchanged); ValueError for
+    fewer points than arms or a deviation ≤ 0."""
     if not n >= classes >= 1:
         raise ValueError(
             f"n={n} points for classes={classes}; expected at least one class, and a point for each"
@@ -29,9 +30,8 @@ def make_pinwheel(
     if not min(radial_std, tangential_std) > 0:
         raise ValueError(f"radial_std={radial_std}, tangential_std={tangential_std}; expected both above 0")
     y = torch.arange(n) % classes
-    u = torch.tensor([1.0, 0.0]) + torch.tensor([radial_std, tangential_std]) * torch.randn(
-        n, 2, generator=generator
-    )
+    noise = torch.tensor([radial_std, tangential_std]) * torch.randn(n, 2, generator=generator)
+    u = torch.tensor([1.0, 0.0]) + noise
     theta = 2 * math.pi / classes * y + rate * u[:, 0].exp()
     cos, sin = theta.cos(), theta.sin()
     return torch.stack([cos * u[:, 0] + sin * u[:, 1], cos * u[:, 1] - sin * u[:, 0]], 1), y

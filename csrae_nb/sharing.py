@@ -15,28 +15,21 @@ import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData, ModelHubMixin, snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from .data import dataset_name, known_names
-from .tables import markdown_table
-from csrae_nb.training import (
-    Config,
-    Run,
-    command,
-    identity,
-    load_run,
-    load_tensors,
-    make_config,
-    save_tensors,
-)
-from .training import task_of, write_atomic
+from .catalogue import DATASETS
+from .catalogue import dataset_name
+from .results import markdown_table
+from .config import Config, command, identity, make_config
+from .files import load_tensors, save_tensors
+from .runs import Run, load_run
+from .files import write_atomic
+from .tasks import task_of
 
 # %% ../nbs/21_sharing.ipynb #210005
 def _to_share(cfg: Config) -> Config:
     "The configuration without what is of one machine: folders, device, threads."
-    name = (
-        cfg.dataset
-        if cfg.dataset in (*known_names(), "arrays")
-        else f"./{Path(cfg.dataset).expanduser().resolve().name}"
-    )
+    name = cfg.dataset
+    if name not in (*DATASETS, "arrays"):
+        name = f"./{Path(name).expanduser().resolve().name}"
     return dataclasses.replace(cfg, dataset=name, device="auto", threads=1, tracker=None)
 
 
@@ -48,9 +41,8 @@ def _metrics(folder):
         content = json.loads(file.read_text())
         content["metrics"], content["provenance"]
     except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(
-            f"{file} is damaged ({type(e).__name__}: {e}); remove it, and evaluate the run again"
-        ) from e
+        why = f"damaged ({type(e).__name__}: {e})"
+        raise ValueError(f"{file} is {why}; remove it, and evaluate the run again") from e
     return content
 
 # %% ../nbs/21_sharing.ipynb #210007
@@ -66,49 +58,43 @@ def _measured(content, cfg):
     "The metrics of a card; how to have them where there are none."
     if content is None:
         return f"Not evaluated. This measures it, on the same data:\n\n    {command(cfg)}"
-    return _table(
-        {
-            k: _shown(v)
-            for k, v in content["metrics"].items()
-            if isinstance(v, (int, float)) and not isinstance(v, bool)
-        }
-    )
+    numbers = {k: v for k, v in content["metrics"].items() if isinstance(v, (int, float))}
+    return _table({k: _shown(v) for k, v in numbers.items() if not isinstance(v, bool)})
 
 # %% ../nbs/21_sharing.ipynb #210107
+def _provenance(run, metrics):
+    "How a run came about, as the rows of a table."
+    there = metrics["provenance"] if metrics else {}
+    return dict(
+        command=f"`{command(_to_share(run.cfg))}`",
+        commit=there.get("commit") or "not recorded",
+        training=f"{len(run.history)} epochs, {run.seconds:.0f} s, the weights of epoch {run.best_epoch}",
+        device=there.get("device", "not recorded"),
+        versions=", ".join(f"{k} {v}" for k, v in there.get("versions", {}).items()) or "not recorded",
+    )
+
+# %% ../nbs/21_sharing.ipynb #210307
 def model_card(
     run: Run,
     metrics: dict | None = None,  # content of its metrics.json
 ) -> ModelCard:
     "What a stranger needs to know of a model: use, data, configuration, metrics, provenance."
     cfg = _to_share(run.cfg)
-    there = metrics["provenance"] if metrics else {}
-    data = ModelCardData(
-        library_name="csrae_nb",
-        tags=["autoencoder", "cauchy-schwarz-divergence", "gaussian-mixture", cfg.model],
-    )
-    origin = dict(
-        command=f"`{command(cfg)}`",
-        commit=there.get("commit") or "not recorded",
-        training=f"{len(run.history)} epochs, {run.seconds:.0f} s, the weights of epoch {run.best_epoch}",
-        device=there.get("device", "not recorded"),
-        versions=", ".join(f"{k} {v}" for k, v in there.get("versions", {}).items()) or "not recorded",
-    )
-    parts = [
-        f"# {cfg.model} on {dataset_name(cfg.dataset)}",
-        _USE,
-        "## Data",
-        _table({f"`{k}`": f"SHA-256 `{v}`" for k, v in run.sha256.items()}),
-        "## Configuration",
-        _table({f"`{k}`": _shown(v) for k, v in identity(cfg).items() if v is not None}),
-        "## Metrics",
-        _measured(metrics, cfg),
-        "## Provenance",
-        _table(origin),
-    ]
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+    tags = ["autoencoder", "cauchy-schwarz-divergence", "gaussian-mixture", cfg.model]
+    sections = {
+        "Data": _table({f"`{k}`": f"SHA-256 `{v}`" for k, v in run.sha256.items()}),
+        "Configuration": _table({f"`{k}`": _shown(v) for k, v in identity(cfg).items() if v is not None}),
+        "Metrics": _measured(metrics, cfg),
+        "Provenance": _table(_provenance(run, metrics)),
+    }
+    parts = [f"# {cfg.model} on {dataset_name(cfg.dataset)}", _USE]
+    parts += [f"## {title}\n\n{text}" for title, text in sections.items()]
+    head = ModelCardData(library_name="csrae_nb", tags=tags).to_yaml()
+    return ModelCard(f"---\n{head}\n---\n\n" + "\n\n".join(parts) + "\n")
 
 # %% ../nbs/21_sharing.ipynb #210207
-_USE = """Trained with csrae_nb, an implementation of *Cauchy-Schwarz Regularized Autoencoder* (Tran, Pantic and Deisenroth, 2022).
+_USE = """Trained with csrae_nb, an implementation of *Cauchy-Schwarz Regularized Autoencoder* \
+(Tran, Pantic and Deisenroth, 2022).
 
 ```python
 from csrae_nb import Pretrained
@@ -125,7 +111,7 @@ NEEDED = dict(
 
 
 def _header(file):
-    "What a safetensors file says of its run, and the shape of each tensor; ValueError if that is not all there."
+    "What a safetensors file says of its run, and each tensor's shape; ValueError if that is not all there."
     with safe_open(str(file), "pt") as f:
         text = (f.metadata() or {}).get("csrae_nb", "")
         shapes = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
@@ -133,9 +119,8 @@ def _header(file):
         meta = json.loads(text)
         odd = [k for k, kind in NEEDED.items() if not isinstance(meta[k], kind)]
     except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(
-            f"{file} has no header of a run ({type(e).__name__}: {e}); expected {', '.join(NEEDED)}"
-        ) from e
+        why = f"{type(e).__name__}: {e}"
+        raise ValueError(f"{file} has no header of a run ({why}); expected {', '.join(NEEDED)}") from e
     if odd:
         raise ValueError(f"{file} has a header whose {', '.join(odd)} cannot be; expected {NEEDED}")
     return meta, shapes
@@ -166,7 +151,8 @@ LIMIT = 2**30  # bytes; larger ones are downloaded only if asked for
 
 
 def _size(name, limit, kw):
-    "Say how much is to be downloaded, and give its commit; None if the Hub does not tell. ValueError if it is too much."
+    """Say how much is to be downloaded, and give its commit; None if the Hub does not tell.
+    ValueError if it is too much."""
     if kw.get("local_files_only"):
         return None
     api = HfApi(endpoint=kw.get("endpoint"), token=kw.get("token"))
@@ -192,13 +178,15 @@ def _download(name, limit, kw):
         return snapshot_download(name, allow_patterns=[*FILES], **kw)
     except (OSError, ValueError) as e:
         raise FileNotFoundError(
-            f"{name!r} is no folder here, and the Hub did not give it ({type(e).__name__}: {e}). Expected a folder that "
-            "save_pretrained wrote, or the name of a model, as in user/name; for a private one, log in first (hf auth login)"
+            f"{name!r} is no folder here, and the Hub did not give it ({type(e).__name__}: {e}). "
+            "Expected a folder that save_pretrained wrote, or the name of a model, as in user/name; "
+            "for a private one, log in first (hf auth login)"
         ) from e
 
 # %% ../nbs/21_sharing.ipynb #210008
 class Pretrained(ModelHubMixin):
-    "A finished run that travels, in a folder or on the Hugging Face Hub: its `model` is ready for use. ValueError for a folder without one."
+    """A finished run that travels, in a folder or on the Hugging Face Hub: its `model` is ready for use.
+    ValueError for a folder without one."""
 
     def __init__(
         self,
@@ -217,14 +205,12 @@ class Pretrained(ModelHubMixin):
     def _save_pretrained(self, save_directory: Path) -> None:
         tensors, meta = load_tensors(self.run.path / "model.safetensors")
         cfg = _to_share(self.run.cfg)
-        save_tensors(
-            save_directory / "model.safetensors", tensors, {**meta, "config": dataclasses.asdict(cfg)}
-        )
-        write_atomic(save_directory / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
+        fields = dataclasses.asdict(cfg)
+        save_tensors(save_directory / "model.safetensors", tensors, {**meta, "config": fields})
+        write_atomic(save_directory / "config.json", json.dumps(fields, indent=1))
         if self.metrics:
-            write_atomic(
-                save_directory / "metrics.json", json.dumps(_shared_metrics(self.metrics, cfg), indent=1)
-            )
+            metrics = json.dumps(_shared_metrics(self.metrics, cfg), indent=1)
+            write_atomic(save_directory / "metrics.json", metrics)
 
     @classmethod
     def from_pretrained(
@@ -233,7 +219,8 @@ class Pretrained(ModelHubMixin):
         limit: int = LIMIT,  # bytes that may be downloaded
         **kw,  # of huggingface_hub.snapshot_download: revision, token, cache_dir, local_files_only, ...
     ) -> "Pretrained":
-        "What save_pretrained wrote or push_to_hub sent; FileNotFoundError for no such name, ValueError for damaged or large files."
+        """What save_pretrained wrote or push_to_hub sent.
+        FileNotFoundError for no such name, ValueError for damaged or large files."""
         return cls(name if Path(name).is_dir() else _download(str(name), limit, kw))
 
 # %% ../nbs/21_sharing.ipynb #210308

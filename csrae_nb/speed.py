@@ -11,27 +11,14 @@ from collections.abc import Iterable
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from .tables import markdown_table, read_rows, results_folder
+from .results import markdown_table, read_rows, results_folder
 
 # %% ../nbs/18_speed.ipynb #180005
 def read_benchmark() -> list[dict]:  # rows of results/benchmark.csv, as `make bench` wrote them
-    "What was measured: work, milliseconds or MiB of ours and of the other, their ratio, and the ratio that was aimed at."
-    return read_rows(
-        results_folder() / "benchmark.csv",
-        (
-            "part",
-            "work",
-            "other",
-            "ours_ms",
-            "other_ms",
-            "ours_mib",
-            "other_mib",
-            "ratio",
-            "aim",
-            "machine",
-            "versions",
-        ),
-    )
+    """What was measured: work, milliseconds or MiB of ours and of the other.
+    Also their ratio, and the ratio that was aimed at."""
+    columns = "part work other ours_ms other_ms ours_mib other_mib ratio aim machine versions"
+    return read_rows(results_folder() / "benchmark.csv", tuple(columns.split()))
 
 # %% ../nbs/18_speed.ipynb #180105
 def benchmark_table(rows: Iterable[dict]) -> str:  # Markdown
@@ -57,37 +44,41 @@ def benchmark_table(rows: Iterable[dict]) -> str:  # Markdown
     )
 
 # %% ../nbs/18_speed.ipynb #180009
+def _curve(rows, name, unit, fixed):
+    "The rows of divergences against broadcasting where all but one size are fixed, by that size."
+    some = [
+        r
+        for r in rows
+        if r[f"ours_{unit}"]
+        and r["other"] == "broadcasting"
+        and "without" not in r["work"]
+        and (unit == "ms" or r["ours_mib"] > 0.1)
+        and all(r[k] == v for k, v in fixed.items())
+    ]
+    return sorted(some, key=lambda r: r[name])
+
+# %% ../nbs/18_speed.ipynb #180109
 def plot_scaling(
     rows: list[dict],  # of read_benchmark
 ) -> Figure:
     "Time against K, D and B, and memory against K: ours, and by broadcasting."
     fig, axs = plt.subplots(1, 4, figsize=(13, 3), layout="constrained")
-    for ax, name, unit, fixed in zip(
-        axs,
-        "KDBK",
-        ("ms", "ms", "ms", "mib"),
-        (dict(B=100, D=40), dict(B=100, K=200), dict(K=200, D=40), dict(B=100, D=40)),
-    ):
-        some = sorted(
-            (
-                r
-                for r in rows
-                if r[f"ours_{unit}"]
-                and r["other"] == "broadcasting"
-                and "without" not in r["work"]
-                and (unit == "ms" or r["ours_mib"] > 0.1)
-                and all(r[k] == v for k, v in fixed.items())
-            ),
-            key=lambda r: r[name],
-        )
+    at = dict(B=100, D=40)
+    panels = [
+        ("K", "ms", at),
+        ("D", "ms", dict(B=100, K=200)),
+        ("B", "ms", dict(K=200, D=40)),
+        ("K", "mib", at),
+    ]
+    for ax, (name, unit, fixed) in zip(axs, panels):
+        some = _curve(rows, name, unit, fixed)
+        x = [r[name] for r in some]
         for who, label in (("other", "broadcasting"), ("ours", "ours")):
-            ax.loglog([r[name] for r in some], [r[f"{who}_{unit}"] for r in some], "o-", label=label)
-        ax.set_xticks([r[name] for r in some], [f"{r[name]:g}" for r in some])
+            ax.loglog(x, [r[f"{who}_{unit}"] for r in some], "o-", label=label)
+        ax.set_xticks(x, [f"{v:g}" for v in x])
         ax.minorticks_off()
-        ax.set(
-            xlabel=f"${name}$",
-            ylabel={"ms": "ms", "mib": "MiB more than before"}[unit],
-            title=", ".join(f"${k}={v}$" for k, v in fixed.items()),
-        )
+        ax.set_xlabel(f"${name}$")
+        ax.set_ylabel({"ms": "ms", "mib": "MiB more than before"}[unit])
+        ax.set_title(", ".join(f"${k}={v}$" for k, v in fixed.items()))
     axs[0].legend(frameon=False)
     return fig

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FIELDS', 'OUTCOMES', 'PRELOAD', 'UNGUARDED', 'expand', 'distinct', 'read_sweep', 'parse_field', 'run_folder',
            'is_finished', 'trained_epochs', 'is_locked', 'run_state', 'attempt', 'record_failure', 'failure',
-           'run_logged', 'local_engine', 'ray_engine', 'run_sweep', 'sweep_table', 'shard', 'read_words', 'main']
+           'run_logged', 'local_engine', 'ray_engine', 'run_sweep', 'sweep_table', 'seedless', 'shard', 'read_words',
+           'main']
 
 # %% ../nbs/12_sweeps.ipynb #120002
 import argparse
@@ -32,37 +33,32 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from .data import is_source, known_names
+from .catalogue import DATASETS, is_source
 from .evaluation import complete_run, finished_metrics, results_table, write_table
 
 # %% ../nbs/12_sweeps.ipynb #120102
-from csrae_nb.training import (
-    EVALUATION,
-    Config,
-    RunLocked,
-    command,
-    make_config,
-    progress_bar,
-    resolve,
-    run_name,
-    runs_folder,
-    write_atomic,
-)
+from .config import EVALUATION, Config, command, make_config, resolve, run_name
+from .files import RunLocked, progress_bar, runs_folder, write_atomic
+from .fleet import train_fleets
 
 # %% ../nbs/12_sweeps.ipynb #120005
-FIELDS = [
-    f.name for f in dataclasses.fields(Config) if f.name != "name"
-]  # of a sweep: its runs are named by what they are
+# of a sweep, without `name`: its runs are named by what they are
+FIELDS = [f.name for f in dataclasses.fields(Config) if f.name != "name"]
+
+
+def _check_fields(names):
+    if unknown := [k for k in names if k not in FIELDS]:
+        unknown = ", ".join(map(repr, unknown))
+        raise ValueError(f"unknown field {unknown}; the known ones are {', '.join(FIELDS)}")
 
 
 def expand(
     fields: dict,  # field: value, or a list of values
 ) -> list[Config]:  # the last axis varies fastest
-    "Every combination of the values of the fields that are lists; ValueError for an unknown field, an empty list, or a value that cannot be."
-    if unknown := [k for k in fields if k not in FIELDS]:
-        raise ValueError(
-            f"unknown field {', '.join(map(repr, unknown))}; the known ones are {', '.join(FIELDS)}"
-        )
+    """Every combination of the values of the fields that are lists.
+
+    ValueError for an unknown field, an empty list, or a value that cannot be."""
+    _check_fields(fields)
     axes = {k: v if isinstance(v, list) else [v] for k, v in fields.items()}
     if empty := [k for k, v in axes.items() if not v]:
         raise ValueError(f"{empty[0]}=[] has no values; expected at least one")
@@ -93,18 +89,15 @@ def read_sweep(
         **{f"[[grid]] {i}": b for i, b in enumerate(content.get("grid", [{}]), 1)},
         "the command line": fields or {},
     }
-    for where, block in blocks.items():
-        if unknown := [k for k in block if k not in FIELDS]:
-            raise ValueError(
-                f"{path}, {where}: unknown field {', '.join(map(repr, unknown))}; the known ones are {', '.join(FIELDS)}"
-            )
-    shared, *grids, typed = blocks.items()
+    shared, *_, typed = blocks.values()
     configs = []
-    for where, block in grids:
-        try:
-            configs += expand({**shared[1], **block, **typed[1]})
-        except ValueError as e:
-            raise ValueError(f"{path}, {where}: {e}") from e
+    try:
+        for where, block in blocks.items():
+            _check_fields(block)
+        for where, block in list(blocks.items())[1:-1]:
+            configs += expand({**shared, **block, **typed})
+    except ValueError as e:
+        raise ValueError(f"{path}, {where}: {e}") from e
     return configs
 
 # %% ../nbs/12_sweeps.ipynb #120111
@@ -119,15 +112,12 @@ def _read_toml(path):
     except ValueError as e:
         raise ValueError(f"{path} is no TOML: {e}") from e
     if unknown := [k for k in content if k not in ("title", "description", "defaults", "grid")]:
+        unknown = ", ".join(map(repr, unknown))
         raise ValueError(
-            f"{path}: unknown key {', '.join(map(repr, unknown))}; expected title, description, [defaults] and [[grid]]"
+            f"{path}: unknown key {unknown}; expected title, description, [defaults] and [[grid]]"
         )
-    tables = content.get("grid", [])
-    if (
-        not isinstance(content.get("defaults", {}), dict)
-        or not isinstance(tables, list)
-        or not all(isinstance(t, dict) for t in tables)
-    ):
+    one, many = content.get("defaults", {}), content.get("grid", [])
+    if not (isinstance(one, dict) and isinstance(many, list) and all(isinstance(t, dict) for t in many)):
         raise ValueError(f"{path}: expected [defaults] once, and [[grid]], in double brackets, for each grid")
     return content
 
@@ -214,13 +204,11 @@ def attempt(cfg: Config) -> str:  # one of OUTCOMES
 
 # %% ../nbs/12_sweeps.ipynb #120124
 def record_failure(cfg: Config, error: str) -> None:
-    "failed.json in the run's folder, if it can be written: what happened, when, and the command to try it alone."
+    "failed.json in the run's folder, if it can be written: what happened, when, and the run's command."
+    record = dict(error=error, when=_now(), command=command(cfg))
     with suppress(OSError):
         run_folder(cfg).mkdir(parents=True, exist_ok=True)
-        write_atomic(
-            run_folder(cfg) / "failed.json",
-            json.dumps(dict(error=error, when=_now(), command=command(cfg)), indent=1),
-        )
+        write_atomic(run_folder(cfg) / "failed.json", json.dumps(record, indent=1))
 
 
 def failure(cfg: Config) -> str:
@@ -293,7 +281,7 @@ def _child(cfg, folder, variables):
 # %% ../nbs/12_sweeps.ipynb #120130
 @contextmanager
 def _importable_main():
-    "Processes import the script that starts them, and so know what it adds; what was typed has no file to import."
+    "Processes import the script that starts them, with what it adds; what was typed has no file to import."
     main = sys.modules["__main__"]
     file = getattr(main, "__file__", None)
     if typed := file is not None and not Path(file).exists():
@@ -318,7 +306,7 @@ def _start(cfg):
 
 # %% ../nbs/12_sweeps.ipynb #120230
 def _outcome(cfg, status):
-    "The outcome that the exit status of a run's process means; what the process could not write down itself is written down."
+    "What the exit status of a run's process means; a failure that it could not write down is written down."
     if status == UNGUARDED:
         raise RuntimeError(
             "run_sweep starts processes that import your script: put what the script does "
@@ -340,10 +328,8 @@ def _see_log(cfg):
 def local_engine(
     todo: list[Config],  # resolved
     jobs: int,  # processes at a time
-) -> Iterator[
-    tuple[list[Config], str | None]
-]:  # runs that have ended and how; or that are under way, and None
-    "Each run in a process of its own, `jobs` of them at a time; those still running are ended with the engine."
+) -> Iterator[tuple[list[Config], str | None]]:  # runs that ended, and how; or that are under way, and None
+    "Each run in a process of its own, `jobs` of them at a time; the end of the engine is theirs, too."
     waiting, running = deque(todo), {}
     try:
         while waiting or running:
@@ -359,10 +345,14 @@ def local_engine(
                 yield [cfg], _outcome(cfg, p.exitcode)
             yield list(running.values()), None
     finally:
-        for p in running:
-            p.terminate()
-        for p in running:
-            p.join()
+        _end(running)
+
+# %% ../nbs/12_sweeps.ipynb #120131
+def _end(processes):
+    for p in processes:
+        p.terminate()
+    for p in processes:
+        p.join()
 
 # %% ../nbs/12_sweeps.ipynb #120033
 def ray_engine(
@@ -384,20 +374,27 @@ def ray_engine(
         while under_way:
             for ref in ray.wait(list(under_way), timeout=1)[0]:
                 cfg, lost = under_way.pop(ref)
-                try:
-                    yield [cfg], ray.get(ref)
-                except ray.exceptions.RayTaskError as e:
-                    record_failure(cfg, f"the Ray worker could not run it: {e}")
-                    yield [cfg], "failed"
-                except ray.exceptions.RayError as e:
-                    if lost < losses:
-                        under_way[submit(cfg)] = cfg, lost + 1
-                    else:
-                        record_failure(cfg, f"its Ray worker was lost {lost + 1} times: {e}")
-                        yield [cfg], "failed"
+                if outcome := _ray_outcome(ray, ref, cfg, lost, losses):
+                    yield [cfg], outcome
+                else:
+                    under_way[submit(cfg)] = cfg, lost + 1
             yield [cfg for cfg, _ in under_way.values()], None
     finally:
         ray.shutdown()
+
+# %% ../nbs/12_sweeps.ipynb #120133
+def _ray_outcome(ray, ref, cfg, lost, losses):
+    "What a task that ended came to; None if its worker was lost and it may try again."
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayTaskError as e:
+        error = f"the Ray worker could not run it: {e}"
+    except ray.exceptions.RayError as e:
+        if lost < losses:
+            return None
+        error = f"its Ray worker was lost {lost + 1} times: {e}"
+    record_failure(cfg, error)
+    return "failed"
 
 # %% ../nbs/12_sweeps.ipynb #120034
 def _on_sigterm(handler):
@@ -414,55 +411,50 @@ def _ray(jobs, address, gpus):
         raise ValueError("--engine ray needs Ray: pip install 'csrae_nb[cluster]'") from e
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ours = signal.getsignal(signal.SIGTERM)
-    small = dict(
-        num_cpus=jobs, include_dashboard=False, object_store_memory=100 * 2**20
-    )  # runs exchange files, no objects
-    for last in (False, True):  # on a busy machine Ray's time limits can be too short, once
-        try:
-            ray.init(
-                address or "local", log_to_driver=False, logging_level="ERROR", **({} if address else small)
-            )
-            break
-        except Exception as e:
-            ray.shutdown()
-            if last or address:
-                raise ValueError(
-                    f"no Ray {f'cluster at {address}' if address else 'on this machine'}: {e}"
-                ) from e
+    _begin_ray(ray, jobs, address)
     _on_sigterm(ours)  # Ray has put its own in the place
     if not address and gpus > (found := ray.cluster_resources().get("GPU", 0)):
         ray.shutdown()
         raise ValueError(f"--gpus {gpus:g}: Ray finds {found:g} on this machine")
     return ray
 
+# %% ../nbs/12_sweeps.ipynb #120234
+def _begin_ray(ray, jobs, address):
+    # runs exchange files, no objects
+    small = dict(num_cpus=jobs, include_dashboard=False, object_store_memory=100 * 2**20)
+    where = f"cluster at {address}" if address else "on this machine"
+    for last in (False, True):  # on a busy machine Ray's time limits can be too short, once
+        try:
+            return ray.init(
+                address or "local", log_to_driver=False, logging_level="ERROR", **({} if address else small)
+            )
+        except Exception as e:
+            ray.shutdown()
+            if last or address:
+                raise ValueError(f"no Ray {where}: {e}") from e
+
 # %% ../nbs/12_sweeps.ipynb #120036
 class _Progress:
     "A bar over the epochs of all runs."
 
     def __init__(self, configs, outcome, show):
-        self.epochs, self.outcome, self.done = (
-            {run_name(c): c.epochs for c in configs},
-            outcome,
-            {run_name(c): trained_epochs(c) for c in configs},
-        )
+        self.epochs = {run_name(c): c.epochs for c in configs}
+        self.outcome = outcome
+        self.done = {run_name(c): trained_epochs(c) for c in configs}
         self.bar = progress_bar(
             show, total=self.total, initial=sum(self.done.values()), unit="epoch", desc="sweep", smoothing=0
         )
 
     @property
     def total(self):  # of epochs
-        return sum(
-            self.done[name] if name in self.outcome else epochs for name, epochs in self.epochs.items()
-        )
+        return sum(self.done[k] if k in self.outcome else epochs for k, epochs in self.epochs.items())
 
     def update(self, configs):
         "Look again at what some runs have trained."
         self.done |= {run_name(c): trained_epochs(c) for c in configs}
         self.bar.total = self.total
-        self.bar.set_postfix_str(
-            ", ".join(f"{n} {o}" for o in OUTCOMES if (n := list(self.outcome.values()).count(o))),
-            refresh=False,
-        )
+        counts = {o: list(self.outcome.values()).count(o) for o in OUTCOMES}
+        self.bar.set_postfix_str(", ".join(f"{n} {o}" for o, n in counts.items() if n), refresh=False)
         self.bar.update(sum(self.done.values()) - self.bar.n)
 
 # %% ../nbs/12_sweeps.ipynb #120037
@@ -473,7 +465,9 @@ def run_sweep(
     progress: bool = True,  # show a progress bar on stderr
     **options,  # of the engine
 ) -> dict[str, str]:  # name of the run: one of OUTCOMES
-    "Run what is not finished of a grid, each different run once; a run that fails, or that another process is training, leaves the others alone."
+    """Run what is not finished of a grid, each different run once.
+
+    A run that fails, or that another process is training, leaves the others alone."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         os._exit(UNGUARDED)  # imported by a run's process
     configs = distinct(configs)
@@ -484,9 +478,8 @@ def run_sweep(
     with p.bar:
         if todo:
             _follow(engine(todo, min(jobs, len(todo)), **options), p, progress)
-    return {
-        n: "finished" if is_finished(c) else outcome[n] for c in configs for n in [run_name(c)]
-    }  # some finished elsewhere meanwhile
+    # some finished elsewhere meanwhile
+    return {n: "finished" if is_finished(c) else outcome[n] for c in configs for n in [run_name(c)]}
 
 # %% ../nbs/12_sweeps.ipynb #120137
 def _follow(events, p, progress):
@@ -511,9 +504,9 @@ def sweep_table(
     here, rows = {}, []
     for c in filter(is_finished, distinct(configs)):
         (row,) = results_table([run_folder(c)])
-        here.setdefault(_which(row["command"]), {})[row["seeds"]] = row
+        here.setdefault(seedless(row["command"]), {})[row["seeds"]] = row
     for old in earlier:
-        runs, seeds = here.get(_which(old["command"]), {}), old["seeds"].split()
+        runs, seeds = here.get(seedless(old["command"]), {}), old["seeds"].split()
         again = [runs.pop(s) for s in seeds if s in runs]
         rows += again if len(again) == len(seeds) and all(_as_full(r, old) for r in again) else [old]
     rows += [row for runs in here.values() for row in runs.values()]
@@ -532,8 +525,8 @@ def _as_full(row, old):
     )
 
 
-def _which(command):
-    "Which configuration a row is of: its command without the seeds, and without what only the evaluation reads."
+def seedless(command: str) -> str:
+    "Which configuration a row is of: its command without the seeds and what only the evaluation reads."
     return re.sub(
         rf"^for seed in [\d ]*; do |; done$| -p ({'|'.join(['seed', *EVALUATION])}) [^\s;]+", "", command
     )
@@ -548,7 +541,8 @@ def _read_csv(path):
         there = list(rows)
     if not {"command", "seeds"} <= set(rows.fieldnames or []):
         raise ValueError(
-            f"{path} is there and no table of csrae-sweep: it has no column `command` or `seeds`; name another file"
+            f"{path} is there and no table of csrae-sweep: "
+            "it has no column `command` or `seeds`; name another file"
         )
     return there
 
@@ -579,8 +573,10 @@ def read_words(
 def _parser():
     p = argparse.ArgumentParser(
         "csrae-sweep",
-        description="Run a grid of configurations: what is finished is skipped, what was stopped goes on, what fails leaves the others alone.",
-        epilog=f"Fields: {', '.join(FIELDS)}; train.ipynb describes them. Runs are kept in $CSRAE_RUNS, or _runs/.",
+        description="Run a grid of configurations: what is finished is skipped, what was stopped goes on, "
+        "what fails leaves the others alone.",
+        epilog=f"Fields: {', '.join(FIELDS)}; train.ipynb describes them. "
+        "Runs are kept in $CSRAE_RUNS, or _runs/.",
     )
     p.add_argument(
         "grid",
@@ -588,11 +584,18 @@ def _parser():
         metavar="FILE.toml|field=value,value",
         help="sweep files; fields replace those of the files, several values make an axis",
     )
+    _add_what(p)
+    _add_how(p)
+    return p
+
+# %% ../nbs/12_sweeps.ipynb #120247
+def _add_what(p):
     p.add_argument(
         "--jobs",
         type=int,
         metavar="N",
-        help="runs at a time, of one thread each (default: one a core); a cluster that is joined decides itself",
+        help="runs at a time, of one thread each (default: one a core); "
+        "a cluster that is joined decides itself",
     )
     p.add_argument(
         "--shard", default="1/1", metavar="i/n", help="only the i-th of n parts of the grid, i from 1"
@@ -607,10 +610,14 @@ def _parser():
         help="afterwards, write a table of all that is finished of the whole "
         "grid, a row a run; a table that is there gains or renews rows, and loses none",
     )
+
+# %% ../nbs/12_sweeps.ipynb #120347
+def _add_how(p):
     p.add_argument(
         "--fleet",
         action="store_true",
-        help="first train runs that differ in seed, lam and beta only side by side in this process: for a GPU; a CPU gains little",
+        help="first train runs that differ in seed, lam and beta only side by side in this process: "
+        "for a GPU; a CPU gains little",
     )
     p.add_argument(
         "--fleet-size", type=int, default=64, metavar="N", help="runs in a fleet, at most (default: 64)"
@@ -622,7 +629,6 @@ def _parser():
     p.add_argument(
         "--gpus", type=float, default=0.0, help="with Ray: GPUs a run, e.g. 0.25 (default: 0, CPU only)"
     )
-    return p
 
 # %% ../nbs/12_sweeps.ipynb #120049
 def _cores():
@@ -681,7 +687,7 @@ def _check_sources(configs):
     for name in dict.fromkeys(c.dataset for c in configs):
         if not is_source(name):
             raise ValueError(
-                f"unknown dataset {name!r}; expected one of {', '.join(known_names())}, "
+                f"unknown dataset {name!r}; expected one of {', '.join(DATASETS)}, "
                 "a path to .npz or .npy, or a folder of images"
             )
 
@@ -708,25 +714,28 @@ def main(
     o = (parser := _parser()).parse_intermixed_args(words)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a run
     try:
-        whole, how = distinct(read_words(o.grid)), _engine(o)
-        _check_sources(whole)
-        configs = shard(whole, o.shard)
-        if o.csv:
-            o.csv.parent.mkdir(parents=True, exist_ok=True)
-            _read_csv(o.csv)  # an error now, not after hours
-        if o.list:
-            _show_states(configs)
-            status = 0
-        else:
-            status = _run(configs, o.jobs or _cores(), how, o.fleet_size if o.fleet else 0)
-        if o.csv:
-            _write_csv(o.csv, whole)
-        return status
+        return _carry_out(o)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0  # `| head` has seen enough
     except (ValueError, OSError) as e:
         parser.exit(2, f"csrae-sweep: {e}\n")
+
+# %% ../nbs/12_sweeps.ipynb #120350
+def _carry_out(o):
+    whole, how, status = distinct(read_words(o.grid)), _engine(o), 0
+    _check_sources(whole)
+    configs = shard(whole, o.shard)
+    if o.csv:
+        o.csv.parent.mkdir(parents=True, exist_ok=True)
+        _read_csv(o.csv)  # an error now, not after hours
+    if o.list:
+        _show_states(configs)
+    else:
+        status = _run(configs, o.jobs or _cores(), how, o.fleet_size if o.fleet else 0)
+    if o.csv:
+        _write_csv(o.csv, whole)
+    return status
 
 # %% ../nbs/12_sweeps.ipynb #120250
 def _run(configs, jobs, how, fleet_size=0):
@@ -735,13 +744,11 @@ def _run(configs, jobs, how, fleet_size=0):
     try:
         with _interruptible():
             if fleet_size:
-                import_module("csrae_nb.fleet").train_fleets(configs, fleet_size)
+                train_fleets(configs, fleet_size)
             outcome = run_sweep(configs, jobs, **how)
     except KeyboardInterrupt:
-        print(
-            f"stopped with {sum(map(is_finished, configs))} of {len(configs)} runs finished; the same command goes on",
-            file=sys.stderr,
-        )
+        done = f"{sum(map(is_finished, configs))} of {len(configs)} runs finished"
+        print(f"stopped with {done}; the same command goes on", file=sys.stderr)
         return 130
     _report(configs, outcome, before)
     return int("failed" in outcome.values())

@@ -1,6 +1,8 @@
 "One thread, no windows, shapes enforced, and nothing written outside a temporary folder."
 
 import os
+from functools import partial
+
 import pytest
 
 os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "CSRAE_TYPECHECK": "1"}
@@ -8,7 +10,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "CSRAE_TYPECHECK": "
 
 @pytest.fixture(scope="session", autouse=True)
 def sandbox(tmp_path_factory):
-    "Runs, data and the IPython profile of the notebooks; the profile enforces the shapes of the notebooks' own functions."
+    "Runs, data and the IPython profile of the notebooks, which enforces the shapes of their own functions."
     home = tmp_path_factory.mktemp("sandbox")
     startup = home / "ipython" / "profile_default" / "startup"
     startup.mkdir(parents=True)
@@ -19,3 +21,17 @@ def sandbox(tmp_path_factory):
         "CSRAE_DATA": f"{home}/data",
         "IPYTHONDIR": f"{home}/ipython",
     }
+
+
+@pytest.fixture
+def own_runs(tmp_path, monkeypatch):
+    "A folder of runs for one test alone."
+    monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "runs"))
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    "A classifier for the Fréchet distances that is trained for a moment only."
+    from csrae_nb import metrics
+
+    monkeypatch.setattr(metrics, "train_classifier", partial(metrics.train_classifier, examples=300))

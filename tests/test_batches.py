@@ -1,4 +1,4 @@
-"Networks that normalise over the batch: training and evaluation are one model, and whoever asks it something leaves it alone."
+"Networks that normalise over the batch: training and evaluation are one model, and questions leave it alone."
 
 from importlib.util import find_spec
 
@@ -6,19 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from csrae_nb.data import load_data
+from csrae_nb.catalogue import load_data
 from csrae_nb.models import in_eval_mode
-from csrae_nb.training import (
-    Config,
-    _place_components,
-    _untrained,
-    active_units,
-    draw_codes,
-    fit,
-    generator,
-    mean_terms,
-    resolve,
-)
+from csrae_nb.config import Config, resolve
+from csrae_nb.files import generator
+from csrae_nb.runs import fit
+from csrae_nb.tasks import active_units, draw_codes, mean_terms
+from csrae_nb.tasks import task_of
+from csrae_nb.training import place_components, untrained
 
 g = torch.Generator().manual_seed(0)
 BLOBS = (
@@ -48,15 +43,15 @@ def model_and_data(network, **fields):
         )
     )
     data = load_data(dict(x_train=x.numpy(), x_val=x[:20].numpy(), x_test=x[:20].numpy()), likelihood)
-    return *_untrained(cfg, data, "cpu"), data, cfg
+    return *untrained(task_of(cfg), data, "cpu"), data, cfg
 
 
 @pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_training_and_evaluation_see_the_same_model(network, prior):
-    """The divergence of the same weights in training and in evaluation, once the running statistics have settled: equal without
-    batch normalisation, within a tenth with it, where each batch has all examples. (A VampPrior with a batch of its own was
-    off by half and more.)"""
+    """The divergence of the same weights in training and in evaluation, once the running statistics have
+    settled: equal without batch normalisation, within a tenth with it, where each batch has all examples.
+    (A VampPrior with a batch of its own was off by half and more.)"""
     if network == "resnet18" and not find_spec("torchvision"):
         pytest.skip("torchvision is not installed")
     model, opt, data, cfg = model_and_data(network, **PRIORS[prior])
@@ -107,7 +102,7 @@ def test_components_are_placed_at_the_codes_of_evaluation():
     codes = draw_codes(model.eval(), data.fixed("train"), generator(cfg.seed, "kmeans"))
     model.prior.init_from_codes(codes, cfg.seed)
     expected = model.prior.mu.clone()
-    _place_components(model.train(), opt, data, cfg)
+    place_components(model.train(), opt, data, cfg)
     assert torch.equal(model.prior.mu, expected) and model.training
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
 

@@ -1,4 +1,5 @@
-"`papermill nbs/train.ipynb -p ...` as typed: in a terminal, redirected, with stdin a pipe; and papermill left alone where it is not ours."
+"""`papermill nbs/train.ipynb -p ...` as typed: in a terminal, redirected, with stdin a pipe; and papermill
+left alone where it is not ours."""
 
 import base64, dataclasses, os, pty, shutil, subprocess, sys, sysconfig
 from ast import literal_eval
@@ -8,7 +9,7 @@ import jaxtyping, nbformat, numpy as np, papermill.cli, pytest
 from click.testing import CliRunner
 from papermill import inspect_notebook
 from csrae_nb import Config, load_run
-from csrae_nb.training import run_name
+from csrae_nb.config import run_name
 
 root = Path(__file__).parents[1]
 train = root / "nbs" / "train.ipynb"
@@ -100,7 +101,7 @@ def test_as_typed(runs, tmp_path):
 
 
 def test_own_output_and_own_data(runs, tmp_path):
-    "With an output path papermill goes its own way, but for the place of the runs; data are found from where it was started."
+    "With an output path papermill goes its own way, but for the place of the runs, and finds data."
     np.savez(tmp_path / "own.npz", x=np.random.default_rng(0).random((300, 6)).round(), y=np.arange(300) % 3)
     command = [
         program,
@@ -142,7 +143,7 @@ def test_refused_in_the_shell(runs):
 
 
 def test_foreign_notebook(foreign):
-    "Executed as ever: unknown parameters warn, the notebook comes out on stdout, and the package does not slow it down by torch."
+    "Executed as ever: unknown parameters warn, the notebook comes out on stdout, and no torch slows it down."
     done = subprocess.run(
         [program, foreign, "-p", "x", "2", "-p", "y", "1", "--log-level", "INFO"],
         cwd=foreign.parent,
@@ -167,7 +168,7 @@ def test_foreign_notebook(foreign):
 
 
 def executed(*args, piped=False):
-    "(Result, arguments of execute_notebook) of a papermill command; the latter None if it was not called. Errors are the package's own."
+    "(Result, arguments of execute_notebook if it was called) of a papermill command; its own errors."
     jaxtyping.config.update("jaxtyping_disable", True)
     with (
         patch("papermill.cli.execute_notebook") as execute,
@@ -313,7 +314,7 @@ def test_refused(args, says, piped, runs, tmp_path, monkeypatch):
 def test_refused_with_an_output_path_and_in_other_notebooks(tmp_path):
     for nb, says in (
         (train, "the known ones are dataset"),
-        (root / "nbs" / "09_training.ipynb", "09_training.ipynb has none"),
+        (root / "nbs" / "09d_training.ipynb", "09d_training.ipynb has none"),
     ):
         result, call = executed(nb, tmp_path / "out.ipynb", "-p", "learning_rate", 1)
         assert (result.exit_code, call) == (2, None) and says in result.output
@@ -328,7 +329,7 @@ def test_refused_folders(runs, tmp_path, monkeypatch):
     assert (result.exit_code, call) == (2, None) and "lam: 1.0 there, 2" in result.output
     (tmp_path / "file").touch()
     monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "file"))
-    for nb in train, root / "nbs" / "09_training.ipynb":
+    for nb in train, root / "nbs" / "09d_training.ipynb":
         result, call = executed(nb)
         assert (result.exit_code, call) == (2, None) and "CSRAE_RUNS" in result.output
 
@@ -338,8 +339,8 @@ def test_output_paths(runs, tmp_path, monkeypatch):
     folder = runs / run_name(Config())
     call = executed(train, piped=True)[1]
     assert (call["input_path"], call["output_path"]) == (str(train), str(folder / "train.ipynb"))
-    assert executed(root / "nbs" / "09_training.ipynb")[1]["output_path"] == str(
-        runs / "_notebooks" / "09_training.ipynb"
+    assert executed(root / "nbs" / "09d_training.ipynb")[1]["output_path"] == str(
+        runs / "_notebooks" / "09d_training.ipynb"
     )
     assert executed(train, "-p", "name", "{a}")[1]["output_path"].format() == str(
         runs / "{a}" / "train.ipynb"

@@ -1,4 +1,5 @@
-"What the chapter on data cannot hold: downloads through a server, files of full size, folders in every state, and the real data where `CSRAE_DATA` has them."
+"""What the chapter on data cannot hold: downloads through a server, files of full size, folders in every
+state, and the real data where `CSRAE_DATA` has them."""
 
 import gzip
 import http.server
@@ -24,7 +25,7 @@ from scipy.sparse import csr_array, csr_matrix
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torch.utils.data import Dataset as TorchDataset
 
-from csrae_nb import data, tables
+from csrae_nb import catalogue, data, formats, results
 
 NAME = "t10k-labels-idx1-ubyte"
 CONTENT = struct.pack(">BBBBI", 0, 0, 8, 1, 6) + bytes(range(6))
@@ -37,14 +38,16 @@ def folder(tmp_path, monkeypatch):
     "An empty data folder, with NAME known as a public file of six labels."
     monkeypatch.setenv("CSRAE_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    public = data.PublicFile((6,), data.sha256(CONTENT), ("http://127.0.0.1:9/none.gz",), data.sha256(ZIPPED))
-    monkeypatch.setitem(data.FILES, NAME, public)
+    public = formats.PublicFile(
+        (6,), data.sha256(CONTENT), ("http://127.0.0.1:9/none.gz",), data.sha256(ZIPPED)
+    )
+    monkeypatch.setitem(formats.FILES, NAME, public)
     return tmp_path / "data"
 
 
 @pytest.fixture
 def serve(monkeypatch, folder):
-    "serve(a, b, ...): mirrors that answer with these bytes, or break off after half of them; gives the list of requests."
+    "serve(a, b, ...): mirrors that answer with these bytes, or break off halfway; gives the requests."
     servers, seen = [], []
 
     def start(*answers, length=None):
@@ -66,7 +69,7 @@ def serve(monkeypatch, folder):
         servers.append(server)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         urls = tuple(f"http://127.0.0.1:{server.server_port}/{i}/{NAME}.gz" for i in range(len(answers)))
-        monkeypatch.setitem(data.FILES, NAME, replace(data.FILES[NAME], urls=urls))
+        monkeypatch.setitem(formats.FILES, NAME, replace(formats.FILES[NAME], urls=urls))
         return seen
 
     yield start
@@ -82,7 +85,7 @@ def left(folder):
 def test_download_once(folder, serve):
     seen = serve(ZIPPED)
     for _ in range(2):  # the second finds the file
-        x, hashes = data.read_file(NAME)
+        x, hashes = formats.read_file(NAME)
         assert x.tolist() == list(range(6)) and hashes == {f"{NAME}.gz": data.sha256(ZIPPED)}
     assert len(seen) == 1 and left(folder) == [f"{NAME}.gz"]
 
@@ -93,26 +96,26 @@ def test_download_once(folder, serve):
 def test_bad_download_leaves_the_cache_clean(folder, serve, answer):
     serve(answer)
     with pytest.raises(FileNotFoundError, match=f"{NAME} is not in .* and could not be downloaded"):
-        data.read_file(NAME)
+        formats.read_file(NAME)
     assert left(folder) == []
 
 
 def test_connection_that_breaks_off(folder, serve):
     serve(ZIPPED[:20], length=len(ZIPPED))
     with pytest.raises(FileNotFoundError, match="could not be downloaded"):
-        data.read_file(NAME)
+        formats.read_file(NAME)
     assert left(folder) == []
 
 
 def test_second_mirror(folder, serve):
     seen = serve(b"garbage", ZIPPED)
-    assert data.read_file(NAME)[0].tolist() == list(range(6))
+    assert formats.read_file(NAME)[0].tolist() == list(range(6))
     assert len(seen) == 2 and left(folder) == [f"{NAME}.gz"]
 
 
 def test_offline_says_which_file_from_where_and_where_to_put_it(folder):
     with pytest.raises(FileNotFoundError) as e:
-        data.download(NAME)
+        formats.download(NAME)
     for part in (NAME, "http://127.0.0.1:9/none.gz", str(folder), "CSRAE_DATA"):
         assert part in str(e.value)
 
@@ -123,14 +126,14 @@ def test_placed_by_hand(folder, place, ending, raw, recwarn):
     path = folder / place / (NAME + ending)
     path.parent.mkdir(parents=True)
     path.write_bytes(raw)
-    x, hashes = data.read_file(NAME)
+    x, hashes = formats.read_file(NAME)
     assert x.tolist() == list(range(6)) and hashes == {path.name: data.sha256(raw)} and not recwarn.list
 
 
 def test_zipped_anew_is_the_same_content(folder, recwarn):
     folder.mkdir()
     (folder / f"{NAME}.gz").write_bytes(gzip.compress(CONTENT, 1, mtime=12345))
-    assert data.read_file(NAME)[0].tolist() == list(range(6)) and not recwarn.list
+    assert formats.read_file(NAME)[0].tolist() == list(range(6)) and not recwarn.list
 
 
 def test_another_content_warns_and_is_recorded(folder):
@@ -138,7 +141,7 @@ def test_another_content_warns_and_is_recorded(folder):
     folder.mkdir()
     (folder / NAME).write_bytes(other)
     with pytest.warns(UserWarning, match="differs from the public file"):
-        x, hashes = data.read_file(NAME)
+        x, hashes = formats.read_file(NAME)
     assert x[-1] == 0 and hashes == {NAME: data.sha256(other)}
 
 
@@ -148,7 +151,7 @@ def test_truncated_zip_is_named_and_kept(folder, cut):
     folder.mkdir()
     path.write_bytes(ZIPPED[:-cut])
     with pytest.raises(ValueError, match=f"{NAME}.gz is damaged or another file: .* Delete it"):
-        data.read_file(NAME)
+        formats.read_file(NAME)
     assert path.exists()  # it is the user's: we say what to do, and do not do it
 
 
@@ -157,18 +160,18 @@ def test_flipped_bits_in_a_zip(folder):
     for i in range(10, len(ZIPPED)):
         (folder / f"{NAME}.gz").write_bytes(ZIPPED[:i] + bytes([ZIPPED[i] ^ 0xFF]) + ZIPPED[i + 1 :])
         with pytest.raises(ValueError, match="damaged or another file"):
-            data.read_file(NAME)
+            formats.read_file(NAME)
 
 
 @pytest.fixture
 def no_sums(folder, monkeypatch):
     "NAME as a public file whose sums nobody publishes."
-    monkeypatch.setitem(data.FILES, NAME, replace(data.FILES[NAME], sha256=None, download_sha256=None))
+    monkeypatch.setitem(formats.FILES, NAME, replace(formats.FILES[NAME], sha256=None, download_sha256=None))
 
 
 def test_download_without_a_known_sum_is_accepted_by_its_format(no_sums, serve, folder, recwarn):
     serve(b"<html>garbage</html>", gzip.compress(CONTENT + b"\0"), ZIPPED)
-    assert data.read_file(NAME)[1] == {f"{NAME}.gz": data.sha256(ZIPPED)}  # the third mirror's
+    assert formats.read_file(NAME)[1] == {f"{NAME}.gz": data.sha256(ZIPPED)}  # the third mirror's
     assert left(folder) == [f"{NAME}.gz"] and not recwarn.list
 
 
@@ -180,19 +183,20 @@ def test_download_without_a_known_sum_is_accepted_by_its_format(no_sums, serve, 
 def test_bad_download_without_a_known_sum_leaves_the_cache_clean(no_sums, serve, folder, answer):
     serve(answer)
     with pytest.raises(FileNotFoundError, match="could not be downloaded:\n.*another file"):
-        data.read_file(NAME)
+        formats.read_file(NAME)
     assert left(folder) == []
 
 
 def test_imports_without_pooch():
     code = (
-        "import sys; sys.modules['pooch'] = sys.modules['requests'] = None; from csrae_nb.data import load_data; "
+        "import sys; sys.modules['pooch'] = sys.modules['requests'] = None; "
+        "from csrae_nb.catalogue import load_data; "
         "assert load_data('digits').x_shape == (8, 8)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# The formats at full size, with made-up content --------------------------------------------------------------------
+# The formats at full size, with made-up content --------------------
 
 
 def bars(n, seed):
@@ -222,7 +226,7 @@ def letters():
 def test_omniglot(folder, letters, axes):
     x, x_test = (letters[k].transpose(axes).reshape(-1, 784).T for k in ("x", "x_test"))
     folder.mkdir()
-    path = folder / data.CHARDATA
+    path = folder / formats.CHARDATA
     savemat(
         path,
         dict(
@@ -233,7 +237,7 @@ def test_omniglot(folder, letters, axes):
             targetchar=0,
         ),
     )
-    d = data.load_data("omniglot", split_seed=1)
+    d = catalogue.load_data("omniglot", split_seed=1)
     assert [len(x) for x in (d.x_train, d.x_val, d.x_test)] == [23_128, 1_217, 8_070] and d.x_shape == (
         28,
         28,
@@ -263,14 +267,14 @@ def silhouettes(columns=784):
 def test_caltech101(folder):
     folder.mkdir()
     content = silhouettes()
-    savemat(folder / data.SILHOUETTES, content, do_compression=True)
-    d = data.load_data("caltech101")
+    savemat(folder / formats.SILHOUETTES, content, do_compression=True)
+    d = catalogue.load_data("caltech101")
     assert (d.name, d.likelihood, d.dynamic, d.x_shape) == (
         "caltech101",
         "bernoulli",
         False,
         (28, 28),
-    ) and list(d.sha256) == [data.SILHOUETTES]
+    ) and list(d.sha256) == [formats.SILHOUETTES]
     for s in data.SPLITS:
         x, y = getattr(d, f"x_{s}"), getattr(d, f"y_{s}")
         assert np.array_equal(x.mT.flatten(1), 1 - content[f"{s}_data"]) and np.array_equal(
@@ -281,20 +285,21 @@ def test_caltech101(folder):
 
 def test_another_mat_file_says_what_it_holds(folder):
     folder.mkdir()
-    savemat(folder / data.SILHOUETTES, silhouettes(256))  # those of 16×16
+    savemat(folder / formats.SILHOUETTES, silhouettes(256))  # those of 16×16
     with pytest.raises(
         ValueError,
-        match=r"damaged or another file: it holds .*train_data \(4100, 256\).*expected .*train_data \(4100, 784\)",
+        match=r"damaged or another file: it holds .*train_data \(4100, 256\).*"
+        r"expected .*train_data \(4100, 784\)",
     ):
-        data.load_data("caltech101")
-    shutil.copy(folder / data.SILHOUETTES, folder / data.CHARDATA)
+        catalogue.load_data("caltech101")
+    shutil.copy(folder / formats.SILHOUETTES, folder / formats.CHARDATA)
     with pytest.raises(ValueError, match=r"it holds .*val_data.*expected data \(784, 24345\), target"):
-        data.load_data("omniglot")
+        catalogue.load_data("omniglot")
 
 
 def test_damaged_mat_file_is_named(folder):
     folder.mkdir()
-    path = folder / data.SILHOUETTES
+    path = folder / formats.SILHOUETTES
     savemat(path, silhouettes(), do_compression=True)
     raw = path.read_bytes()
     cuts = [raw[:n] for n in (0, 1, 100, 128, 200, len(raw) // 2, len(raw) - 1)]
@@ -306,18 +311,18 @@ def test_damaged_mat_file_is_named(folder):
     ]:
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=f"{path.name} is damaged or another file"):
-            data.load_data("caltech101")
+            catalogue.load_data("caltech101")
 
 
 @pytest.fixture(scope="module")
 def batches():
-    "Records of CIFAR-10 by name of their file; each tells its number by its first pixel, and the plane by the value after."
-    x = np.zeros((6, 10_000, data.RECORD), np.uint8)
+    "Records of CIFAR-10 by name of their file; a first pixel tells the number, the next value the plane."
+    x = np.zeros((6, 10_000, formats.RECORD), np.uint8)
     i = np.arange(60_000).reshape(6, 10_000)
     x[..., 0], x[..., 1], x[..., 2] = i % 10, i % 256, i // 256
     for plane in range(3):
         x[..., 4 + 1024 * plane], x[..., 1 + 32 + 1024 * plane] = 50 + plane, 100 + plane
-    return {name: x[k].tobytes() for k, name in enumerate(data.BATCHES)}
+    return {name: x[k].tobytes() for k, name in enumerate(formats.BATCHES)}
 
 
 def check_cifar10(arrays):
@@ -336,31 +341,31 @@ def test_cifar10_from_its_batches(folder, batches, place):
     (folder / place).mkdir(parents=True)
     for name, raw in batches.items():
         (folder / place / name).write_bytes(raw)
-    arrays, hashes = data.read_cifar10()
+    arrays, hashes = formats.read_cifar10()
     check_cifar10(arrays)
     assert hashes == {name: data.sha256(raw) for name, raw in batches.items()}
-    (folder / place / data.BATCHES[2]).unlink()
+    (folder / place / formats.BATCHES[2]).unlink()
     with pytest.raises(
         FileNotFoundError, match="data_batch_3.bin not in .* put the missing there too, or the whole archive"
     ):
-        data.read_cifar10()
-    (folder / place / data.BATCHES[2]).write_bytes(raw[:-1])
+        formats.read_cifar10()
+    (folder / place / formats.BATCHES[2]).write_bytes(raw[:-1])
     with pytest.raises(
         ValueError, match="data_batch_3.bin is damaged or another file: it has 30,729,999 bytes"
     ):
-        data.read_cifar10()
+        formats.read_cifar10()
 
 
 def test_cifar10_from_its_archive(folder, batches):
     with tarfile.open(fileobj=(out := io.BytesIO()), mode="w:gz", compresslevel=1) as tar:
-        for name in reversed(data.BATCHES):  # in any order
+        for name in reversed(formats.BATCHES):  # in any order
             info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
             info.size = len(batches[name])
             tar.addfile(info, io.BytesIO(batches[name]))
     folder.mkdir()
-    path = folder / data.CIFAR10
+    path = folder / formats.CIFAR10
     path.write_bytes(out.getvalue())
-    d = data.load_data("cifar10")
+    d = catalogue.load_data("cifar10")
     assert (d.name, d.likelihood, d.dynamic, d.x_shape) == (
         "cifar10",
         "discretized_logistic",
@@ -377,7 +382,7 @@ def test_cifar10_from_its_archive(folder, batches):
     )
     path.write_bytes(out.getvalue()[:-100])
     with pytest.raises(ValueError, match="cifar-10-binary.tar.gz is damaged or another file"):
-        data.load_data("cifar10")
+        catalogue.load_data("cifar10")
 
 
 def test_colour_arrays_with_channels_last_are_turned(tmp_path):
@@ -389,7 +394,7 @@ def test_colour_arrays_with_channels_last_are_turned(tmp_path):
         x_test=x[:5],
         y_test=np.arange(5, dtype=np.uint8),
     )
-    d = data.load_data(tmp_path / "lossy.npz")
+    d = catalogue.load_data(tmp_path / "lossy.npz")
     assert (d.name, d.likelihood, d.x_shape) == (
         "lossy",
         "discretized_logistic",
@@ -398,12 +403,12 @@ def test_colour_arrays_with_channels_last_are_turned(tmp_path):
     assert d.x_test.equal(torch.from_numpy(x[:5].transpose(0, 3, 1, 2).astype(np.float32)).div(255).sub(0.5))
 
 
-# Folders of images --------------------------------------------------------------------------------------------------
+# Folders of images --------------------
 
 
 @pytest.fixture
 def pictures(tmp_path):
-    "A folder of 30 random grey images of 6×5, as .png, .jpg and .bmp, in folders of three classes; and the function that adds one."
+    "30 random grey images of 6×5, as .png, .jpg and .bmp, in folders of three classes; and what adds one."
     folder, rng = tmp_path / "pictures", np.random.default_rng(0)
 
     def add(name, image=None, **kw):
@@ -418,15 +423,15 @@ def pictures(tmp_path):
 
 def test_folder(pictures, capfd):
     folder, _ = pictures
-    d = data.load_data(f"{folder}/", split_seed=3)
+    d = catalogue.load_data(f"{folder}/", split_seed=3)
     assert (d.name, d.likelihood, d.dynamic, d.x_shape) == ("pictures", "discretized_logistic", False, (5, 6))
     assert [len(x) for x in (d.x_train, d.x_val, d.x_test)] == [24, 3, 3] and list(d.sha256) == ["pictures"]
     assert torch.cat([d.y_train, d.y_val, d.y_test]).bincount().tolist() == [10] * 3
-    again = data.load_data(folder, split_seed=3)
+    again = catalogue.load_data(folder, split_seed=3)
     assert (
         again.x_train.equal(d.x_train)
         and again.sha256 == d.sha256
-        and not data.load_data(folder, split_seed=4).x_train.equal(d.x_train)
+        and not catalogue.load_data(folder, split_seed=4).x_train.equal(d.x_train)
     )
     assert capfd.readouterr() == ("", "")  # nothing to wait for, no bar
 
@@ -435,7 +440,7 @@ def test_the_sum_of_a_folder_is_of_names_and_contents(pictures):
     folder, _ = pictures
 
     def digest():
-        return data.read_folder(folder)[1]["pictures"]
+        return formats.read_folder(folder)[1]["pictures"]
 
     first = digest()
     (folder / "notes.txt").write_text("not an image")
@@ -457,8 +462,8 @@ def test_folder_of_folders_in_any_order_of_creation(pictures, tmp_path):
         (other / f.parent.name).mkdir(parents=True, exist_ok=True)
         shutil.copy(f, other / f.parent.name)
     assert (
-        data.load_data(other).x_train.equal(data.load_data(folder).x_train)
-        and data.load_data(other).sha256 == data.load_data(folder).sha256
+        catalogue.load_data(other).x_train.equal(catalogue.load_data(folder).x_train)
+        and catalogue.load_data(other).sha256 == catalogue.load_data(folder).sha256
     )
 
 
@@ -472,7 +477,7 @@ def test_modes(pictures):
     add("3.bmp", Image.fromarray(rgb))
     add("4.png", Image.fromarray(rgb).quantize(256))
     add("5.png", Image.fromarray(rgb[..., 0]).convert("LA"))
-    x = data.read_folder(folder)[0]["x_train"]
+    x = formats.read_folder(folder)[0]["x_train"]
     assert x.shape == (6, 3, 5, 6) and x.dtype == np.uint8 and x.flags.c_contiguous
     for i in (0, 1, 3):
         assert np.array_equal(x[i], rgb.transpose(2, 0, 1))  # opaque or not
@@ -487,7 +492,7 @@ def test_a_rotated_photograph_is_turned(pictures):
     image, exif = Image.fromarray(np.tile(np.arange(0, 240, 8, dtype=np.uint8), (20, 1))), Image.Exif()
     exif[0x0112] = 6  # "the top row is the right-hand side"
     add("0.jpg", image, exif=exif)
-    x = data.read_folder(folder)[0]["x_train"][0]
+    x = formats.read_folder(folder)[0]["x_train"][0]
     assert x.shape == (30, 20) and x[0].mean() < 20 and x[-1].mean() > 200
 
 
@@ -505,7 +510,7 @@ def test_black_and_white_is_binary(pictures, image):
     shutil.rmtree(folder)
     for i in range(10):
         add(f"{i}.png", image)
-    d = data.load_data(folder)
+    d = catalogue.load_data(folder)
     assert (d.likelihood, d.dynamic, d.y_train) == ("bernoulli", False, None) and d.x_train[0].equal(
         torch.from_numpy(np.asarray(image).astype(np.float32)).gt(0).float()
     )
@@ -515,7 +520,7 @@ def test_one_sub_folder_is_no_class(pictures):
     folder, _ = pictures
     for name in ("cat", "dog"):
         shutil.rmtree(folder / name)
-    assert data.load_data(folder).y_train is None
+    assert catalogue.load_data(folder).y_train is None
 
 
 def test_splits_by_folders(pictures):
@@ -527,14 +532,14 @@ def test_splits_by_folders(pictures):
         (folder / name).rmdir()
     add("test/emu/0.png")
     add("test/fox/0.png")
-    d = data.load_data(folder)
+    d = catalogue.load_data(folder)
     assert [len(x) for x in (d.x_train, d.x_val, d.x_test)] == [27, 3, 2] and d.y_test.tolist() == [
         2,
         3,
     ]  # classes of all splits
     add("validation/cat/0.png")
     with pytest.raises(ValueError, match="has a folder train, .* 1 do not: validation/cat/0.png"):
-        data.load_data(folder)
+        catalogue.load_data(folder)
 
 
 def test_every_cut_of_an_image_is_read_or_named(pictures):
@@ -544,7 +549,7 @@ def test_every_cut_of_an_image_is_read_or_named(pictures):
         for n in range(0, len(raw), max(1, len(raw) // 15)):
             path.write_bytes(raw[:n])
             try:
-                data.read_folder(folder)
+                formats.read_folder(folder)
             except ValueError as e:
                 assert f"1 of 30 images in {folder} cannot be read: cat/{path.name}" in str(
                     e
@@ -561,7 +566,7 @@ def test_the_odd_ones_are_counted_and_some_named(pictures):
         match=r"5 of 35 images in .* are not 6×5 \(width×height\) like the other 30: "
         r"dog/odd0.png \(5×6\), dog/odd1.png \(5×6\), dog/odd2.png \(5×6\) and 2 more",
     ):
-        data.load_data(folder)
+        catalogue.load_data(folder)
 
 
 def test_an_image_that_may_not_be_read(pictures, monkeypatch):
@@ -577,32 +582,32 @@ def test_an_image_that_may_not_be_read(pictures, monkeypatch):
     with pytest.raises(
         ValueError, match="1 of 30 images in .* cannot be read: cat/00.png .*Permission denied"
     ):
-        data.load_data(folder)
+        catalogue.load_data(folder)
 
 
 def test_a_long_reading_shows_a_bar(pictures, monkeypatch, capfd):
     folder, _ = pictures
-    decoded = data._decoded
-    monkeypatch.setattr(data, "_decoded", lambda raw: time.sleep(0.1) or decoded(raw))
-    data.read_folder(folder)
+    decoded = formats._decoded
+    monkeypatch.setattr(formats, "_decoded", lambda raw: time.sleep(0.1) or decoded(raw))
+    formats.read_folder(folder)
     assert "pictures" in capfd.readouterr().err
 
 
 def test_empty_folder(tmp_path):
     with pytest.raises(ValueError, match="holds no images .* among its 0 files"):
-        data.load_data(tmp_path)
+        catalogue.load_data(tmp_path)
 
 
 def test_here_is_a_folder_with_a_name(pictures, monkeypatch):
     folder, _ = pictures
     monkeypatch.chdir(folder)
     assert (
-        data.load_data(".").name == data.dataset_name(".") == "pictures"
-        and data.load_data("cat").name == "cat"
-        and data.is_source("cat")
+        catalogue.load_data(".").name == catalogue.dataset_name(".") == "pictures"
+        and catalogue.load_data("cat").name == "cat"
+        and catalogue.is_source("cat")
     )
     with pytest.raises(ValueError, match="unknown dataset ''; expected"):
-        data.load_data("")
+        catalogue.load_data("")
 
 
 def linked(folder, name, to):
@@ -615,10 +620,10 @@ def linked(folder, name, to):
 def test_links_to_folders_and_files_are_followed(pictures, tmp_path):
     "A folder of links has the images, classes and sums of what it links to."
     folder, _ = pictures
-    before = data.load_data(folder)
+    before = catalogue.load_data(folder)
     linked(folder, "dog", tmp_path / "elsewhere" / "dog")
     linked(folder / "cat", "00.png", tmp_path / "elsewhere" / "00.png")
-    after = data.load_data(folder)
+    after = catalogue.load_data(folder)
     assert (
         after.x_train.equal(before.x_train)
         and after.y_train.equal(before.y_train)
@@ -634,7 +639,11 @@ def test_a_linked_split_is_that_split(pictures, tmp_path):
     for i in range(4):
         add(f"test/cat/{i}.png")
     linked(folder, "test", tmp_path / "elsewhere")
-    assert [len(x) for x in (lambda d: (d.x_train, d.x_val, d.x_test))(data.load_data(folder))] == [27, 3, 4]
+    assert [len(x) for x in (lambda d: (d.x_train, d.x_val, d.x_test))(catalogue.load_data(folder))] == [
+        27,
+        3,
+        4,
+    ]
 
 
 def test_circles_of_links_end_and_hidden_things_stay_hidden(pictures, tmp_path):
@@ -647,15 +656,15 @@ def test_circles_of_links_end_and_hidden_things_stay_hidden(pictures, tmp_path):
     }.items():
         (folder / link).symlink_to(to)
     (folder / "dog" / "cat").symlink_to(folder / "cat")  # no circle: the same pictures in another class
-    assert len(data.read_folder(folder)[0]["x_train"]) == 40
+    assert len(formats.read_folder(folder)[0]["x_train"]) == 40
     (folder / "emu" / "round.png").symlink_to("round.png")
     with pytest.raises(ValueError, match="round.png is a link to round.png, which leads nowhere"):
-        data.read_folder(folder)
+        formats.read_folder(folder)
 
 
 def test_files_that_are_left_out_are_counted(pictures, recwarn):
     folder, add = pictures
-    data.load_data(folder)
+    catalogue.load_data(folder)
     assert not recwarn.list
     for i in range(3):
         add(f"cat/{i}.webp")
@@ -666,11 +675,11 @@ def test_files_that_are_left_out_are_counted(pictures, recwarn):
         UserWarning,
         match="3 .tif, 3 .webp, 1 without an ending left out, since only .png, .jpg, .jpeg, .bmp are read",
     ):
-        x = data.read_folder(folder)[0]["x_train"]
+        x = formats.read_folder(folder)[0]["x_train"]
     assert len(x) == 30
 
 
-# Data in memory ---------------------------------------------------------------------------------------------------
+# Data in memory --------------------
 
 X, Y = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32), np.arange(40) % 2
 
@@ -714,7 +723,7 @@ class Listed(TorchDataset):
     ],
 )
 def test_every_form_of_the_same_numbers_is_the_same_data(given):
-    d, same = data.load_data(given), data.load_data(X)
+    d, same = catalogue.load_data(given), catalogue.load_data(X)
     assert (
         d.x_train.equal(same.x_train)
         and d.x_test.equal(same.x_test)
@@ -734,17 +743,17 @@ def test_every_form_of_the_same_numbers_is_the_same_data(given):
     ids=["tensors", "pairs", "lists", "series"],
 )
 def test_labels_that_come_with_the_examples(given):
-    d, same = data.load_data(given), data.load_data(dict(x=X, y=Y))
+    d, same = catalogue.load_data(given), catalogue.load_data(dict(x=X, y=Y))
     assert d.x_val.equal(same.x_val) and d.y_val.equal(same.y_val)
 
 
 def test_a_dataset_of_pictures_as_torchvision_gives_them():
     images = np.random.default_rng(0).integers(0, 256, (20, 4, 5, 3), dtype=np.uint8)
-    d = data.load_data(Listed([(Image.fromarray(x), i % 3) for i, x in enumerate(images)]))
+    d = catalogue.load_data(Listed([(Image.fromarray(x), i % 3) for i, x in enumerate(images)]))
     assert (
         d.likelihood == "discretized_logistic"
         and d.x_shape == (3, 4, 5)
-        and d.x_val.equal(data.load_data(images).x_val)
+        and d.x_val.equal(catalogue.load_data(images).x_val)
     )
 
 
@@ -756,10 +765,10 @@ def test_a_table_of_several_types():
         3
     ].tolist() == pytest.approx([3, 0, 3 / 19])
     with pytest.raises(ValueError, match="columns d, e hold no numbers: leave them out"):
-        data.load_data(frame.assign(d="x", e=pd.Timestamp(0)))
+        catalogue.load_data(frame.assign(d="x", e=pd.Timestamp(0)))
     frame.loc[3, "a"] = pd.NA
     with pytest.raises(ValueError, match="x_train holds 1 values that are NaN"):
-        data.load_data(dict(x_train=frame, x_val=frame[5:], x_test=frame[5:]))
+        catalogue.load_data(dict(x_train=frame, x_val=frame[5:], x_test=frame[5:]))
 
 
 class Endless(IterableDataset):
@@ -775,7 +784,7 @@ class Endless(IterableDataset):
         (iter(X), "expected an array, a tensor"),
         (Endless(), "Endless; .* a torch Dataset that has a length"),
         (DataLoader(TensorDataset(torch.from_numpy(X))), "DataLoader; .* a torch Dataset"),
-        (data.load_data("digits"), "csrae_nb.data.Dataset; expected"),
+        (catalogue.load_data("digits"), "csrae_nb.data.Dataset; expected"),
         (Listed([dict(x=x) for x in X]), "items of the Listed are dict, expected x or pairs"),
         (Listed([(x, 0, 0) for x in X]), "items of the Listed are 3, expected"),
         (Listed([X[0], X[0, :2]]), "items of the Listed are not alike"),
@@ -786,7 +795,7 @@ class Endless(IterableDataset):
 )
 def test_what_is_no_data_is_refused_by_its_type(given, says):
     with pytest.raises(ValueError, match=says):
-        data.load_data(given)
+        catalogue.load_data(given)
 
 
 def test_a_file_of_one_array_is_as_long_as_it_says(tmp_path):
@@ -795,7 +804,7 @@ def test_a_file_of_one_array_is_as_long_as_it_says(tmp_path):
     for damaged in (raw.replace(b"(40, 3)", b"(10, 3)"), raw + b"\0", raw[:-1]):
         (tmp_path / "a.npy").write_bytes(damaged)
         with pytest.raises(ValueError, match="a.npy does not hold plain arrays"):
-            data.load_data(tmp_path / "a.npy")
+            catalogue.load_data(tmp_path / "a.npy")
 
 
 def test_tables_of_results_as_excel_saves_them(tmp_path):
@@ -804,19 +813,19 @@ def test_tables_of_results_as_excel_saves_them(tmp_path):
         (Path(__file__).parents[1] / "results" / "table1_short.csv").read_text(encoding="utf-8"),
         tmp_path / "table.csv",
     )
-    before = tables.read_rows(Path(__file__).parents[1] / "results" / "table1_short.csv")
+    before = results.read_rows(Path(__file__).parents[1] / "results" / "table1_short.csv")
     path.write_text(text.replace("\n", "\r\n"), encoding="utf-8-sig", newline="")
-    assert before and tables.read_rows(path) == before
+    assert before and results.read_rows(path) == before
     path.write_text(text + "caf\u00e9", encoding="latin-1")
     with pytest.raises(ValueError, match="table.csv is not UTF-8 .* save it as UTF-8"):
-        tables.read_rows(path)
+        results.read_rows(path)
 
 
-# The real files, where there are any ------------------------------------------------------------------------------
+# The real files, where there are any --------------------
 
 
 def needs(name):
-    return pytest.mark.skipif(not (REAL and data.find_file(name)), reason=f"no {name} in CSRAE_DATA")
+    return pytest.mark.skipif(not (REAL and formats.find_file(name)), reason=f"no {name} in CSRAE_DATA")
 
 
 @pytest.fixture
@@ -827,7 +836,7 @@ def real(monkeypatch):
 @needs("train-images-idx3-ubyte")
 def test_mnist(real, recwarn):
     start = time.perf_counter()
-    d = data.load_data("mnist")
+    d = catalogue.load_data("mnist")
     took = time.perf_counter() - start
     assert [len(x) for x in (d.x_train, d.x_val, d.x_test)] == [45_000, 5_000, 10_000] and d.x_shape == (
         28,
@@ -844,18 +853,18 @@ def test_mnist(real, recwarn):
     assert (
         abs(float(torch.cat([d.x_train, d.x_val]).mean()) - 0.1307) < 5e-4
     )  # the mean that everybody normalises by
-    assert d.fixed("test").equal(data.load_data("mnist").fixed("test")) and took < 10
+    assert d.fixed("test").equal(catalogue.load_data("mnist").fixed("test")) and took < 10
 
 
 @needs("train-images-idx3-ubyte")
 def test_mnist_by_another_likelihood(real):
-    d = data.load_data("mnist", likelihood="discretized_logistic")
+    d = catalogue.load_data("mnist", likelihood="discretized_logistic")
     assert (d.dynamic, float(d.x_train.min()), float(d.x_train.max())) == (False, -0.5, 0.5)
 
 
 @needs("binarized_mnist_train.amat")
 def test_static_mnist(real, recwarn):
-    d = data.load_data("static_mnist")
+    d = catalogue.load_data("static_mnist")
     assert [len(x) for x in (d.x_train, d.x_val, d.x_test)] == [45_000, 5_000, 10_000] and d.x_shape == (
         28,
         28,
@@ -866,32 +875,32 @@ def test_static_mnist(real, recwarn):
 
 @needs("binarized_mnist_test.amat")
 def test_the_quick_and_the_general_amat_reader_agree(real):
-    raw = data.find_file("binarized_mnist_test.amat").read_bytes()[: 2 * 784 * 200]
-    assert np.array_equal(data.read_amat(raw), data.read_amat(raw.replace(b"\n", b"  \r\n")))
+    raw = formats.find_file("binarized_mnist_test.amat").read_bytes()[: 2 * 784 * 200]
+    assert np.array_equal(formats.read_amat(raw), formats.read_amat(raw.replace(b"\n", b"  \r\n")))
 
 
 @needs("chardata.mat")
 def test_real_omniglot(real, tmp_path, monkeypatch, recwarn):
-    d = data.load_data("omniglot")
+    d = catalogue.load_data("omniglot")
     assert [len(x) for x in (d.x_train, d.x_val, d.x_test)] == [23_128, 1_217, 8_070] and (
         d.likelihood,
         d.dynamic,
     ) == ("bernoulli", True)
     assert all(len(y.unique()) == 50 for y in (d.y_train, d.y_val, d.y_test)) and not recwarn.list
-    m = loadmat(data.find_file(data.CHARDATA))
+    m = loadmat(formats.find_file(formats.CHARDATA))
     turned = {
         k: m[k].T.reshape(-1, 28, 28).transpose(0, 2, 1).reshape(-1, 784).T
         if k in ("data", "testdata")
         else m[k]
-        for k in data.FILES[data.CHARDATA].shape
+        for k in formats.FILES[formats.CHARDATA].shape
     }
-    for k, v in data._omniglot_split(turned).items():
+    for k, v in formats._omniglot_split(turned).items():
         assert np.array_equal(v, getattr(d, k)), k  # stored either way, read the same
 
 
 @needs("caltech101_silhouettes_28_split1.mat")
 def test_real_caltech101(real, recwarn):
-    d = data.load_data("caltech101")
+    d = catalogue.load_data("caltech101")
     assert [len(x) for x in (d.x_train, d.x_val, d.x_test)] == [4_100, 2_264, 2_307] and (
         d.likelihood,
         d.dynamic,
@@ -904,10 +913,10 @@ def test_real_caltech101(real, recwarn):
     assert corners < 0.3 < 0.6 < d.x_train[:, 10:18, 10:18].mean()  # the object is in the middle, and it is 1
 
 
-@needs(data.BATCHES[0])
-@needs(data.BATCHES[5])
+@needs(formats.BATCHES[0])
+@needs(formats.BATCHES[5])
 def test_real_cifar10(real):
-    d = data.load_data("cifar10")
+    d = catalogue.load_data("cifar10")
     assert (
         d.x_shape == (3, 32, 32)
         and torch.cat([d.y_train, d.y_val]).bincount().tolist() == [5_000] * 10

@@ -1,4 +1,4 @@
-"The divergence against oracles and properties that need many cases, or more memory than a notebook should take."
+"The divergence against oracles and properties that need many cases, or more memory than a notebook takes."
 
 import math
 import re
@@ -20,21 +20,13 @@ from torch.distributions import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from csrae_nb import divergence
-from csrae_nb.divergence import (
-    BLOCK,
-    GMM,
-    FullGMM,
-    as_mixture,
-    cs_divergence,
-    kl_divergence,
-    log_overlap,
-    pairwise_log_overlap,
-    unchecked,
-)
+from csrae_nb import kernels
+from csrae_nb.divergence import cs_divergence, kl_divergence, log_overlap
+from csrae_nb.kernels import BLOCK
+from csrae_nb.mixtures import GMM, FullGMM, as_gmm, as_mixture, pairwise_log_overlap, unchecked
 
 torch.set_num_threads(1)
-compiled = divergence._compiled.__wrapped__
+compiled = kernels._compiled.__wrapped__
 
 
 @pytest.fixture(params=["blocks", "loops"], autouse=True, scope="module")
@@ -44,8 +36,8 @@ def form(request):
         pytest.importorskip("numba")
     with pytest.MonkeyPatch.context() as m:
         if request.param == "blocks":
-            m.setattr(divergence, "_compiled", lambda kind: None)
-        m.setattr(divergence, "SMALL", 1)
+            m.setattr(kernels, "_compiled", lambda kind: None)
+        m.setattr(kernels, "SMALL", 1)
         yield request.param
 
 
@@ -135,7 +127,7 @@ EQ30 = GMM(
 
 
 def even(mu, var):
-    return GMM.of_weights(mu.new_full(mu.shape[:-1], 1 / mu.shape[-2]), mu, var)
+    return GMM.mixture(mu.new_full(mu.shape[:-1], 1 / mu.shape[-2]), mu, var)
 
 
 def gaussian(mean, std):
@@ -295,9 +287,9 @@ def test_a_truncated_numba_cache_is_said_and_done_without(form, suffix, tmp_path
     assert len(said) == 1 and loops
     g = torch.Generator().manual_seed(0)
     q, p = (even(torch.randn(5, 7, generator=g), torch.rand(5, 7, generator=g) + 0.1) for _ in range(2))
-    monkeypatch.setattr(divergence, "_compiled", lambda kind: loops)
+    monkeypatch.setattr(kernels, "_compiled", lambda kind: loops)
     by_loops = cs_divergence(q, p)
-    monkeypatch.setattr(divergence, "_compiled", lambda kind: None)
+    monkeypatch.setattr(kernels, "_compiled", lambda kind: None)
     torch.testing.assert_close(by_loops, cs_divergence(q, p))
 
 
@@ -339,7 +331,7 @@ def test_weights_that_are_nearly_one_are_taken():
     "make, w",
     [
         (GMM, [0.0, -math.inf, -math.inf]),
-        (GMM.of_weights, [1.0, 0.0, 0.0]),
+        (GMM.mixture, [1.0, 0.0, 0.0]),
         (lambda logits, mu, var: GMM(logits.log_softmax(-1), mu, var), [1.0, -math.inf, -math.inf]),
     ],
 )
@@ -353,6 +345,37 @@ def test_a_weight_of_zero_has_finite_gradients(make, w):
             assert grad.isfinite().all() and grad[1:].abs().max() < 1e-20
 
 
+def test_the_mean_of_a_mixture():
+    g = torch.Generator().manual_seed(0)
+    r = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)
+    one = GMM.gaussian(r(5, 3), r(5, 3).exp())
+    assert torch.equal(one.mean, one.mu[..., 0, :]) and torch.equal(FullGMM.of(one).mean, one.mean)
+    p = GMM.mixture(weights=r(6, 4).softmax(-1), mu=r(4, 3), var=r(4, 3).exp())
+    assert p.mean.shape == (6, 3)
+    close(p.mean, p.to_distribution().mean)
+    close(FullGMM.of(p).mean, p.mean)
+
+
+def test_draws_of_full_covariances_have_their_moments():
+    g = torch.Generator().manual_seed(0)
+    r = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)
+    p = FullGMM(r(3).log_softmax(-1), 2 * r(3, 2), matrices(g, 3, 2))
+    off = p.mu - p.mean
+    within_and_between = p.cov + off[:, :, None] * off[:, None]
+    cov = (p.logw.exp()[:, None, None] * within_and_between).sum(0)
+    for z, mean, cov in (
+        (p.sample(400_000, g), p.mean, cov),
+        (p.sample(400_000, g, component=2), p.mu[2], p.cov[2]),
+    ):
+        assert z.shape == (400_000, 2)
+        torch.testing.assert_close(z.mean(0), mean, rtol=0, atol=0.01 * cov.trace().sqrt().item())
+        torch.testing.assert_close(z.T.cov(), cov, rtol=0, atol=0.01 * cov.trace().item())
+    with pytest.raises(ValueError, match="expected 0 to 2"):
+        p.sample(1, component=3)
+    with pytest.raises(ValueError, match="not a batch"):
+        FullGMM(p.logw.expand(2, 3), p.mu, p.cov).sample(1)
+
+
 def test_distributions_in_and_out():
     q = Independent(Normal(torch.randn(5, 3), torch.rand(5, 3) + 0.1), 1)
     p = MixtureSameFamily(
@@ -361,10 +384,8 @@ def test_distributions_in_and_out():
     )
     D = cs_divergence(q, p)
     assert D.shape == torch.broadcast_shapes(q.batch_shape, p.batch_shape)
-    torch.testing.assert_close(D, cs_divergence(GMM.from_distribution(q), GMM.from_distribution(p)))
-    torch.testing.assert_close(
-        GMM.from_distribution(p).to_distribution().log_prob(q.mean), p.log_prob(q.mean)
-    )
+    torch.testing.assert_close(D, cs_divergence(as_gmm(q), as_gmm(p)))
+    torch.testing.assert_close(as_gmm(p).to_distribution().log_prob(q.mean), p.log_prob(q.mean))
     std = Independent(Normal(torch.zeros(3), torch.ones(3)), 1)
     torch.testing.assert_close(kl_divergence(q, std), torch.distributions.kl_divergence(q, std))
 
@@ -483,7 +504,8 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_the_self_term_takes_no_K2D_memory():  # numba's loops make nothing that torch does not see but three rows
+def test_the_self_term_takes_no_K2D_memory():
+    "numba's loops make nothing that torch does not see but three rows."
     K, D = 600, 50  # K²D is 18 million
     mu, var = torch.randn(K, D, requires_grad=True), torch.rand(K, D, requires_grad=True)
     with Largest() as seen:

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from csrae_nb.data import load_data
+from csrae_nb.catalogue import load_data
 from csrae_nb.evaluation import complete_run, evaluate, finished_metrics
 from csrae_nb.sharing import Pretrained
-from csrae_nb.training import Config, load_run, run_name
+from csrae_nb.config import Config, run_name
+from csrae_nb.runs import load_run
 
 HERE = Path(__file__).parent / "runs_0.1.0"
 CFG = Config(

@@ -21,7 +21,9 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from csrae_nb.estimator import CSRAEEmbedding
-from csrae_nb.training import Config, NonFiniteLoss, fit
+from csrae_nb.config import Config
+from csrae_nb.runs import fit
+from csrae_nb.training import NonFiniteLoss
 
 pytestmark = pytest.mark.filterwarnings("ignore:epoch .*(collapsed|no latent dimension)")
 X, y = load_iris(return_X_y=True)
@@ -45,7 +47,7 @@ def test_scikit_learns_own_checks(estimator, check):
 
 
 def test_fit_is_fit(tmp_path):
-    "The weights are those of fit with the Config that the estimator says, on the rows as it standardises them."
+    "The weights are those of fit with the Config that the estimator says, on rows as it standardises them."
     mine = quick(validation_fraction=0).fit(X)
     x = StandardScaler().fit_transform(X).astype(np.float32)
     cfg = Config(
@@ -61,22 +63,18 @@ def test_fit_is_fit(tmp_path):
     run = fit(cfg, dict(x_train=x, x_val=x, x_test=x), progress=False, folder=tmp_path / "run")
     for k, v in run.model.state_dict().items():
         torch.testing.assert_close(mine.model_.state_dict()[k].float(), v, rtol=1e-4, atol=1e-6)
-    assert (
-        mine.config_.seed == 0
-        and mine.config_.network == "mlp"
-        and (mine.n_iter_, mine.best_epoch_) == (len(run.history), run.best_epoch)
-    )
+    assert mine.config_.seed == 0
+    assert mine.config_.network == "mlp"
+    assert (mine.n_iter_, mine.best_epoch_) == (len(run.history), run.best_epoch)
 
 
 def test_without_checkpoints_a_run_ends_the_same(tmp_path):
     cfg, x = Config(dataset="arrays", epochs=4, warmup=1, components=3), dict(x=X)
     a, b = (fit(cfg, x, progress=False, folder=tmp_path / str(c), checkpoints=c) for c in (True, False))
-    assert a.history == b.history and sorted(p.name for p in a.path.iterdir()) == sorted(
-        p.name for p in b.path.iterdir()
-    )
-    assert (a.path / "history.csv").read_text() == (b.path / "history.csv").read_text() and all(
-        map(torch.equal, a.model.state_dict().values(), b.model.state_dict().values())
-    )
+    assert a.history == b.history
+    assert sorted(p.name for p in a.path.iterdir()) == sorted(p.name for p in b.path.iterdir())
+    assert (a.path / "history.csv").read_text() == (b.path / "history.csv").read_text()
+    assert all(map(torch.equal, a.model.state_dict().values(), b.model.state_dict().values()))
 
 
 def test_one_partial_fit_is_one_epoch_of_fit():
@@ -85,7 +83,8 @@ def test_one_partial_fit_is_one_epoch_of_fit():
     here = quick(epochs=5)
     for _ in range(5):
         here.partial_fit(X)
-    assert there.best_epoch_ == 5 and [r["train_reconstruction"] for r in here.history_] == [
+    assert there.best_epoch_ == 5
+    assert [r["train_reconstruction"] for r in here.history_] == [
         r["train_reconstruction"] for r in there.history_
     ]
     assert np.array_equal(here.transform(X), there.transform(X)) and here.score(X) == there.score(X)
@@ -104,11 +103,9 @@ def test_partial_fit_goes_on_after_fit(fitted):
     est = copy.deepcopy(fitted)
     before = est.transform(X)
     est.partial_fit(X)
-    assert (
-        est.n_iter_ == 4
-        and est.history_[:3] == fitted.history_
-        and 0 < abs(est.transform(X) - before).max() < 1
-    )
+    assert est.n_iter_ == 4
+    assert est.history_[:3] == fitted.history_
+    assert 0 < abs(est.transform(X) - before).max() < 1
     est.fit(X)
     assert np.array_equal(est.transform(X), before)  # fit forgets
 
@@ -129,10 +126,8 @@ def test_pipeline_and_grid_search_in_two_processes():
         warnings.simplefilter("ignore")
         search = GridSearchCV(pipe, grid, cv=2, n_jobs=2, error_score="raise").fit(X, y)
         alone = GridSearchCV(pipe, grid, cv=2).fit(X, y)
-    assert (
-        np.allclose(search.cv_results_["mean_test_score"], alone.cv_results_["mean_test_score"])
-        and search.best_score_ > 0.5
-    )
+    assert np.allclose(search.cv_results_["mean_test_score"], alone.cv_results_["mean_test_score"])
+    assert search.best_score_ > 0.5
     assert GridSearchCV(
         quick(), {"components": np.arange(2, 4), "lr": np.geomspace(1e-3, 1e-2, 2)}, cv=2, error_score="raise"
     ).fit(X).best_params_["components"] in (2, 3)  # by score
@@ -143,13 +138,10 @@ def test_pandas_output():
     frame = pd.DataFrame(X, index=np.arange(len(X)) + 7, columns=list("abcd"))
     est = quick().set_output(transform="pandas").fit(frame)
     z = est.transform(frame)
-    assert (
-        list(z.columns) == list(est.get_feature_names_out()) == ["csraeembedding0", "csraeembedding1"]
-        and (z.index == frame.index).all()
-    )
-    assert list(quick().set_output(transform="pandas").fit_transform(frame).columns) == list(
-        z.columns
-    ) and list(est.feature_names_in_) == list("abcd")
+    assert list(z.columns) == list(est.get_feature_names_out()) == ["csraeembedding0", "csraeembedding1"]
+    assert (z.index == frame.index).all()
+    assert list(quick().set_output(transform="pandas").fit_transform(frame).columns) == list(z.columns)
+    assert list(est.feature_names_in_) == list("abcd")
     assert est.inverse_transform(z).shape == X.shape
     with pytest.raises(ValueError, match="feature names"):
         est.transform(frame[["b", "a", "c", "d"]])
@@ -173,11 +165,8 @@ def test_copies_give_the_same_codes(fitted):
 
 def test_bound_methods_pickle(fitted):
     for name in ("fit", "partial_fit", "transform", "inverse_transform", "predict", "score", "sample"):
-        assert (
-            pickle.loads(pickle.dumps(getattr(fitted, name))).__name__
-            == name
-            == getattr(CSRAEEmbedding, name).__qualname__.split(".")[1]
-        )
+        assert pickle.loads(pickle.dumps(getattr(fitted, name))).__name__ == name
+        assert getattr(CSRAEEmbedding, name).__qualname__.split(".")[1] == name
 
 
 def test_rows_do_not_depend_on_each_other(fitted):
@@ -196,11 +185,9 @@ def test_random_state_and_threads_of_torch_are_left_alone():
     before = np.random.get_state()[1].copy()
     est = quick().fit(X).partial_fit(X)
     est.transform(X), est.sample(3), est.score(X)
-    assert (
-        torch.equal(torch.get_rng_state(), state)
-        and torch.get_num_threads() == threads
-        and (np.random.get_state()[1] == before).all()
-    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+    assert (np.random.get_state()[1] == before).all()
 
 
 def test_random_states():
@@ -227,9 +214,8 @@ def test_two_threads_fit_at_once():
         t.start()
     for t in threads:
         t.join()
-    assert all(np.array_equal(done[s], alone[s]) for s in (0, 1, 2)) and torch.equal(
-        torch.get_rng_state(), state
-    )
+    assert all(np.array_equal(done[s], alone[s]) for s in (0, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_no_file_is_left(tmp_path, monkeypatch):
@@ -284,13 +270,11 @@ def test_rows_of_many_kinds(rows):
     est = quick().fit(rows)
     z, n = est.transform(rows), len(rows)
     back = est.inverse_transform(z)
-    assert (
-        z.shape == (n, 2)
-        and np.isfinite(z).all()
-        and np.isfinite(back).all()
-        and np.isfinite(est.score(rows))
-        and back.shape == np.shape(rows)
-    )
+    assert z.shape == (n, 2)
+    assert np.isfinite(z).all()
+    assert np.isfinite(back).all()
+    assert np.isfinite(est.score(rows))
+    assert back.shape == np.shape(rows)
     assert z.dtype == back.dtype == (np.float32 if getattr(rows, "dtype", None) == np.float32 else np.float64)
     assert est.predict(rows).shape == (n,) and np.allclose(est.predict_proba(rows).sum(1), 1, atol=1e-5)
     new, k = est.sample(5)
@@ -322,11 +306,9 @@ def test_score_is_a_density_in_the_datas_units():
 def test_grey_levels_under_bernoulli():
     x = (X / X.max()).astype(np.float32)
     est = quick(likelihood="bernoulli").fit(x)
-    assert (
-        est.scaler_ is None
-        and 0 <= est.inverse_transform(est.transform(x)).min()
-        and np.isfinite(est.score(x))
-    )
+    assert est.scaler_ is None
+    assert 0 <= est.inverse_transform(est.transform(x)).min()
+    assert np.isfinite(est.score(x))
     assert set(np.unique(est.sample(50, noise=True)[0])) <= {0, 1}
 
 
@@ -340,19 +322,16 @@ def test_noise_has_the_likelihoods_spread():
 def test_all_models(model):
     est = quick(model=model).fit(X).partial_fit(X)
     K = 1 if model in ("VAE", "CSRAE", "IWAE") else 4
-    assert (
-        est.predict_proba(X).shape == (150, K)
-        and np.isfinite(est.score(X))
-        and np.isfinite(est.sample(5)[0]).all()
-    )
+    assert est.predict_proba(X).shape == (150, K)
+    assert np.isfinite(est.score(X))
+    assert np.isfinite(est.sample(5)[0]).all()
 
 
 def test_a_vamp_prior_moves_with_its_encoder():
     est = quick(prior="vamp").fit(X)
     again = pickle.loads(pickle.dumps(est)).partial_fit(X)
-    assert again.model_.prior._encoder[0] is again.model_.encoder and not np.array_equal(
-        again.model_.prior().mu.detach(), est.model_.prior().mu.detach()
-    )
+    assert again.model_.prior._encoder[0] is again.model_.encoder
+    assert not np.array_equal(again.model_.prior().mu.detach(), est.model_.prior().mu.detach())
 
 
 # --- what is refused

@@ -16,7 +16,8 @@ from csrae_nb.explorers import (
     two_gaussians_explorer,
 )
 from csrae_nb.sweeps import distinct, read_sweep
-from csrae_nb.training import Config, fit, load_run, prepare_data, run_name
+from csrae_nb.config import Config, run_name
+from csrae_nb.runs import fit, load_run, prepare_data
 
 root = Path(__file__).parents[1]
 DIGITS = Config(epochs=5, warmup=1, name="digits-small")
@@ -126,25 +127,21 @@ def test_names_of_data_are_escaped(runs, tmp_path):
 
 def test_no_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "nowhere"))
-    assert (
-        run_folders() == []
-        and run_explorer().parts["message"].value == ""
-        and SWEEP in pinwheel_explorer().parts["note"].value
-    )
+    assert run_folders() == []
+    assert run_explorer().parts["message"].value == ""
+    assert SWEEP in pinwheel_explorer().parts["note"].value
 
 
 def test_a_damaged_checkpoint_of_the_pinwheel_is_left_out(runs):
     damage(runs / run_name(pinwheel_configs()[3]) / "model.safetensors")
     parts = pinwheel_explorer().parts
-    assert (
-        "λ = 1 is left out" in parts["note"].value
-        and len(parts["lam"].options) == 6
-        and parts["picture"].value
-    )
+    assert "λ = 1 is left out" in parts["note"].value
+    assert len(parts["lam"].options) == 6
+    assert parts["picture"].value
 
 
 def test_runs_with_labels_and_without_pictures(runs):
-    "A model that was trained with labels is shown with the label that it predicts; points and rows are drawn, too."
+    "A model trained with labels is shown with the label that it predicts; points and rows are drawn, too."
     np.savez(rows := runs / "rows.npz", x=np.random.default_rng(0).random((300, 7), "float32"))
     shown = (
         fit(Config(labels=100.0, pretrain=0, epochs=1), progress=False),
@@ -189,10 +186,17 @@ def test_a_kernel_that_is_restarted_while_it_trains(tmp_path, monkeypatch):
         )
         assert reply["content"]["status"] == "ok", reply["content"]
 
-    begin = (
-        "from csrae_nb.explorers import pinwheel_explorer\nfrom csrae_nb.training import Config, resolve\n"
-        "parts = pinwheel_explorer([resolve(Config(dataset='pinwheel', epochs=n, lam=lam)) for lam, n in ((.5, 1), (2., 8))]).parts; parts['train'].click()"
-    )
+    begin = """
+from csrae_nb.explorers import pinwheel_explorer
+from csrae_nb.config import Config, resolve
+cfgs = [resolve(Config(dataset='pinwheel', epochs=n, lam=lam)) for lam, n in ((.5, 1), (2., 8))]
+parts = pinwheel_explorer(cfgs).parts
+parts['train'].click()
+"""
+    end_of = """
+parts['training'].join()
+print(parts['message'].value, len(parts['lam'].options), len(parts['picture'].value) > 1000)
+"""
     try:
         said = []
         run(begin)
@@ -202,10 +206,7 @@ def test_a_kernel_that_is_restarted_while_it_trains(tmp_path, monkeypatch):
             time.sleep(0.05)
         manager.restart_kernel(now=True)
         client.wait_for_ready(60)
-        run(
-            begin
-            + "; parts['training'].join(); print(parts['message'].value, len(parts['lam'].options), len(parts['picture'].value) > 1000)"
-        )
+        run(begin + end_of)
         assert "".join(said).strip() == "2 True"
     finally:
         client.stop_channels()
@@ -306,7 +307,7 @@ def drag(page, slider, by):
 
 
 def click(page, canvas, number):
-    "Click on points until the number of the example is another: the first that is hit may be the one that is shown."
+    "Click on points until the example's number is another: the first that is hit may be the one shown."
     said, end = number.inner_text(), time.monotonic() + 20
     while number.inner_text() == said:
         for x, y in (150, 150), (350, 250), (250, 350):
@@ -363,11 +364,9 @@ def house(tmp_path):
 def test_in_jupyterlab(page, house, runs):
     "Opened, run, dragged, restarted in the middle, and dragged again."
     folder, shots = house
-    with serving(
-        "jupyterlab --no-browser --ip=127.0.0.1 --port={port} --allow-root --IdentityProvider.token= --LabApp.news_url= --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-        folder,
-        runs,
-    ) as address:
+    lab = "jupyterlab --no-browser --ip=127.0.0.1 --port={port} --allow-root --IdentityProvider.token="
+    quiet = "--LabApp.news_url= --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"
+    with serving(f"{lab} {quiet}", folder, runs) as address:
         page.goto(f"{address}/lab/tree/explore.ipynb")
         page.get_by_text("| Idle").wait_for()
         page.get_by_text("Run", exact=True).first.click()

@@ -30,19 +30,9 @@ from csrae_nb.faces import (
     write_disfa,
     write_fera2015,
 )
-from csrae_nb.training import (
-    Config,
-    command,
-    fit,
-    identity,
-    load_run,
-    load_tensors,
-    prepare_data,
-    resolve,
-    run_name,
-    runs_folder,
-    save_tensors,
-)
+from csrae_nb.config import Config, command, identity, resolve, run_name
+from csrae_nb.files import load_tensors, runs_folder, save_tensors
+from csrae_nb.runs import fit, load_run, prepare_data
 
 h5py = pytest.importorskip("h5py")
 pytest.importorskip("cv2")
@@ -61,9 +51,15 @@ def digests(index):
 
 
 def test_a_preparation_that_is_killed_goes_on(drawn, tmp_path):
-    "What was whole stays as it is, what was half written is made anew, and the result is that of an unbroken one."
+    "What was whole stays, what was half written is made anew, and the result is that of an unbroken one."
     args = "faces_demo", drawn, tmp_path / "killed"
-    code = f"from pathlib import Path; from csrae_nb.faces import prepare_faces\nif __name__ == '__main__': prepare_faces('faces_demo', Path({str(drawn)!r}), Path({str(args[2])!r}), 64, jobs=1, progress=False)"
+    places = f"Path({str(drawn)!r}), Path({str(args[2])!r})"
+    code = f"""
+from pathlib import Path
+from csrae_nb.faces import prepare_faces
+if __name__ == "__main__":
+    prepare_faces("faces_demo", {places}, 64, jobs=1, progress=False)
+"""
     (script := tmp_path / "prepare.py").write_text(code)
     p = subprocess.Popen([sys.executable, script], start_new_session=True)
     while len(list(args[2].glob("*.npz"))) < 3:
@@ -78,9 +74,8 @@ def test_a_preparation_that_is_killed_goes_on(drawn, tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:-5])
     index = prepare_faces(*args, size=64, jobs=2, progress=False)
     after = {f.name: f.stat().st_mtime_ns for f in args[2].glob("*.npz")}
-    assert [n for n in before if before[n] != after[n]] == [f"{SUBJECTS[0]}.npz"] and not list(
-        args[2].glob(".*.tmp")
-    )
+    assert [n for n in before if before[n] != after[n]] == [f"{SUBJECTS[0]}.npz"]
+    assert not list(args[2].glob(".*.tmp"))
     assert digests(index) == digests(
         prepare_faces("faces_demo", drawn, tmp_path / "whole", size=64, jobs=1, progress=False)
     )
@@ -105,14 +100,11 @@ def test_what_is_missing_is_named_and_the_rest_goes_on(in_threads, drawn, tmp_pa
     ):
         index = prepare_faces("faces_demo", root, tmp_path / "out", size=32, jobs=2, progress=False)
     a = index["recordings"]
-    assert (
-        "labels of AU 9" in a["SN002"]["problem"]
-        and "is no video that can be read" in a["SN003"]["problem"]
-        and "no video of the left camera" in a["SN010"]["problem"]
-    )
-    assert (a["SN013"]["frames"], a["SN013"]["left_out"]) == (29, {"unreadable": 1, "no face": 10}) and a[
-        "SN018"
-    ]["left_out"]["not coded"] > 0
+    assert "labels of AU 9" in a["SN002"]["problem"]
+    assert "is no video that can be read" in a["SN003"]["problem"]
+    assert "no video of the left camera" in a["SN010"]["problem"]
+    assert (a["SN013"]["frames"], a["SN013"]["left_out"]) == (29, {"unreadable": 1, "no face": 10})
+    assert a["SN018"]["left_out"]["not coded"] > 0
     assert a["SN029"]["left_out"] == {"no face": 2}  # of three in a row the first repeats the one before
     assert json.loads((tmp_path / "out" / "index.json").read_text()) == json.loads(json.dumps(index))
 
@@ -172,23 +164,22 @@ def test_memory_does_not_grow_with_the_video(tmp_path):
     peak = []
     for n in (40, 400):
         write_disfa(root := tmp_path / str(n), ("SN001",), frames=n)
-        code = (
-            f"import resource; from pathlib import Path; from csrae_nb.faces import _prepare, FACES\nout = Path({str(tmp_path)!r})\n"
-            f"assert _prepare('faces_demo', Path({str(root)!r}), 'SN001', out, 256)['frames'] == {n}\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-        )
-        peak.append(
-            int(
-                subprocess.run(
-                    [sys.executable, "-c", code], capture_output=True, text=True, check=True
-                ).stdout
-            )
-            / 1024
-        )
+        code = f"""
+import resource
+from pathlib import Path
+from csrae_nb.faces import FACES, _prepare
+about = _prepare("faces_demo", Path({str(root)!r}), "SN001", Path({str(tmp_path)!r}), 256)
+assert about["frames"] == {n}
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+        said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        peak.append(int(said.stdout) / 1024)
     assert peak[1] - peak[0] < 15  # MiB; 360 frames of 256×256 are 67
 
 
 def test_a_run_on_faces(drawn, tmp_path, monkeypatch):
-    "From the folders to metrics.json, batch by batch from the disk, through the same fit; without labels there are no kNN errors of rows of answers."
+    """From the folders to metrics.json, batch by batch from the disk, through the same fit.
+    Without labels there are no kNN errors of rows of answers."""
     monkeypatch.setenv("CSRAE_DATA", str(tmp_path))
     monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "runs"))
     shutil.copytree(drawn, tmp_path / "faces_demo")
@@ -205,26 +196,22 @@ def test_a_run_on_faces(drawn, tmp_path, monkeypatch):
         expost_components=3,
     )
     metrics = complete_run(cfg, progress=False)
-    assert (
-        metrics["reconstruction"] < 8 * 3 * 32**2
-        and metrics["knn3"] is None
-        and metrics["frechet_classifier_floor"] is None
-        and metrics["effective_k"] >= 1
-    )
+    assert metrics["reconstruction"] < 8 * 3 * 32**2
+    assert metrics["knn3"] is None
+    assert metrics["frechet_classifier_floor"] is None
+    assert metrics["effective_k"] >= 1
     run = load_run(runs_folder() / run_name(cfg))
     data = load_faces("faces_demo", 1, 32, progress=False)
     assert run.model.reconstruct(data.fixed("test")[:3]).shape == (3, 3, 32, 32) and run.sha256 == data.sha256
-    assert (
-        not run_name(cfg) == run_name(dataclasses.replace(cfg, fold=2))
-        and "-p image_size 32" in command(cfg)
-        and "-p fold 1" in command(cfg)
-    )
+    assert not run_name(cfg) == run_name(dataclasses.replace(cfg, fold=2))
+    assert "-p image_size 32" in command(cfg)
+    assert "-p fold 1" in command(cfg)
 
 
 @pytest.mark.parametrize(
     "wrong, says",
     [
-        (dict(dataset="mnist", fold=1), "fold, image_size and validation are of faces"),
+        (dict(dataset="mnist", fold=1), "fold=1 is for disfa, fera2015, faces_demo, not for mnist"),
         (dict(dataset="faces_demo", image_size=100), "32, 96, 160, 224"),
         (dict(dataset="faces_demo", image_size=32, fold=3), "expected 0 to 2"),
         (dict(dataset="faces_demo", image_size=32, likelihood="bernoulli"), "call for discretized_logistic"),
@@ -286,7 +273,8 @@ def test_other_ways_to_write_the_same_landmarks(three, change):
     [
         (
             lambda p: p[17:],
-            r"SN001_0000_lm.mat: landmarks of shape \(49, 2\), expected \(66, 2\) or \(68, 2\) \(so are 12 of 12 frames\)",
+            r"SN001_0000_lm.mat: landmarks of shape \(49, 2\), "
+            r"expected \(66, 2\) or \(68, 2\) \(so are 12 of 12 frames\)",
         ),
         (lambda p: p[:60], r"shape \(60, 2\)"),
         (lambda p: np.column_stack([p, p[:, 0]]), r"shape \(66, 3\)"),
@@ -322,21 +310,21 @@ def test_a_single_odd_face_is_left_out(three, change):
     before = read_disfa(three, "SN001")[0].eyes
     rewrite(three, "SN001", change, slice(5, 6))
     eyes = read_disfa(three, "SN001")[0].eyes
-    assert np.flatnonzero(np.isnan(eyes).any((1, 2))).tolist() == [5] and np.array_equal(
-        np.delete(eyes, 5, 0), np.delete(before, 5, 0)
-    )
+    assert np.flatnonzero(np.isnan(eyes).any((1, 2))).tolist() == [5]
+    assert np.array_equal(np.delete(eyes, 5, 0), np.delete(before, 5, 0))
 
 
 @pytest.mark.parametrize("subject, first_is_known", [("SN001", False), ("SN002", True), ("SN003", True)])
 def test_a_missing_first_landmark_shifts_nothing(three, subject, first_is_known):
-    "Counted from 1 the numbers tell; from 0, with 1 the smallest, they could be either, and are refused with the remedy."
+    "Counted from 1 the numbers tell; from 0, with 1 the smallest, they could be either, and are refused."
     before = read_disfa(three, subject)[0].eyes
     first, second = landmarks(three, subject)[:2]
     first.unlink()
     if not first_is_known:
         with pytest.raises(
             ValueError,
-            match="landmarks are numbered 1 to 20, for 12 labels and 21 frames: are they counted from 0 or from 1. If from 0, copy number 1 to 0",
+            match="landmarks are numbered 1 to 20, for 12 labels and 21 frames: "
+            "are they counted from 0 or from 1. If from 0, copy number 1 to 0",
         ):
             read_disfa(three, subject)
         shutil.copy(second, first)
@@ -476,7 +464,8 @@ def test_occurrence_codes_with_too_few_columns_are_named(tmp_path):
 def test_a_recording_that_cannot_be_read_is_left_out_and_tried_again(
     in_threads, drawn, tmp_path, monkeypatch
 ):
-    "By its name and for its reason; the others are prepared, and once it can be read, the same command prepares it and nothing else."
+    """By its name and for its reason; the others are prepared.
+    Once it can be read, the same command prepares it and nothing else."""
     monkeypatch.setenv("CSRAE_DATA", str(tmp_path))
     shutil.copytree(drawn, tmp_path / "faces_demo")
     labels = tmp_path / "faces_demo" / "ActionUnit_Labels"
@@ -487,7 +476,8 @@ def test_a_recording_that_cannot_be_read_is_left_out_and_tried_again(
     (labels / "SN003" / "SN003_au1.txt").mkdir()
     with pytest.warns(
         UserWarning,
-        match=r"3 of 27 recordings .*SN001: .*SN001_au1.txt is empty; SN002: .*SN002_au1.txt is not UTF-8 .*SN003: .*Is a directory.*SN003_au1.txt.* the same command prepares them",
+        match=r"3 of 27 recordings .*SN001: .*SN001_au1.txt is empty; SN002: .*SN002_au1.txt is not UTF-8 .*"
+        r"SN003: .*Is a directory.*SN003_au1.txt.* the same command prepares them",
     ):
         data = load_faces("faces_demo", 1, 28, progress=False)
     times = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "faces_demo-prepared-32").glob("SN*.npz")}
@@ -573,20 +563,18 @@ def test_data_that_cannot_be_written_are_prepared_in_the_cache(
     before = load_faces("faces_demo", 1, 28, progress=False)
     (made,) = (tmp_path / "cache").glob("faces_demo-prepared-32-*")
     time_made = (made / "index.json").stat().st_mtime_ns
-    assert (
-        load_faces("faces_demo", 1, 28, progress=False).sha256 == before.sha256
-        and (made / "index.json").stat().st_mtime_ns == time_made
-    )
+    assert load_faces("faces_demo", 1, 28, progress=False).sha256 == before.sha256
+    assert (made / "index.json").stat().st_mtime_ns == time_made
     assert os.listdir(read_only) == ["faces_demo"]
     monkeypatch.delenv("CSRAE_CACHE")
     monkeypatch.setattr("pooch.os_cache", lambda name: str(tmp_path / "home" / name))
-    assert load_faces("faces_demo", 1, 28, progress=False).sha256 == before.sha256 and list(
-        (tmp_path / "home" / "csrae_nb").glob("faces_demo-prepared-32-*/index.json")
-    )
+    assert load_faces("faces_demo", 1, 28, progress=False).sha256 == before.sha256
+    assert list((tmp_path / "home" / "csrae_nb").glob("faces_demo-prepared-32-*/index.json"))
     monkeypatch.setenv("CSRAE_CACHE", str(read_only / "cache"))
     with pytest.raises(
         OSError,
-        match=r"cannot write to .*faces_demo-prepared-32-.* \(Read-only file system\); free some space there, or name another folder in CSRAE_CACHE",
+        match=r"cannot write to .*faces_demo-prepared-32-.* \(Read-only file system\); "
+        "free some space there, or name another folder in CSRAE_CACHE",
     ):
         load_faces("faces_demo", 1, 28, progress=False)
 
@@ -609,10 +597,8 @@ def test_frames_that_lie_beside_the_data_are_found(in_threads, drawn, tmp_path, 
     before = load_faces("faces_demo", 1, 28, progress=False)
     monkeypatch.setenv("CSRAE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "faces_demo").unlink()
-    assert (
-        load_faces("faces_demo", 1, 28, progress=False).sha256 == before.sha256
-        and not (tmp_path / "cache").exists()
-    )
+    assert load_faces("faces_demo", 1, 28, progress=False).sha256 == before.sha256
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_full_disk_ends_the_preparation_with_its_name(drawn, tmp_path, monkeypatch):
@@ -631,15 +617,17 @@ def test_a_full_disk_ends_the_preparation_with_its_name(drawn, tmp_path, monkeyp
 
 
 def test_eyes_come_to_lie_where_they_are_on_average(in_threads, drawn, tmp_path, monkeypatch):
-    "Of two landmarks turned back by the alignment, the mean over all frames is where each frame's are; the fixed ones stay as they are, in a folder of their own."
+    """Of two landmarks turned back by the alignment, the mean over all frames is where each frame's are.
+    The fixed ones stay as they are, in a folder of their own."""
     monkeypatch.setenv("CSRAE_DATA", str(tmp_path))
     (tmp_path / "faces_demo").symlink_to(drawn)
     fixed, mean = (load_faces("faces_demo", 1, 224, progress=False, eyes=e) for e in ("fixed", "mean"))
-    assert (
-        sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".lock")
-        == ["faces_demo", "faces_demo-prepared-256", "faces_demo-prepared-256-mean-eyes"]
-        and fixed.sha256 != mean.sha256
-    )
+    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".lock") == [
+        "faces_demo",
+        "faces_demo-prepared-256",
+        "faces_demo-prepared-256-mean-eyes",
+    ]
+    assert fixed.sha256 != mean.sha256
     to = np.array(faces.mean_eyes("faces_demo", drawn))
     assert 0.15 < np.hypot(*(to[1] - to[0])) < 0.3 and abs(to.mean(0)[0] - 0.5) < 0.05
     whites = [
@@ -656,7 +644,8 @@ def test_eyes_come_to_lie_where_they_are_on_average(in_threads, drawn, tmp_path,
 
 
 def test_validation_on_subjects_that_nobody_trained_on(in_threads, drawn, tmp_path, monkeypatch):
-    "Through Config, fit and its folder; the test stays the same, and so do names and folders of runs that validate on frames."
+    """Through Config, fit and its folder.
+    The test stays the same, and so do names and folders of runs that validate on frames."""
     monkeypatch.setenv("CSRAE_DATA", str(tmp_path))
     monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "runs"))
     (tmp_path / "faces_demo").symlink_to(drawn)
@@ -668,14 +657,11 @@ def test_validation_on_subjects_that_nobody_trained_on(in_threads, drawn, tmp_pa
         v: faces.fold_rows(store.subjects, FACES["faces_demo"].folds, 1, 0, v) for v in ("frames", "subjects")
     }
     of = {k: set(store.subjects[v]) for k, v in rows["subjects"].items()}
-    assert (
-        [len(s) for s in of.values()] == [16, 2, 9]
-        and len(set.union(*of.values())) == 27
-        and sum(map(len, rows["subjects"].values())) == len(store)
-    )
-    assert np.array_equal(rows["frames"]["test"], rows["subjects"]["test"]) and set(
-        store.subjects[rows["frames"]["val"]]
-    ) <= set(store.subjects[rows["frames"]["train"]])
+    assert [len(s) for s in of.values()] == [16, 2, 9]
+    assert len(set.union(*of.values())) == 27
+    assert sum(map(len, rows["subjects"].values())) == len(store)
+    assert np.array_equal(rows["frames"]["test"], rows["subjects"]["test"])
+    assert set(store.subjects[rows["frames"]["val"]]) <= set(store.subjects[rows["frames"]["train"]])
     old = Config(
         dataset="faces_demo",
         image_size=32,
@@ -691,12 +677,10 @@ def test_validation_on_subjects_that_nobody_trained_on(in_threads, drawn, tmp_pa
     new = dataclasses.replace(old, validation="subjects")
     data = prepare_data(resolve(new))
     assert (len(data.x_val), len(data.x_train)) == tuple(len(rows["subjects"][s]) for s in ("val", "train"))
-    assert (
-        "validation" not in identity(old)
-        and identity(new) == {**identity(old), "validation": "subjects"}
-        and run_name(old) != run_name(new)
-        and "-p validation subjects" in command(new)
-    )
+    assert "validation" not in identity(old)
+    assert identity(new) == {**identity(old), "validation": "subjects"}
+    assert run_name(old) != run_name(new)
+    assert "-p validation subjects" in command(new)
     run = fit(old, progress=False)
     config = json.loads((run.path / "config.json").read_text())
     del config["validation"]
@@ -710,7 +694,7 @@ def test_validation_on_subjects_that_nobody_trained_on(in_threads, drawn, tmp_pa
 
 
 def test_validation_is_of_faces():
-    with pytest.raises(ValueError, match="fold, image_size and validation are of faces"):
+    with pytest.raises(ValueError, match="is for disfa, fera2015, faces_demo, not for digits"):
         Config(validation="subjects")
     with pytest.raises(ValueError, match="unknown validation 'videos'; expected one of frames, subjects"):
         Config(dataset="disfa", validation="videos")

@@ -1,4 +1,4 @@
-"Fréchet distances: the FID's plumbing, with random weights in place of Inception's and without any, and what is compared with what."
+"Fréchet distances: the FID with random weights for Inception's and without any, and what meets what."
 
 import dataclasses
 import math
@@ -7,20 +7,19 @@ import pytest
 import torch
 from filelock import FileLock
 
-from csrae_nb import evaluation
-from csrae_nb.data import load_data
-from csrae_nb.evaluation import (
+from csrae_nb.catalogue import load_data
+from csrae_nb.evaluation import SETS, complete_run, evaluate, finished_metrics, measure
+from csrae_nb.metrics import (
     FID_WEIGHTS,
-    SETS,
     FIDUnavailable,
-    complete_run,
-    evaluate,
-    finished_metrics,
     inception,
     inception_features,
-    measure,
+    inception_module,
+    weights_file,
 )
-from csrae_nb.training import Config, RunLocked, fit, runs_folder
+from csrae_nb.config import Config, run_name
+from csrae_nb.files import RunLocked, runs_folder
+from csrae_nb.runs import fit
 
 pytest.importorskip("pytorch_fid")
 CFG = Config(
@@ -40,7 +39,7 @@ def random_weights(monkeypatch):
 
     def build(layer):
         with monkeypatch.context() as m:
-            m.setattr(evaluation._inception_module(), "load_state_dict_from_url", lambda *a, **k: {})
+            m.setattr(inception_module(), "load_state_dict_from_url", lambda *a, **k: {})
             m.setattr(torch.nn.Module, "load_state_dict", lambda self, *a, **k: None)
             torch.manual_seed(0)
             return inception(layer)
@@ -56,7 +55,7 @@ def test_each_layer_gives_its_number_of_features(random_weights, layer):
 
 
 def test_a_run_with_fid_says_how_it_was_made(random_weights, monkeypatch):
-    monkeypatch.setattr(evaluation, "inception", random_weights)
+    monkeypatch.setattr("csrae_nb.metrics.inception", random_weights)
     metrics = complete_run(CFG, progress=False)
     assert all(math.isfinite(metrics[f"fid_{s}"]) and metrics[f"fid_{s}"] >= -1e-3 for s in SETS)
     assert (metrics["fid_layer"], metrics["fid_resize"], metrics["images"]) == (64, "bilinear, 299x299", 6)
@@ -66,11 +65,11 @@ def test_a_run_with_fid_says_how_it_was_made(random_weights, monkeypatch):
 
 
 def test_a_damaged_cache_is_made_anew(random_weights, monkeypatch):
-    monkeypatch.setattr(evaluation, "inception", random_weights)
+    monkeypatch.setattr("csrae_nb.metrics.inception", random_weights)
     first = complete_run(CFG, progress=False)
     for f in (runs_folder() / ".cache").glob("*.safetensors"):
         f.write_bytes(f.read_bytes()[:100])
-    (runs_folder() / evaluation.run_name(CFG) / "metrics.json").unlink()
+    (runs_folder() / run_name(CFG) / "metrics.json").unlink()
     again = complete_run(CFG, progress=False)
     assert {k: again[k] for k in first if k != "occupancy"} == {
         k: first[k] for k in first if k != "occupancy"
@@ -89,7 +88,7 @@ def test_colour_and_grey_are_shown_with_three_channels_from_0_to_1(monkeypatch):
             seen.append(x)
             return x.flatten(1)
 
-    monkeypatch.setattr(evaluation, "inception", lambda layer: Net())
+    monkeypatch.setattr("csrae_nb.metrics.inception", lambda layer: Net())
     data = load_data("digits")
     inception_features(data, 64).of(data.x_test[:2])
     colour = load_data(dict(x=torch.randint(256, (20, 3, 4, 4), dtype=torch.uint8)))
@@ -105,7 +104,7 @@ def test_without_weights_a_run_goes_on(monkeypatch):
     def offline(*a, **k):
         raise OSError("no network here")
 
-    monkeypatch.setattr(evaluation._inception_module(), "load_state_dict_from_url", offline)
+    monkeypatch.setattr(inception_module(), "load_state_dict_from_url", offline)
     with pytest.warns(UserWarning, match=f"no FID: .*{FID_WEIGHTS}"):
         metrics = complete_run(CFG, progress=False)
     assert (
@@ -122,11 +121,11 @@ def test_the_fid_is_made_up_for_when_the_weights_arrive(random_weights, monkeypa
 
     cfg = dataclasses.replace(CFG, ll_samples=2)
     with monkeypatch.context() as m, pytest.warns(UserWarning, match="no FID"):
-        m.setattr(evaluation._inception_module(), "load_state_dict_from_url", offline)
+        m.setattr(inception_module(), "load_state_dict_from_url", offline)
         before = complete_run(cfg, progress=False)
-    evaluation.weights_file().parent.mkdir(parents=True)
-    evaluation.weights_file().touch()
-    monkeypatch.setattr(evaluation, "inception", random_weights)
+    weights_file().parent.mkdir(parents=True)
+    weights_file().touch()
+    monkeypatch.setattr("csrae_nb.metrics.inception", random_weights)
     after = complete_run(cfg, progress=False)
     assert (
         before["fid_samples"] is None
@@ -190,7 +189,7 @@ def test_a_draw_from_grey_images_is_compared_with_them(monkeypatch):
         y_test=None,
     )
     cfg = dataclasses.replace(CFG, dataset="static_mnist", epochs=1, fid_layer=0, fid_images=100)
-    monkeypatch.setattr(evaluation, "load_data", lambda name: {"mnist": grey}[name])
+    monkeypatch.setattr("csrae_nb.evaluation.load_data", lambda name: {"mnist": grey}[name])
     run = fit(cfg, drawn, progress=False)
     with pytest.warns(UserWarning, match="no kNN errors$"):
         of_draw = evaluate(run, drawn, progress=False)
@@ -205,6 +204,6 @@ def test_a_draw_from_grey_images_is_compared_with_them(monkeypatch):
     def away(name):
         raise FileNotFoundError(name)
 
-    monkeypatch.setattr(evaluation, "load_data", away)
+    monkeypatch.setattr("csrae_nb.evaluation.load_data", away)
     with pytest.warns(UserWarning, match="images of mnist, which are not at hand"):
         assert evaluate(run, drawn, progress=False)["frechet_classifier_floor"] is None

@@ -6,7 +6,10 @@ import torch
 
 from csrae_nb import fleet
 from csrae_nb.fleet import fit_fleet
-from csrae_nb.training import Config, NonFiniteLoss, Run, _Training, fit, load_tensors, runs_folder
+from csrae_nb.config import Config
+from csrae_nb.files import load_tensors, runs_folder
+from csrae_nb.runs import Run, fit
+from csrae_nb.training import NonFiniteLoss, Training
 
 X = (np.random.default_rng(0).random((80, 6)) < 0.5).astype(np.float32)
 FIELDS = dict(
@@ -69,18 +72,18 @@ def test_a_member_killed_between_its_last_checkpoint_and_its_model_is_finished(m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(fleet, "_finish", killed)
+        m.setattr(Training, "finish", killed)
         fit_fleet(members, dict(x=X), progress=False)
     assert not list(runs_folder().glob("*/model.safetensors"))
     epochs = [load_tensors(p)[1]["epoch"] for p in runs_folder().glob("*/checkpoint.safetensors")]
     assert epochs == [3, 3]
-    monkeypatch.setattr(_Training, "record", lambda *a, **kw: pytest.fail("it trained again"))
+    monkeypatch.setattr(Training, "record", lambda *a, **kw: pytest.fail("it trained again"))
     assert all(isinstance(r, Run) for r in fit_fleet(members, dict(x=X), progress=False))
 
 
 def test_a_kill_while_checkpoints_are_written_leaves_one_epoch(monkeypatch):
     monkeypatch.setattr(fleet, "SAVE_EVERY", 0.0)
-    members, saves, save = [config(f"e{s}", seed=s) for s in range(3)], iter(range(4)), _Training.save
+    members, saves, save = [config(f"e{s}", seed=s) for s in range(3)], iter(range(4)), Training.save
 
     def interrupted(t):
         if next(saves, None) is None:
@@ -88,7 +91,7 @@ def test_a_kill_while_checkpoints_are_written_leaves_one_epoch(monkeypatch):
         save(t)
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(_Training, "save", interrupted)
+        m.setattr(Training, "save", interrupted)
         fit_fleet(members, dict(x=X), progress=False)
 
     def epochs():

@@ -1,4 +1,5 @@
-"Files that are cut off or altered by chance: each is read whole, or refused or left out by name; nothing hangs, and no row goes missing unsaid."
+"""Files that are cut off or altered by chance: each is read whole, or refused or left out by name; nothing
+hangs, and no row goes missing unsaid."""
 
 import gzip
 import io
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from csrae_nb import data, faces
+from csrae_nb import faces, formats
 
 pytest.importorskip("h5py")
 pytest.importorskip("cv2")
@@ -54,7 +55,7 @@ def replace(file, raw):
 
 
 def fuzz(file, read):
-    "Call read() with the file as it is, then with altered ones; its answers and errors are judged by `read`'s own test."
+    "Call read() with the file as it is, then with altered ones; `read` itself tests answers and errors."
     raw, rng = file.read_bytes(), np.random.default_rng([*file.name.encode()])
     for i in range(TIMES):
         replace(file, mutated(raw, rng))
@@ -64,13 +65,13 @@ def fuzz(file, read):
     replace(file, raw)
 
 
-# Files of arrays and images ---------------------------------------------------------------------------------------
+# Files of arrays and images --------------------
 
 LABELS, IMAGES, TEXT, RECORDS = (
     "t10k-labels-idx1-ubyte",
     "t10k-images-idx3-ubyte",
     "binarized_mnist_test.amat",
-    data.BATCHES[0],
+    formats.BATCHES[0],
 )
 X = np.random.default_rng(0).integers(0, 2, (6, 784), dtype=np.uint8)
 
@@ -86,15 +87,15 @@ def mat(zipped, **arrays):
 
 def records(n):
     return np.concatenate(
-        [np.arange(n, dtype=np.uint8)[:, None] % 10, np.resize(X, (n, data.RECORD - 1))], 1
+        [np.arange(n, dtype=np.uint8)[:, None] % 10, np.resize(X, (n, formats.RECORD - 1))], 1
     ).tobytes()
 
 
 def archive():
     with tarfile.open(fileobj=(out := io.BytesIO()), mode="w:gz") as tar:
-        for name in data.BATCHES:
+        for name in formats.BATCHES:
             info = tarfile.TarInfo(name)
-            info.size = data.RECORD
+            info.size = formats.RECORD
             tar.addfile(info, io.BytesIO(records(1)))
     return out.getvalue()
 
@@ -103,10 +104,13 @@ PUBLIC = {  # name of the file: its content, its shape
     LABELS: (idx(np.arange(6, dtype=np.uint8)), (6,)),
     f"{IMAGES}.gz": (gzip.compress(idx(X.reshape(6, 28, 28))), (6, 28, 28)),
     TEXT: (b"".join(b" ".join(b"%d" % v for v in x) + b"\n" for x in X), (6, 784)),
-    RECORDS: (records(3), (3, data.RECORD)),
-    data.CIFAR10: (archive(), (6, data.RECORD)),
-    data.CHARDATA: (mat(True, data=X.T / 2, target=np.eye(50)[:, :6]), dict(data=(784, 6), target=(50, 6))),
-    data.SILHOUETTES: (
+    RECORDS: (records(3), (3, formats.RECORD)),
+    formats.CIFAR10: (archive(), (6, formats.RECORD)),
+    formats.CHARDATA: (
+        mat(True, data=X.T / 2, target=np.eye(50)[:, :6]),
+        dict(data=(784, 6), target=(50, 6)),
+    ),
+    formats.SILHOUETTES: (
         mat(False, train_data=X, train_labels=np.arange(6)[:, None]),
         dict(train_data=(6, 784), train_labels=(6, 1)),
     ),
@@ -118,12 +122,12 @@ def test_public_files(name, tmp_path, monkeypatch):
     raw, shape = PUBLIC[name]
     key = name.removesuffix(".gz") if name.endswith("ubyte.gz") else name
     monkeypatch.setenv("CSRAE_DATA", str(tmp_path))
-    monkeypatch.setitem(data.FILES, key, data.PublicFile(shape, None, (), None))
+    monkeypatch.setitem(formats.FILES, key, formats.PublicFile(shape, None, (), None))
     (file := tmp_path / name).write_bytes(raw)
 
     def read():
         try:
-            x, _ = data.read_file(key)
+            x, _ = formats.read_file(key)
         except ValueError as e:
             assert f"{name} is damaged or another file" in str(e)
         else:
@@ -145,7 +149,7 @@ def test_files_of_arrays(name, tmp_path):
 
     def read():
         try:
-            arrays, _ = data.read_arrays(file)
+            arrays, _ = formats.read_arrays(file)
         except ValueError as e:
             assert f"{name} does not hold plain arrays" in str(e)
         else:  # another name, type or order of the axes is refused later, with the array's name
@@ -163,7 +167,7 @@ def test_folders_of_images(ending, tmp_path):
 
     def read():
         try:
-            x = data.read_folder(tmp_path)[0]["x_train"]
+            x = formats.read_folder(tmp_path)[0]["x_train"]
         except ValueError as e:
             assert f"1 of 3 images in {tmp_path}" in str(e) and f"1.{ending}" in str(e)
         else:
@@ -173,7 +177,7 @@ def test_folders_of_images(ending, tmp_path):
     fuzz(tmp_path / f"1.{ending}", read)
 
 
-# Recordings of faces, and what is prepared of them ----------------------------------------------------------------
+# Recordings of faces, and what is prepared of them --------------------
 
 FRAMES = 8
 

@@ -13,7 +13,9 @@ from csrae_nb import fleet
 from csrae_nb.evaluation import complete_run
 from csrae_nb.fleet import fit_fleet
 from csrae_nb.sweeps import PRELOAD
-from csrae_nb.training import Config, load_run, runs_folder
+from csrae_nb.config import Config
+from csrae_nb.files import runs_folder
+from csrae_nb.runs import load_run
 
 X = (np.random.default_rng(0).random((60, 4)) < 0.5).astype(np.float32)
 FIELDS = dict(

@@ -1,47 +1,24 @@
 "Labels of any kind: classes by name, -1 for none, answers of any data set, and how many of them are used."
 
 from dataclasses import replace
-from functools import partial
 from hashlib import sha256
 
 import numpy as np
 import pytest
 import torch
 
-from csrae_nb import evaluation
-from csrae_nb.data import from_arrays, labelled_rows, load_data
-from csrae_nb.evaluation import complete_run, results_table, train_classifier
+from csrae_nb.catalogue import load_data
+from csrae_nb.data import from_arrays, labelled_rows
+from csrae_nb.evaluation import complete_run, results_table
 from csrae_nb.semisup import ManyLabels, OneLabel, how_many, label_kind, labelled_images
-from csrae_nb.training import (
-    Config,
-    command,
-    fit,
-    load_run,
-    make_config,
-    resolve,
-    run_name,
-    runs_folder,
-    task_of,
-)
+from csrae_nb.config import Config, command, make_config, resolve, run_name
+from csrae_nb.files import runs_folder
+from csrae_nb.runs import fit, load_run
+from csrae_nb.tasks import task_of
+from small_runs import SMALL
 
-CFG = Config(
-    dataset="arrays",
-    labels=1.0,
-    epochs=2,
-    warmup=1,
-    kmeans_epoch=1,
-    batch_size=20,
-    latent_dim=2,
-    components=4,
-    ll_samples=2,
-    expost_components=3,
-)
-
-
-@pytest.fixture(autouse=True)
-def runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(evaluation, "train_classifier", partial(train_classifier, examples=300))
+CFG = replace(SMALL, labels=1.0)
+pytestmark = pytest.mark.usefixtures("own_runs", "hasty")
 
 
 def blobs(n=200, classes=2, seed=0):

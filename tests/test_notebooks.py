@@ -5,6 +5,11 @@ from pathlib import Path
 import fastcore.test, jaxtyping, nbformat, pytest, torch
 from nbdev.test import test_nb as run_nb
 from csrae_nb import GMM
+from csrae_nb.catalogue import DATASETS
+from csrae_nb.config import TASKS
+from csrae_nb.models import DIVERGENCES, MODELS
+from csrae_nb.priors import PRIORS
+from csrae_nb.registry import load_plugins
 
 root = Path(__file__).parents[1]
 by_papermill = {"train.ipynb"}  # run as its readers run it, in a test of its own
@@ -26,6 +31,17 @@ def show_readers_errors(monkeypatch):
             jaxtyping.config.update("jaxtyping_disable", False)
 
     monkeypatch.setattr(fastcore.test, "expect_fail", unchecked)
+
+
+@pytest.fixture(autouse=True)
+def tables_as_they_were():
+    "What a chapter registers, and registers again, is for that chapter alone."
+    load_plugins()
+    tables = DATASETS, TASKS, DIVERGENCES, MODELS, PRIORS
+    before = [(t, dict(t._entries), dict(t._about)) for t in tables]
+    yield
+    for table, entries, about in before:
+        table._entries, table._about = entries, about
 
 
 @pytest.mark.parametrize("path", chapters, ids=lambda p: p.stem)

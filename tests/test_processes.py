@@ -15,10 +15,11 @@ CFG = dict(epochs=3, warmup=1, kmeans_epoch=2, ll_samples=5, expost_components=5
 JOB = f"""
 from accelerate import PartialState, notebook_launcher
 from csrae_nb.evaluation import complete_run
-from csrae_nb.training import Config
+from csrae_nb.config import Config
 def job(name, model):
     metrics = complete_run(Config(name=name, model=model, **{CFG}), progress=False)
-    print(f"\\nprocess {{PartialState().process_index}} of {{PartialState().num_processes}}: {{len(metrics)}} metrics", flush=True)
+    state, n = PartialState(), len(metrics)
+    print(f"\\nprocess {{state.process_index}} of {{state.num_processes}}: {{n}} metrics", flush=True)
 """
 LAUNCH = [
     sys.executable,

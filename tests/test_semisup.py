@@ -6,20 +6,19 @@ import pytest
 import torch
 
 from csrae_nb import training
-from csrae_nb.data import load_data
-from csrae_nb.divergence import Draws, Share
+from csrae_nb.catalogue import load_data
+from csrae_nb.mixtures import Draws, Share
 from csrae_nb.evaluation import complete_run, results_table
 from csrae_nb.semisup import LabelTask, ManyLabels, OneLabel
-from csrae_nb.training import Config, fit, load_run, resolve, runs_folder, task_of
+from csrae_nb.config import Config, resolve
+from csrae_nb.files import runs_folder
+from csrae_nb.runs import fit, load_run
+from csrae_nb.tasks import task_of
 
 CFG = Config(
     labels=100.0, epochs=2, warmup=1, kmeans_epoch=1, ll_samples=2, expost_components=5, fid_images=50
 )
-
-
-@pytest.fixture(autouse=True)
-def runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "runs"))
+pytestmark = pytest.mark.usefixtures("own_runs")
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +52,7 @@ def test_every_model_learns_with_labels(digits, model):
 
 def test_a_run_goes_on_where_it_was_stopped(digits, monkeypatch):
     whole = fit(dataclasses.replace(CFG, name="whole", epochs=3), digits, progress=False)
-    from csrae_nb import training
-
-    epoch = training._epoch
+    epoch = training.Training.train_and_validate
 
     def stop(t, bar):
         if t.meta["epoch"] == 1:
@@ -63,7 +60,7 @@ def test_a_run_goes_on_where_it_was_stopped(digits, monkeypatch):
         epoch(t, bar)
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(training, "_epoch", stop)
+        m.setattr(training.Training, "train_and_validate", stop)
         fit(cfg := dataclasses.replace(CFG, name="stopped", epochs=3), digits, progress=False)
     again = fit(cfg, digits, progress=False)
     assert all(torch.equal(v, again.model.state_dict()[k]) for k, v in whole.model.state_dict().items())
@@ -136,7 +133,7 @@ def test_gradients_through_softened_draws_are_those_of_the_formula(kind):
 
 
 def test_a_label_that_cannot_be_is_tried_without_harm(digits):
-    "In single precision the smallest draws have probability 0, so that labels of probability 1e-43 are tried, too."
+    "In single precision the smallest draws have probability 0: labels of probability 1e-43 are tried, too."
 
     class Small(Draws):
         def standard_normal(self, like):
@@ -152,11 +149,10 @@ def test_a_label_that_cannot_be_is_tried_without_harm(digits):
 
 
 def test_the_first_phase_goes_where_the_run_goes(tmp_path, monkeypatch):
-    "A folder of one's own holds both phases, without checkpoints if none were asked for, and nothing lies elsewhere."
-    monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "runs"))
-    saved, save = [], training._Training.save
+    "A folder of one's own holds both, without checkpoints if none were asked for; nothing lies elsewhere."
+    saved, save = [], training.Training.save
     monkeypatch.setattr(
-        training._Training, "save", lambda t: (saved.append((t.path.name, t.meta["epoch"])), save(t))
+        training.Training, "save", lambda t: (saved.append((t.path.name, t.meta["epoch"])), save(t))
     )
     cfg = Config(labels=100.0, pretrain=3, epochs=3, warmup=1, ll_samples=0)
     run = fit(cfg, progress=False, folder=tmp_path / "mine", checkpoints=False)

@@ -1,4 +1,4 @@
-"A run depends on its configuration alone: not on the folder, nor on what the process has set, and it leaves that as it was."
+"A run depends on its configuration alone, not on its folder or its process, whose settings it leaves alone."
 
 import os
 
@@ -11,7 +11,9 @@ from accelerate.state import AcceleratorState, PartialState
 from csrae_nb import CSRAEEmbedding, Pretrained
 from csrae_nb.evaluation import evaluate
 from csrae_nb.fleet import fit_fleet
-from csrae_nb.training import Config, RunLocked, fit, load_run, make_config, prepare_data, resolve, run_lock
+from csrae_nb.config import Config, make_config, resolve
+from csrae_nb.files import RunLocked, run_lock
+from csrae_nb.runs import fit, load_run, prepare_data
 
 SHORT = dict(epochs=2, warmup=1, kmeans_epoch=1, components=5, ll_samples=2, expost_components=3)
 X = np.random.default_rng(0).random((80, 6), np.float32)

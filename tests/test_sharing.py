@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 
 from csrae_nb import Pretrained, sharing
 from csrae_nb.evaluation import complete_run
-from csrae_nb.training import Config, fit, load_tensors, run_name, runs_folder, save_tensors
+from csrae_nb.config import Config, run_name
+from csrae_nb.files import load_tensors, runs_folder, save_tensors
+from csrae_nb.runs import fit
 
 
 @pytest.fixture(scope="module")
@@ -114,12 +116,10 @@ def test_metrics_that_are_no_metrics(run_path, tmp_path):
 def test_the_card_of_a_path_names_no_folder(run_path):
     run = Pretrained(run_path).run
     card = str(sharing.model_card(run))
-    assert (
-        "Not evaluated" in card
-        and "papermill nbs/train.ipynb" in card
-        and str(Path.home()) not in card
-        and str(run_path.parent) not in card
-    )
+    assert "Not evaluated" in card
+    assert "papermill nbs/train.ipynb" in card
+    assert str(Path.home()) not in card
+    assert str(run_path.parent) not in card
     assert json.loads((run_path / "metrics.json").read_text())["provenance"]["command"] in str(
         Pretrained(run_path).generate_model_card()
     )
@@ -145,10 +145,8 @@ def test_what_the_hub_does_not_tell_the_size_of_comes_from_the_cache(run_path, h
         raise RuntimeError("no network")
 
     monkeypatch.setattr(sharing.HfApi, "model_info", offline)
-    assert (
-        Pretrained.from_pretrained("someone/digits").model
-        and "revision" not in sharing.snapshot_download.asked[0]
-    )
+    assert Pretrained.from_pretrained("someone/digits").model
+    assert "revision" not in sharing.snapshot_download.asked[0]
 
 
 def rewritten(path, folder, change):

@@ -6,8 +6,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from csrae_nb.data import load_data
-from csrae_nb.training import Config, _untrained, accelerator, progress_bar, resolve, train_epoch
+from csrae_nb.catalogue import load_data
+from csrae_nb.config import Config, resolve
+from csrae_nb.files import progress_bar
+from csrae_nb.process import accelerator
+from csrae_nb.tasks import task_of
+from csrae_nb.training import train_epoch, untrained
 
 
 class Operators(TorchDispatchMode):
@@ -29,9 +33,9 @@ def epoch(model, steps, **fields):
     data = load_data(dict(zip(("x_train", "x_val", "x_test"), x)), "bernoulli")
     fields = dict(model=model, network="mlp", latent_dim=3, components=5, batch_size=10) | fields
     cfg = resolve(Config(dataset="arrays", **fields))
-    net, opt = _untrained(cfg, data, "cpu")
+    net, opt = untrained(task_of(cfg), data, "cpu")
     with accelerator(cfg) as acc, progress_bar(False) as bar, Operators() as count:
-        train_epoch(acc, acc.prepare(net), opt, data, cfg, 1, bar)
+        train_epoch(task_of(cfg), acc, acc.prepare(net), opt, data, 1, bar)
     return count.n
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from csrae_nb import tables
+from csrae_nb import claims, results
 from csrae_nb.evaluation import METRICS, SETS, write_table
 
 KL, CS = ("VAE", "VampPriorVAE"), ("CSRAE", "MixtureCSRAE")
@@ -15,7 +15,7 @@ SOURCES = {"samples": 30.0, "samples_refit": 12.0, "samples_refit15": 8.0, "samp
 
 
 def row(dataset, model, D, K=100, lam=1.0, prior=None, epochs=30, seeds=3, good=False, **metrics):
-    "A row of a measured table: a good model has half the errors and distances of another, a good MixtureCSRAE 0.4 of them."
+    "A row of a table: a good model's errors and distances are half of another's, MixtureCSRAE's 0.4."
     scale = {False: 1.0, True: 0.4 if model == "MixtureCSRAE" else 0.5}[good]
     knn = {f"knn{k}{s}": (5 + D / 20) * scale for k, s in product((3, 5, 10), ("", "_val"))}
     values = (
@@ -86,12 +86,12 @@ def short(folder, good=CS):
 
 
 def claim(folder, words):
-    return next(c for c in tables.claims(folder) if words in c.claim)
+    return next(c for c in claims.claims(folder) if words in c.claim)
 
 
 def test_a_world_in_which_the_paper_holds(tmp_path):
     short(tmp_path)
-    found = tables.claims(tmp_path)
+    found = claims.claims(tmp_path)
 
     def of(words):
         return next(c for c in found if words in c.claim)
@@ -150,14 +150,14 @@ def test_a_world_in_which_it_does_not(tmp_path):
 
 
 def test_longer_training_is_shown_and_does_not_mix_with_shorter(tmp_path):
-    "One cell of the paper's grid stands in the table at once, but is not compared with models that trained less."
+    "A cell of the paper's grid stands in the table at once, but meets no models that trained less."
     short(tmp_path)
-    before = tables.claims(tmp_path)
+    before = claims.claims(tmp_path)
     write_table(
         tmp_path / "table2.csv", [row("mnist", "VAE", 20, epochs=400, seeds=5, knn3=0.1, knn3_val=0.1)]
     )
-    assert tables.claims(tmp_path) == before
-    shown = tables.table2(tables.read_results("table2", tmp_path), tables.read_paper(), "mnist")
+    assert claims.claims(tmp_path) == before
+    shown = results.table2(results.read_results("table2", tmp_path), results.read_paper(), "mnist")
     assert "| 20 | VAE | 1 | 1 | 400 × 5 | 0.10 ± 0.00 | 7.04 |" in shown
 
 
@@ -190,13 +190,13 @@ def test_samples_closer_than_reconstructions_win_nothing(tmp_path):
     world(5.0)
     found = claim(tmp_path, "15 EM steps, λ = 1) beats the best baseline")
     assert found.verdict == "undecided" and "closer than reconstructions" in found.measured
-    assert tables.doubts(tables.read_results("table1", tmp_path)).startswith(
+    assert results.doubts(results.read_results("table1", tmp_path)).startswith(
         "Some samples are closer than reconstructions on dynamic MNIST ("
     )
 
 
 def test_what_only_some_runs_have(tmp_path):
-    "Empty columns are left out of a table; FIDs take the place of the classifier's distances where all rows have them."
+    "Empty columns are left out; FIDs take the place of the classifier's distances where all rows have them."
     rows = [
         {k: v for k, v in row("mnist", m, 40, epochs=40, **{f"fid_{s}": 7.0 for s in SETS}).items()}
         for m in ("VAE", "CSRAE")
@@ -208,9 +208,9 @@ def test_what_only_some_runs_have(tmp_path):
             for r in rows
         ],
     )
-    read = tables.read_results("table1", tmp_path)
-    assert tables.distance_kind(read) == "fid" and "| 7.00 ± 0.07 |" in tables.table1(
-        read, tables.read_paper(), "mnist"
+    read = results.read_results("table1", tmp_path)
+    assert results.distance_kind(read) == "fid" and "| 7.00 ± 0.07 |" in results.table1(
+        read, results.read_paper(), "mnist"
     )
     assert claim(tmp_path, "if samples").verdict == "undecided"
 
@@ -218,14 +218,15 @@ def test_what_only_some_runs_have(tmp_path):
 def test_commands_are_parts_of_the_sweeps(tmp_path):
     "The command of a missing cell asks for runs of the paper's grid, and for no others."
     from csrae_nb.sweeps import read_sweep, read_words
-    from csrae_nb.training import project_root, resolve
+    from csrae_nb.config import resolve
+    from csrae_nb.files import project_root
 
-    paper = tables.read_paper()
+    paper = results.read_paper()
     for table in (1, 2):
         whole = set(map(resolve, read_sweep(project_root() / "sweeps" / f"table{table}.toml")))
         asked = [
             resolve(c)
-            for command in tables.fill_commands(table, [], paper).values()
+            for command in results.fill_commands(table, [], paper).values()
             for c in read_words(command.split()[1:])
         ]
         assert set(asked) <= whole and len(asked) == len(set(asked))
@@ -238,7 +239,7 @@ def test_commands_are_parts_of_the_sweeps(tmp_path):
 def test_a_page_without_a_place_for_claims_is_left_as_it_is(tmp_path, text):
     (page := tmp_path / "README.md").write_text(text)
     with pytest.raises(ValueError, match="lacks the lines"):
-        tables.update_readme(page, tmp_path)
+        claims.update_readme(page, tmp_path)
     assert page.read_text() == text
 
 
@@ -246,5 +247,5 @@ def test_readme_shows_the_claims_of_the_committed_tables():
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     assert (
         text.split("<!-- claims -->")[1].split("<!-- /claims -->")[0].strip()
-        == tables.claims_markdown().strip()
-    ), "run csrae_nb.tables.update_readme('README.md')"
+        == claims.claims_markdown().strip()
+    ), "run csrae_nb.claims.update_readme('README.md')"

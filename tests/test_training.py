@@ -12,14 +12,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from csrae_nb import training
-from csrae_nb.training import Config, fit, load_run, load_tensors, resolve, runs_folder
+from csrae_nb import config, files, models, runs, training
+from csrae_nb.config import Config, resolve
+from csrae_nb.files import load_tensors, runs_folder
+from csrae_nb.runs import fit, load_run
 
 SHORT = dict(epochs=4, warmup=2)
 
 
 @pytest.fixture(autouse=True)
-def runs(tmp_path, monkeypatch):
+def own_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "runs"))
 
 
@@ -35,7 +37,7 @@ def run_in(folder, cfg):
 
 def test_killed_at_five_random_moments_ends_the_same_to_the_bit():
     processes, seed = multiprocessing.get_context("forkserver"), random.randrange(2**32)
-    processes.set_forkserver_preload(["csrae_nb.training"])
+    processes.set_forkserver_preload(["csrae_nb.runs"])
     rnd, cfg, folder = random.Random(seed), dict(epochs=24, warmup=5), runs_folder()
 
     def start(name):
@@ -66,12 +68,12 @@ def stop(monkeypatch, epoch, **cfg):
     "A run that is interrupted after an epoch; its folder."
     with monkeypatch.context() as m:
 
-        def interrupted(t, bar, original=training._epoch):
+        def interrupted(t, bar, original=training.Training.train_and_validate):
             if t.meta["epoch"] == epoch:
                 raise KeyboardInterrupt
             original(t, bar)
 
-        m.setattr(training, "_epoch", interrupted)
+        m.setattr(training.Training, "train_and_validate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fit(Config(**SHORT, **cfg), progress=False)
     return runs_folder() / cfg["name"]
@@ -115,7 +117,7 @@ def test_a_damaged_config_is_named():
 
 
 def no_training(monkeypatch):
-    monkeypatch.setattr(training, "_epoch", lambda *a: pytest.fail("training began"))
+    monkeypatch.setattr(training.Training, "train_and_validate", lambda *a: pytest.fail("training began"))
 
 
 def test_a_full_disk_is_found_before_training(monkeypatch):
@@ -179,7 +181,7 @@ def test_the_finished_run_is_read_without_pickle_and_reported(capsys):
     assert json.loads((a.path / "config.json").read_text())["epochs"] == 4
 
 
-@pytest.mark.parametrize("model", list(training.MODELS))
+@pytest.mark.parametrize("model", list(models.MODELS))
 def test_every_model_learns(model):
     h = fit(Config(model=model, epochs=12, warmup=4), progress=False).history
     assert h[-1]["val_reconstruction"] < h[0]["val_reconstruction"] - 2
@@ -189,7 +191,7 @@ def test_a_tracker_gets_the_history(monkeypatch):
     "A run that was stopped goes on in the same curves, and the tracker is no part of what makes it this run."
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     cfg = Config(epochs=4, warmup=1, tracker="tensorboard")
-    save = training._Training.save
+    save = training.Training.save
 
     def dies(self):
         save(self)
@@ -197,12 +199,12 @@ def test_a_tracker_gets_the_history(monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(training._Training, "save", dies)
+        m.setattr(training.Training, "save", dies)
         fit(cfg, progress=False)
     run = fit(cfg, progress=False)
-    assert training.identity(cfg) == training.identity(Config(epochs=4, warmup=1)) and training.run_name(
+    assert config.identity(cfg) == config.identity(Config(epochs=4, warmup=1)) and config.run_name(
         cfg
-    ) == training.run_name(Config(epochs=4, warmup=1))
+    ) == config.run_name(Config(epochs=4, warmup=1))
     events = accumulator.EventAccumulator(str(run.path / "tracker")).Reload()
     for k in ("criterion", "train_divergence", "val_reconstruction", "weight"):
         assert [e.step for e in events.Scalars(k)] == [1, 2, 3, 4]
@@ -216,10 +218,10 @@ def test_two_processes_that_open_a_run_at_once_both_find_it(monkeypatch, tmp_pat
 
     def meanwhile(tmp, file):
         shutil.copy(tmp, file)
-        with training.run_lock(tmp_path):
+        with files.run_lock(tmp_path):
             pass
         replace(tmp, file)
 
     monkeypatch.setattr(os, "replace", meanwhile)
-    assert training.open_run(cfg, tmp_path) == tmp_path
-    assert training.make_config(json.loads((tmp_path / "config.json").read_text())) == resolve(cfg)
+    assert runs.open_run(cfg, tmp_path) == tmp_path
+    assert config.make_config(json.loads((tmp_path / "config.json").read_text())) == resolve(cfg)

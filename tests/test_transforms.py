@@ -11,7 +11,8 @@ from torch.autograd.functional import hessian as known_hessian
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import csrae_nb
-from csrae_nb.divergence import GMM, FullGMM, cs_divergence, kl_divergence, log_overlap, pairwise_log_overlap
+from csrae_nb.divergence import cs_divergence, kl_divergence, log_overlap
+from csrae_nb.mixtures import GMM, FullGMM, pairwise_log_overlap
 from csrae_nb.likelihoods import Bernoulli
 from csrae_nb.models import CSRAE, IWAE, VAE, MixtureCSRAE, MixtureVAE, VampPriorVAE
 from csrae_nb.networks import Decoder, Encoder, mlp

@@ -9,41 +9,24 @@ import pytest
 import torch
 from sklearn.datasets import load_wine
 
-from csrae_nb import evaluation, training
-from csrae_nb.data import column_units, load_data
+from csrae_nb import training
+from csrae_nb.catalogue import load_data
+from csrae_nb.data import column_units
 from csrae_nb.estimator import CSRAEEmbedding
 from csrae_nb.evaluation import complete_run
 from csrae_nb.fleet import fit_fleet
 from csrae_nb.likelihoods import LIKELIHOODS, make_likelihood
 from csrae_nb.priors import LOG_VAR, MoGPrior, variance
-from csrae_nb.training import (
-    MODELS,
-    Config,
-    NonFiniteLoss,
-    fit,
-    load_run,
-    load_tensors,
-    make_model,
-    resolve,
-    task_of,
-)
+from csrae_nb.config import Config, resolve
+from csrae_nb.files import load_tensors
+from csrae_nb.models import MODELS
+from csrae_nb.runs import fit, load_run
+from csrae_nb.tasks import make_model, task_of
+from csrae_nb.training import NonFiniteLoss
+from small_runs import SMALL
 
-CFG = Config(
-    dataset="arrays",
-    epochs=3,
-    warmup=1,
-    kmeans_epoch=2,
-    batch_size=20,
-    latent_dim=2,
-    components=4,
-    ll_samples=3,
-    expost_components=3,
-)
-
-
-@pytest.fixture(autouse=True)
-def runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "runs"))
+CFG = replace(SMALL, epochs=3, kmeans_epoch=2, ll_samples=3)
+pytestmark = pytest.mark.usefixtures("own_runs")
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +149,10 @@ def test_units_are_kept_in_the_run(wine):
 
 
 def test_a_run_with_units_goes_on_where_it_was_stopped(wine, monkeypatch):
-    whole, epoch = fit(replace(CFG, name="whole", model="VampPriorVAE"), wine, False), training._epoch
+    whole, epoch = (
+        fit(replace(CFG, name="whole", model="VampPriorVAE"), wine, False),
+        training.Training.train_and_validate,
+    )
 
     def stop(t, bar):
         if t.meta["epoch"] == 1:
@@ -175,7 +161,7 @@ def test_a_run_with_units_goes_on_where_it_was_stopped(wine, monkeypatch):
 
     cfg = replace(CFG, name="stopped", model="VampPriorVAE")
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(training, "_epoch", stop)
+        m.setattr(training.Training, "train_and_validate", stop)
         fit(cfg, wine, False)
     again = fit(cfg, wine, False).model.state_dict()
     assert all(v.equal(again[k]) for k, v in whole.model.state_dict().items())
@@ -186,12 +172,6 @@ def test_a_fleet_has_units_too(wine):
     together = fit_fleet(configs, wine, False)
     alone = fit(replace(configs[0], name="alone"), wine, False)
     assert together[0].history[-1]["criterion"] == pytest.approx(alone.history[-1]["criterion"], rel=1e-3)
-
-
-@pytest.fixture
-def hasty(monkeypatch):
-    "A classifier for the Fréchet distances that is trained for a moment only."
-    monkeypatch.setattr(evaluation, "train_classifier", partial(evaluation.train_classifier, examples=3000))
 
 
 def test_evaluation_is_in_the_units_of_the_data(wine, hasty):
@@ -270,7 +250,8 @@ def test_what_one_row_cannot_tell_is_none_with_one_warning(hasty, rows):
         warnings.simplefilter("always")
         metrics = complete_run(cfg, dict(x=rng.normal(size=(rows, 4)), y=np.arange(rows) % 2), progress=False)
     assert [str(w.message) for w in seen if w.category is UserWarning] == [
-        "x_test has one example: no active units, clusters and Fréchet distances; x_val has one example: no floor of the Fréchet distances"
+        "x_test has one example: no active units, clusters and Fréchet distances; "
+        "x_val has one example: no floor of the Fréchet distances"
     ]
     unknown = {k for k, v in metrics.items() if v is None and not k.startswith("fid")}
     assert unknown == {
