@@ -1,0 +1,160 @@
+"Somebody else's package adds parts, and nothing here is changed for it."
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+THEIRS = '''
+import dataclasses
+
+import torch
+from torch import nn
+
+from csrae_nb.catalogue import DATASETS, SMALL
+from csrae_nb.config import TASKS
+from csrae_nb.data import from_arrays
+from csrae_nb.divergence import GMM, cs_divergence
+from csrae_nb.models import DIVERGENCES, MODELS, MixtureCSRAE
+from csrae_nb.priors import PRIORS, Prior
+from csrae_nb.tasks import Task
+
+
+@DATASETS.register("theirs", preset=SMALL | dict(latent_dim=2, components=5, epochs=6, warmup=2))
+def stripes(likelihood=None, split_seed=0):
+    x = (torch.rand(400, 12, generator=torch.Generator().manual_seed(0)) < 0.3).float()
+    arrays = dict(x=x, y=torch.arange(400) % 3)
+    return from_arrays(arrays, likelihood or "bernoulli", split_seed, "theirs", dict(x="of no file"))
+
+
+class Ring(Prior):
+    "Components on a circle, of which the radius is learned."
+
+    def __init__(self, components):
+        super().__init__()
+        angle = torch.arange(components) * 2 * torch.pi / components
+        self.register_buffer("at", torch.stack([angle.cos(), angle.sin()], 1))
+        self.radius = nn.Parameter(torch.ones(()))
+
+    def forward(self):
+        K = len(self.at)
+        return GMM(torch.full((K,), 1 / K).log(), self.radius * self.at, torch.full((K, 2), 0.3))
+
+
+@PRIORS.register("ring", uses=("components",))
+def ring(cfg, encoder, pseudo_inputs):
+    return Ring(cfg.components)
+
+
+@DIVERGENCES.register("half")
+def half(q, p):
+    return cs_divergence(q, p) / 2
+
+
+@MODELS.register(weight="lam", options=dict(objective="objective"))
+class Spread(MixtureCSRAE):
+    "With a term of the whole batch, whose weight is learned: codes have a variance of at least 1/2."
+
+    def __init__(self, *args, **kw):
+        super().__init__(*args, **kw)
+        self.register_buffer("multiplier", torch.zeros(()))
+
+    def loss(self, x, weight=1.0, generator=None):
+        terms = super().loss(x, weight, generator)
+        missing = 0.5 - self.encode(x).mean.var(0).mean()
+        if self.training:
+            self.multiplier.add_(0.1 * missing.detach()).clamp_(min=0)
+        return dataclasses.replace(terms, loss=terms.loss + self.multiplier.clone() * missing)
+
+
+@TASKS.register("backwards")
+class Backwards(Task):
+    "Each batch in the opposite order."
+
+    @staticmethod
+    def serves(cfg):
+        return cfg.dataset == "theirs" and not cfg.labels
+
+    def rows(self, data, epoch):
+        return super().rows(data, epoch).flip(1)
+
+    def metrics(self, model, data):
+        return dict(multiplier=getattr(model, "multiplier", torch.zeros(())).item())
+'''
+FIELDS = dict(dataset="theirs", prior="ring", model="Spread", objective="half", ll_samples=20)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    "A folder with the package, as pip would install it."
+    site = tmp_path_factory.mktemp("site")
+    (site / "their_package.py").write_text(THEIRS)
+    info = site / "their_package-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 1.0\n")
+    broken = "broken = no_such_package.at_all\n"
+    (info / "entry_points.txt").write_text(f"[csrae_nb.plugins]\ntheirs = their_package\n{broken}")
+    return site
+
+
+@pytest.fixture
+def run(site, tmp_path):
+    "A command, in a process that has the package."
+    path = os.pathsep.join([str(site), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "CSRAE_RUNS": str(tmp_path / "runs"), "PYTHONPATH": path}
+    env.pop("CSRAE_TYPECHECK", None)
+
+    def run(*words, status=0):
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == status, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return run
+
+
+def script(*lines):
+    head = (
+        "import os, torch",
+        "from csrae_nb import Config, fit, load_run",
+        "from csrae_nb.training import Training",
+    )
+    return "\n".join([*head, *lines])
+
+
+def test_what_plugins_add_is_trained_killed_resumed_and_evaluated(run, tmp_path):
+    whole = script(f"fit(Config(**{FIELDS!r}, name='whole'), progress=False)")
+    assert "the plugin broken (no_such_package.at_all) is left out" in run("-c", whole)
+    dying = script(
+        "saves, save = iter(range(3)), Training.save",
+        "Training.save = lambda t: save(t) if next(saves, None) is not None else os._exit(9)",
+        f"fit(Config(**{FIELDS!r}, name='killed'), progress=False)",
+    )
+    run("-c", dying, status=9)
+    words = [w for k, v in {**FIELDS, "name": "killed"}.items() for w in ("-p", k, str(v))]
+    run("-m", "papermill", "nbs/train.ipynb", str(tmp_path / "out.ipynb"), *words)
+    same = script(
+        "folder = os.environ['CSRAE_RUNS']",
+        "a, b = (load_run(f'{folder}/{n}').model.state_dict() for n in ('whole', 'killed'))",
+        "assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)",
+        "assert a['multiplier'] > 0 and a['prior.radius'] != 1",
+    )
+    run("-c", same)
+    metrics = json.loads((tmp_path / "runs" / "killed" / "metrics.json").read_text())["metrics"]
+    assert metrics["multiplier"] > 0 and metrics["knn3"] is not None
+
+
+def test_what_plugins_add_is_swept_by_processes(run, tmp_path):
+    words = ["dataset=theirs", "prior=ring,mog", "epochs=2", "ll_samples=0", "--jobs", "2"]
+    main = "import sys; from csrae_nb.sweeps import main; sys.exit(main(sys.argv[1:]))"
+    run("-c", main, *words, "--csv", str(tmp_path / "table.csv"))
+    rows = (tmp_path / "table.csv").read_text().splitlines()
+    assert len(rows) == 3 and "ring" in rows[1]
+
+
+def test_names_that_nobody_added_are_refused(run):
+    said = run("-c", script("Config(dataset='theirs', prior='rings')"), status=1)
+    assert "unknown prior 'rings'; expected one of mog, vamp, ring" in said
