@@ -290,7 +290,7 @@ def _one_pass(est, X):
 @torch.no_grad()
 def _codes(est, x):  # (n, D)
     "Means of q(z|x)."
-    return torch.cat([est.model_.encode(xb).mu[:, 0] for xb in x.split(rows_at_once(x))])
+    return torch.cat([est.model_.encode(xb).mean for xb in x.split(rows_at_once(x))])
 
 
 @torch.no_grad()

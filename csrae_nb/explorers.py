@@ -558,7 +558,7 @@ def interpolate(
 ) -> Float[Tensor, "T *X"]:
     "Decoded codes on the line between the mean codes of two test examples."
     m = label_free(seen.run.model, seen.x[a : a + 1])
-    at_a, at_b = m.encode(torch.stack([seen.x[a], seen.x[b]])).mu[:, 0]
+    at_a, at_b = m.encode(torch.stack([seen.x[a], seen.x[b]])).mean
     return m.likelihood.mean(m.decode(at_a + t[:, None] * (at_b - at_a)))
 
 # %% ../nbs/22_explorers.ipynb #220039

@@ -68,7 +68,7 @@ class Pictures(Unchecked):
     @in_eval_mode
     def reconstruct(self, x: Float[Tensor, "B *X"]) -> Float[Tensor, "B *X"]:
         "E[x|z] at the mean of q(z|x)."
-        codes = (self.encode(xb).mu[:, 0] for xb in x.split(rows_at_once(x)))
+        codes = (self.encode(xb).mean for xb in x.split(rows_at_once(x)))
         return torch.cat([self.likelihood.mean(self.decode(z)) for z in codes])
 
     @in_eval_mode

@@ -484,7 +484,7 @@ class _Picturing(_Classifying, Autoencoder):
         for xb in x.split(rows_at_once(x)):
             h = self._features(xb)
             code = self.kind.mean(self.encoder.classify(h))
-            out.append(self.likelihood.mean(self.decoder(self.encoder.posterior(h, code).mu[:, 0], code)))
+            out.append(self.likelihood.mean(self.decoder(self.encoder.posterior(h, code).mean, code)))
         return torch.cat(out)
 
     @in_eval_mode
@@ -846,7 +846,7 @@ def plot_classes(
         first, z = [], m.prior().sample(rows, generator(run.cfg.seed, "styles", device=run.device))
     else:
         x = data.fixed("test")[:rows].to(run.device)
-        first, z, names = [x], m.encode(x).mu[:, 0], ["test", *names]
+        first, z, names = [x], m.encode(x).mean, ["test", *names]
     x = torch.stack([*first, *(m.likelihood.mean(m.decoder(z, code)) for code in codes)], 1)
     fig, ax = plt.subplots(figsize=(0.55 * x.shape[1] + 0.3, 0.55 * len(x) + 0.3), layout="constrained")
     show_examples(ax, x.flatten(0, 1), columns=len(names))

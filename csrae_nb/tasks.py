@@ -114,7 +114,7 @@ def active_units(
     x: Tensor | LazyImages,  # (n, *X), as the model sees it
 ) -> int | None:  # between 0 and D; None of a single x, which has no variance
     "Latent dimensions in which the mean of q(z|x) has a variance above 0.01 over x (Burda et al., 2016)."
-    mu = torch.cat([model.encode(xb).mu[:, 0] for xb in x.split(rows_at_once(x))])
+    mu = torch.cat([model.encode(xb).mean for xb in x.split(rows_at_once(x))])
     return (mu.var(0) > 0.01).sum().item() if len(mu) > 1 else None
 
 # %% ../nbs/09b_tasks.ipynb #092014
