@@ -40,4 +40,5 @@ setup(
     extras_require=extras,
     entry_points=entry_points,
     packages=find_packages(include=[cfg["lib_name"], f"{cfg['lib_name']}.*"]),
+    package_data={cfg["lib_name"]: ["py.typed", "*.pyi"]},
 )

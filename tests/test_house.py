@@ -217,6 +217,13 @@ def test_main_names():
         csrae_nb.GMN
 
 
+def test_type_checkers_see_the_main_names():
+    "Those that __init__.py loads lazily, each from its own module."
+    tree = ast.parse((root / "csrae_nb" / "__init__.pyi").read_text())
+    seen = {a.name: n.module for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    assert seen == csrae_nb._home and (root / "csrae_nb" / "py.typed").exists()
+
+
 @pytest.mark.parametrize("path", modules, ids=lambda p: p.stem)
 def test_requirements_are_true(path):
     "What a module imports is required; what an extra brings is imported inside functions."
