@@ -55,7 +55,7 @@ def epoch(cfg, data, flush=True):
         net = acc.prepare(model)
 
     def run():
-        with cpu_threads(1), progress_bar(False) as bar:
+        with accelerator(cfg) as acc, cpu_threads(1), progress_bar(False) as bar:
             torch.set_flush_denormal(flush)
             train_epoch(task_of(cfg), acc, net, opt, data, 1, bar)
 
