@@ -5,7 +5,6 @@ first, for as long as is given. Writes small CSV files as it goes."""
 
 import argparse
 import ast
-import csv
 import json
 import multiprocessing
 import os
@@ -13,7 +12,7 @@ import tempfile
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from unittest.mock import patch
 
@@ -22,12 +21,13 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import torch
 
+from csrae_nb.catalogue import load_data
 from csrae_nb.divergence import cs_divergence
 from csrae_nb.kernels import naive_log_z
 from csrae_nb.mixtures import GMM, Draws
 from csrae_nb.evaluation import complete_run, finished_metrics, write_table
 from csrae_nb.fleet import _Graph, _Steps, Fleet, fit_fleet, fleets, stackable, train_fleets
-from csrae_nb.sweeps import attempt, distinct, read_sweep, seedless, sweep_table
+from csrae_nb.sweeps import attempt, distinct, read_csv, read_sweep, seedless, sweep_table
 from csrae_nb.config import Config, command, resolve, run_name
 from csrae_nb.files import runs_folder
 from csrae_nb.runs import fit, load_run
@@ -176,8 +176,7 @@ def together(kind, **fields):
             fit(digits(seed=s, name=f"lone-{label}-{s}", **KINDS[kind], **fields), progress=False)
             for s in range(4)
         ]
-        ends = [[sum(r.history[-1]["criterion"] for r in some) / 4 for some in (runs, lone)]]
-        ((a, b),) = ends
+        a, b = (sum(r.history[-1]["criterion"] for r in some) / 4 for some in (runs, lone))
         assert abs(a - b) < 0.05 * b, f"criterion {a:.3f} together, {b:.3f} alone"
         return f"criterion {a:.3f} together, {b:.3f} alone"
 
@@ -281,8 +280,6 @@ def seconds(f, least):
 
 
 def steps_a_second(job, small):
-    from csrae_nb.catalogue import load_data
-
     n = 400 if small else 20_000
     x = torch.rand(n, 28, 28, generator=torch.Generator().manual_seed(0)).round()
     data = load_data(dict(x=x), "bernoulli").to(DEVICE)
@@ -433,40 +430,21 @@ def timing(job, small):
 # tables: train in fleets, evaluate beside them
 
 
-@contextmanager
-def _quietly(folder, name):
-    "What a process prints goes to a file."
+def _prints_to(folder, name):
+    "What this process prints goes to a file from now on."
     with open(folder / f"{name}-{os.getpid()}.log", "a") as f:
         for fd in (1, 2):
             os.dup2(f.fileno(), fd)
-        yield
 
 
 def _train(groups, log):
-    with _quietly(log, "train"):
-        for configs in groups:
-            train_fleets(configs, len(configs), progress=False)
-
-
-def _evaluate(cfg):
-    return attempt(cfg)
-
-
-def _begin(log):
-    f = open(log / f"runs-{os.getpid()}.log", "a")
-    for fd in (1, 2):
-        os.dup2(f.fileno(), fd)
+    _prints_to(log, "train")
+    for configs in groups:
+        train_fleets(configs, len(configs), progress=False)
 
 
 def _known(rows):
     return {(seedless(r["command"]), s) for r in rows for s in r["seeds"].split()}
-
-
-def _rows(file):
-    if not file.exists():
-        return []
-    with open(file, newline="", encoding="utf-8") as f:
-        return list(csv.DictReader(f))
 
 
 class Table:
@@ -474,7 +452,7 @@ class Table:
 
     def __init__(self, file, out):
         self.name, self.out = Path(file).stem, out
-        self.earlier = _rows(HERE / "results" / f"{self.name}.csv")
+        self.earlier = read_csv(HERE / "results" / f"{self.name}.csv")
         known = _known(self.earlier)
         self.configs = [
             c for c in distinct(read_sweep(file)) if (seedless(command(c)), str(c.seed)) not in known
@@ -502,7 +480,7 @@ def tables(files, out, until, jobs, size, trainers):
     together = {run_name(c) for group in groups for c in group}
     waiting, under_way, failed, told = dict.fromkeys(wanted), {}, {}, time.monotonic()
     start = told
-    with ProcessPoolExecutor(jobs, spawn, _begin, (log,)) as pool:
+    with ProcessPoolExecutor(jobs, spawn, _prints_to, (log, "runs")) as pool:
         while (waiting or under_way) and time.monotonic() < until:
             for f in [f for f in under_way if f.done()]:
                 c = under_way.pop(f)
@@ -519,7 +497,7 @@ def tables(files, out, until, jobs, size, trainers):
                 if not ready:
                     continue
                 del waiting[c]
-                under_way[pool.submit(_evaluate, c)] = c
+                under_way[pool.submit(attempt, c)] = c
             if time.monotonic() - told > 30:
                 done, told = {t.name: t.write() for t in every}, time.monotonic()
                 print(

@@ -28,12 +28,12 @@ from .networks import side_by_side
 from .priors import MoGPrior, Prior, StandardNormal, VampPrior, variance
 
 # %% ../nbs/09f_fleet.ipynb #170102
-from .config import Config, identity, prior_kind, resolve, run_name
+from .config import Config, identity, prior_kind, resolve, run_name, task_class
 from .files import RunLocked, generator, progress_bar, run_lock, runs_folder
 from .models import MODELS
 from .process import accelerator, torch_defaults
 from .runs import Run, load_run, open_run, prepare_data
-from .tasks import task_of, validated, warmup_weight
+from .tasks import Task, task_of, validated, warmup_weight
 from csrae_nb.training import (
     NonFiniteLoss,
     warn_of_collapse,
@@ -302,15 +302,12 @@ def _validate(fleet, ts):
 # %% ../nbs/09f_fleet.ipynb #170017
 def stackable(cfg: Config) -> bool:  # resolved
     "Whether a run can be in a fleet: fully connected networks, no labels, no network in the prior, no IWAE."
-    if (
-        cfg.labels
-        or cfg.network not in ("mlp", "pinwheel")
-        or cfg.objective != "cs"
-        or cfg.prior_network
-        and prior_kind(cfg) == "mog"
-    ):
+    if task_class(cfg) is not Task or cfg.model not in MODELS:  # labels, and what others have added
         return False
-    return cfg.model in MODELS and MODELS[cfg.model].loss is Autoencoder.loss
+    kind = prior_kind(cfg)
+    plain_prior = kind in ("normal", "vamp") or kind == "mog" and not cfg.prior_network
+    plain_loss = MODELS[cfg.model].loss is Autoencoder.loss and cfg.objective == "cs"
+    return plain_prior and plain_loss and cfg.network in ("mlp", "pinwheel")
 
 
 def fleets(

@@ -12,14 +12,42 @@ from importlib import import_module
 from importlib.metadata import entry_points
 
 # %% ../nbs/02b_registry.ipynb #022005
-class Registry(MutableMapping):
-    "Things of one kind by their names, in the order in which they came."
+class _Table(MutableMapping):
+    "The mapping itself: plugins are loaded when a name is missing, or when all are asked for."
 
     def __init__(
         self,
         kind: str,  # what errors call an entry: "model"
     ):
-        self.kind, self._entries, self._about = kind, {}, {}
+        self.kind, self._rows = kind, {}  # name: entry, and what is known of it
+
+    def __getitem__(self, name):
+        if name not in self._rows:
+            load_plugins()
+        return self._rows[name][0]
+
+    def __setitem__(self, name, entry):
+        self._rows[name] = entry, {}
+
+    def __delitem__(self, name):
+        del self._rows[name]
+
+    def __iter__(self):
+        load_plugins()
+        return iter(self._rows)
+
+    def __len__(self):
+        load_plugins()
+        return len(self._rows)
+
+
+def _path(entry):
+    "Where something was defined, as far as it says."
+    return getattr(entry, "__qualname__", repr(entry))
+
+# %% ../nbs/02b_registry.ipynb #022105
+class Registry(_Table):
+    "Things of one kind by their names, in the order in which they came."
 
     def register(self, name: str | None = None, **about) -> Callable:  # a decorator
         "Add what is decorated, by name or its own, and what is known of it; ValueError for a taken name."
@@ -32,47 +60,23 @@ class Registry(MutableMapping):
 
     def add(self, name: str, entry, **about) -> None:
         "The same for something that is there already."
-        if name in self._entries and _path(self._entries[name]) != _path(entry):
+        there, _ = self._rows.get(name, (entry, None))
+        if _path(there) != _path(entry):
             raise ValueError(
-                f"the {self.kind} {name!r} is there already: {_path(self._entries[name])}; "
-                "choose another name"
+                f"the {self.kind} {name!r} is there already: {_path(there)}; choose another name"
             )
-        self._entries[name], self._about[name] = entry, about
+        self._rows[name] = entry, about
 
     def find(self, name: str):
         "The entry of a name; ValueError that lists the known ones."
         if name not in self:
             raise ValueError(f"unknown {self.kind} {name!r}; expected one of {', '.join(map(str, self))}")
-        return self._entries[name]
+        return self[name]
 
     def about(self, name: str, what: str, default=None):
         "What was said of an entry when it was registered."
         self.find(name)
-        return self._about[name].get(what, default)
-
-    def __getitem__(self, name):
-        if name not in self._entries:
-            load_plugins()
-        return self._entries[name]
-
-    def __setitem__(self, name, entry):
-        self._entries[name], self._about[name] = entry, {}
-
-    def __delitem__(self, name):
-        del self._entries[name], self._about[name]
-
-    def __iter__(self):
-        load_plugins()
-        return iter(self._entries)
-
-    def __len__(self):
-        load_plugins()
-        return len(self._entries)
-
-# %% ../nbs/02b_registry.ipynb #022010
-def _path(entry):
-    "Where something was defined, as far as it says."
-    return getattr(entry, "__qualname__", repr(entry))
+        return self._rows[name][1].get(what, default)
 
 # %% ../nbs/02b_registry.ipynb #022007
 GROUP = "csrae_nb.plugins"  # of entry points

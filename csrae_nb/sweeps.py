@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FIELDS', 'OUTCOMES', 'PRELOAD', 'UNGUARDED', 'expand', 'distinct', 'read_sweep', 'parse_field', 'run_folder',
            'is_finished', 'trained_epochs', 'is_locked', 'run_state', 'attempt', 'record_failure', 'failure',
-           'run_logged', 'local_engine', 'ray_engine', 'run_sweep', 'sweep_table', 'seedless', 'shard', 'read_words',
-           'main']
+           'run_logged', 'local_engine', 'ray_engine', 'run_sweep', 'sweep_table', 'seedless', 'read_csv', 'shard',
+           'read_words', 'main']
 
 # %% ../nbs/12_sweeps.ipynb #120002
 import argparse
@@ -532,7 +532,7 @@ def seedless(command: str) -> str:
     )
 
 
-def _read_csv(path):
+def read_csv(path):
     "The rows of a table, as text, [] without the file; ValueError for a file that is no such table."
     if not path.exists():
         return []
@@ -675,7 +675,7 @@ def _report(configs, outcome, before):
 
 def _write_csv(path, configs):
     "The table of what is finished here, or was when the file was written."
-    if rows := sweep_table(configs, _read_csv(path)):
+    if rows := sweep_table(configs, read_csv(path)):
         write_table(path, rows)
         print(f"{path}: {len(rows)} rows")
     else:
@@ -728,7 +728,7 @@ def _carry_out(o):
     configs = shard(whole, o.shard)
     if o.csv:
         o.csv.parent.mkdir(parents=True, exist_ok=True)
-        _read_csv(o.csv)  # an error now, not after hours
+        read_csv(o.csv)  # an error now, not after hours
     if o.list:
         _show_states(configs)
     else:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['make_prior', 'assemble', 'make_model', 'warmup_weight', 'mean_terms', 'draw_codes', 'active_units', 'check_rows',
-           'Validation', 'validated', 'Task', 'task_of']
+           'Validation', 'validated', 'Epochs', 'Task', 'task_of']
 
 # %% ../nbs/09b_tasks.ipynb #092002
 from collections.abc import Callable
@@ -152,10 +152,29 @@ def validated(reconstruction: float, divergence: float) -> dict:  # column of th
     both = dict(val_reconstruction=reconstruction, val_divergence=divergence)
     return dict(**both, criterion=reconstruction + divergence)
 
+# %% ../nbs/09b_tasks.ipynb #092116
+class Epochs:
+    "What a task gives the loop in an epoch."
+
+    def begin(self, model: nn.Module, epoch: int) -> None:
+        "What changes in the model from epoch to epoch."
+
+    def rows(self, data: Dataset, epoch: int) -> Tensor:  # (steps, batch_size), on the CPU
+        "The training examples of each step of an epoch; what does not fill a batch is left out."
+        B, g = self.cfg.batch_size, generator(self.cfg.seed, "order", epoch)
+        order = torch.randperm(len(data.x_train), generator=g)
+        return order[: len(order) // B * B].view(-1, B)
+
+    def known(
+        self, data: Dataset, rows: Tensor
+    ) -> tuple:  # arguments of the loss after x, weight and generator
+        "What the loss of a batch is given besides its images."
+        return ()
+
 # %% ../nbs/09b_tasks.ipynb #092016
 @TASKS.register("autoencoder")
 @dataclass(frozen=True)
-class Task(Validation):
+class Task(Epochs, Validation):
     "Training without labels; other tasks override what differs."
 
     cfg: Config  # resolved
@@ -191,21 +210,6 @@ class Task(Validation):
 
     def start(self, model: nn.Module, run_first: Callable[[Config], Any] | None) -> None:
         "Before the first epoch: weights from elsewhere than the seed, such as a run that is fitted first."
-
-    def begin(self, model: nn.Module, epoch: int) -> None:
-        "What changes in the model from epoch to epoch."
-
-    def rows(self, data: Dataset, epoch: int) -> Tensor:  # (steps, batch_size), on the CPU
-        "The training examples of each step of an epoch; what does not fill a batch is left out."
-        B, g = self.cfg.batch_size, generator(self.cfg.seed, "order", epoch)
-        order = torch.randperm(len(data.x_train), generator=g)
-        return order[: len(order) // B * B].view(-1, B)
-
-    def known(
-        self, data: Dataset, rows: Tensor
-    ) -> tuple:  # arguments of the loss after x, weight and generator
-        "What the loss of a batch is given besides its images."
-        return ()
 
 # %% ../nbs/09b_tasks.ipynb #092017
 def task_of(cfg: Config) -> Task:  # cfg: resolved

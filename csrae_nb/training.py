@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['train', 'NonFiniteLoss', 'check_finite', 'train_epoch', 'place_components', 'to_be_placed', 'same_run', 'Checkpoint',
-           'is_trained', 'tidied', 'untrained', 'Training', 'warn_of_collapse']
+           'is_trained', 'tidied', 'untrained', 'History', 'Training', 'warn_of_collapse']
 
 # %% ../nbs/09d_training.ipynb #094002
 import csv
@@ -247,49 +247,15 @@ def untrained(task: Task, data: Dataset, device) -> tuple[nn.Module, torch.optim
     model = task.make_model(task.about(data), pseudo_inputs).to(device)
     return model, torch.optim.Adam(model.parameters(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
-# %% ../nbs/09d_training.ipynb #094020
-class Training(Checkpoint):
-    "The state of a run between two epochs: model, optimiser, best weights, and a checkpoint's header."
-
-    def __init__(self, task, data, acc, path, run_first=None):
-        self.task, self.cfg, self.data, self.acc, self.path = task, task.cfg, data, acc, path
-        self.val = data.fixed("val")
-        self.model, self.opt = untrained(task, data, acc.device)
-        self.best, self.meta = {}, dict(epoch=0, best_epoch=0, val_loss=None, seconds=0.0, history=[])
-        self.meta |= dict(sha256=data.sha256, config=dataclasses.asdict(task.cfg))
-        self.file, self.saved = path / "checkpoint.safetensors", None  # where, and the epoch that is there
-        found = self.file.exists()
-        acc.wait_for_everyone()  # all have looked before the main process writes
-        if found:
-            self.resume()
-        else:
-            task.start(self.model, run_first)
-        self.save()
-        _check_space(self.file, 2 if found else 10)  # a disk that cannot take it is found out now
-        self.net, self.tracker, self.warned = acc.prepare(self.model), _tracker(task.cfg, path), False
+# %% ../nbs/09d_training.ipynb #094120
+class History:
+    "What a training notes of its epochs, and what follows from it."
 
     @property
     def done(self):
         c, m = self.cfg, self.meta
         warmup = c.warmup if "warmup" not in unused_fields(c) else 0
         return m["epoch"] >= c.epochs or m["epoch"] - max(m["best_epoch"], warmup) >= c.patience
-
-    def bar(self, progress):
-        "A progress bar of all steps, from the main process."
-        steps = len(self.task.rows(self.data, 1))
-        sizes = dict(total=self.cfg.epochs * steps, initial=self.meta["epoch"] * steps)
-        return progress_bar(progress and self.acc.is_main_process, unit="step", desc="training", **sizes)
-
-    def train_and_validate(self, bar):
-        "One epoch."
-        start, epoch, task = time.perf_counter(), self.meta["epoch"] + 1, self.task
-        task.begin(self.model.train(), epoch)
-        rec, div = train_epoch(task, self.acc, self.net, self.opt, self.data, epoch, bar).tolist()
-        if to_be_placed(self.model, self.cfg, epoch):
-            place_components(self.model, self.opt, self.data, self.cfg)
-        row = task.validate(self.model.eval(), self.data, self.val)
-        self.record(time.perf_counter() - start, train_reconstruction=rec, train_divergence=div, **row)
-        warn_of_collapse(self)
 
     def record(self, seconds, **row):
         "Add an epoch to the history, and keep weights that are the best so far; NonFiniteLoss of validation."
@@ -313,6 +279,44 @@ class Training(Checkpoint):
     def failed(self, error):
         "A NonFiniteLoss that says where the last good state is."
         return NonFiniteLoss(f"{error}. The last good state, of epoch {self.saved}, is {self.file}")
+
+# %% ../nbs/09d_training.ipynb #094020
+class Training(Checkpoint, History):
+    "The state of a run between two epochs: model, optimiser, best weights, and a checkpoint's header."
+
+    def __init__(self, task, data, acc, path, run_first=None):
+        self.task, self.cfg, self.data, self.acc, self.path = task, task.cfg, data, acc, path
+        self.val = data.fixed("val")
+        self.model, self.opt = untrained(task, data, acc.device)
+        self.best, self.meta = {}, dict(epoch=0, best_epoch=0, val_loss=None, seconds=0.0, history=[])
+        self.meta |= dict(sha256=data.sha256, config=dataclasses.asdict(task.cfg))
+        self.file, self.saved = path / "checkpoint.safetensors", None  # where, and the epoch that is there
+        found = self.file.exists()
+        acc.wait_for_everyone()  # all have looked before the main process writes
+        if found:
+            self.resume()
+        else:
+            task.start(self.model, run_first)
+        self.save()
+        _check_space(self.file, 2 if found else 10)  # a disk that cannot take it is found out now
+        self.net, self.tracker, self.warned = acc.prepare(self.model), _tracker(task.cfg, path), False
+
+    def bar(self, progress):
+        "A progress bar of all steps, from the main process."
+        steps = len(self.task.rows(self.data, 1))
+        sizes = dict(total=self.cfg.epochs * steps, initial=self.meta["epoch"] * steps)
+        return progress_bar(progress and self.acc.is_main_process, unit="step", desc="training", **sizes)
+
+    def train_and_validate(self, bar):
+        "One epoch."
+        start, epoch, task = time.perf_counter(), self.meta["epoch"] + 1, self.task
+        task.begin(self.model.train(), epoch)
+        rec, div = train_epoch(task, self.acc, self.net, self.opt, self.data, epoch, bar).tolist()
+        if to_be_placed(self.model, self.cfg, epoch):
+            place_components(self.model, self.opt, self.data, self.cfg)
+        row = task.validate(self.model.eval(), self.data, self.val)
+        self.record(time.perf_counter() - start, train_reconstruction=rec, train_divergence=div, **row)
+        warn_of_collapse(self)
 
 # %% ../nbs/09d_training.ipynb #094022
 def _tracker(cfg, path):

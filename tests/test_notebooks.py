@@ -38,10 +38,10 @@ def tables_as_they_were():
     "What a chapter registers, and registers again, is for that chapter alone."
     load_plugins()
     tables = DATASETS, TASKS, DIVERGENCES, MODELS, PRIORS
-    before = [(t, dict(t._entries), dict(t._about)) for t in tables]
+    before = [(t, dict(t._rows)) for t in tables]
     yield
-    for table, entries, about in before:
-        table._entries, table._about = entries, about
+    for table, rows in before:
+        table._rows = rows
 
 
 @pytest.mark.parametrize("path", chapters, ids=lambda p: p.stem)

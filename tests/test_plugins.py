@@ -155,6 +155,17 @@ def test_what_plugins_add_is_swept_by_processes(run, tmp_path):
     assert len(rows) == 3 and "ring" in rows[1]
 
 
+def test_what_a_fleet_does_not_know_goes_alone(run):
+    "Their task trains in its own way, their prior is none that can be stacked."
+    checks = script(
+        "from csrae_nb.config import resolve",
+        "from csrae_nb.fleet import stackable",
+        "assert not stackable(resolve(Config(dataset='theirs')))",
+        "assert not stackable(resolve(Config(prior='ring'))) and stackable(resolve(Config()))",
+    )
+    run("-c", checks)
+
+
 def test_names_that_nobody_added_are_refused(run):
     said = run("-c", script("Config(dataset='theirs', prior='rings')"), status=1)
     assert "unknown prior 'rings'; expected one of mog, vamp, ring" in said
