@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 from pathlib import Path
 import fastcore.test, jaxtyping, nbformat, pytest, torch
+from accelerate.state import AcceleratorState
 from nbdev.test import test_nb as run_nb
 from csrae_nb import GMM
 from csrae_nb.catalogue import DATASETS
@@ -42,6 +43,13 @@ def tables_as_they_were():
     yield
     for table, rows in before:
         table._rows = rows
+
+
+@pytest.fixture(autouse=True)
+def accelerate_as_it_was():
+    "The Accelerator that a reader makes is for that chapter alone."
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("path", chapters, ids=lambda p: p.stem)
