@@ -109,7 +109,7 @@ def losses(cfg, network, device, steps):
     model = make_model(cfg, SHAPES[network], likelihood, x.flatten(0, 1)[: cfg.components]).to(device).train()
     opt, noise, out = torch.optim.Adam(model.parameters(), lr=5e-4, fused=True), Same(2), []
     for xb in x.to(device):
-        loss = model.loss(xb, 1.0, noise).loss
+        loss = model.loss(xb, noise).loss
         opt.zero_grad()
         loss.backward()
         opt.step()

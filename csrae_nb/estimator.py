@@ -22,14 +22,14 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from .data import column_units, default_likelihood, from_arrays
 from .mixtures import GMM
 from .likelihoods import make_likelihood
-from .models import Autoencoder, rows_at_once
+from .models import Autoencoder, rows_at_once, warmed_up
 
 # %% ../nbs/20_estimator.ipynb #200102
 from .config import Config, make_config, resolve
 from .files import generator, progress_bar
 from .process import accelerator, torch_defaults
 from .runs import fit
-from .tasks import mean_terms, task_of, warmup_weight
+from .tasks import mean_terms, task_of
 from .training import place_components, to_be_placed, train_epoch, untrained
 
 # %% ../nbs/20_estimator.ipynb #200005
@@ -257,7 +257,7 @@ def _on_cpu(state):  # of an optimiser
 
 # %% ../nbs/20_estimator.ipynb #200124
 def _pass(acc, data, cfg, epoch, weights, state, verbose):
-    "An epoch from these weights and this state of the optimiser: model, optimiser, and both mean terms."
+    "An epoch from these weights and this state of the optimiser: model, optimiser, and the mean terms."
     data = data.to(acc.device)
     task = task_of(cfg)
     model, opt = untrained(task, data, acc.device)
@@ -267,7 +267,7 @@ def _pass(acc, data, cfg, epoch, weights, state, verbose):
         opt.load_state_dict(state)
     steps = dict(total=len(data.x_train) // cfg.batch_size, unit="step", desc="training")
     with progress_bar(verbose, **steps) as bar:
-        terms = train_epoch(task, acc, acc.prepare(model.train()), opt, data, epoch, bar).tolist()
+        terms = train_epoch(task, acc, acc.prepare(model.train()), opt, data, epoch, bar)
     enough = len(data.x_train) >= cfg.components
     if enough and to_be_placed(model, cfg, epoch):
         place_components(model, opt, data, cfg)
@@ -282,8 +282,8 @@ def _one_pass(est, X):
     weights, epoch = est.model_.state_dict() if history else None, len(history) + 1
     with _turn, torch_defaults(cfg.threads), accelerator(cfg) as acc:
         model, opt, terms = _pass(acc, data, cfg, epoch, weights, state, bool(est.verbose))
-    row = dict(epoch=epoch, weight=warmup_weight(cfg, epoch))
-    row |= dict(train_reconstruction=terms[0], train_divergence=terms[1])
+    row = dict(epoch=epoch, weight=warmed_up(epoch, cfg.warmup))
+    row |= {f"train_{k}": v for k, v in terms.items()}
     return config, model, _on_cpu(opt.state_dict()), [*history, row]
 
 # %% ../nbs/20_estimator.ipynb #200029
@@ -321,7 +321,8 @@ def _responsibilities(est, X):  # (n, K)
 def _score(est, X):
     x, _ = _known_rows(est, X)
     log_scale = np.log(est.scaler_.scale_).sum() if est.scaler_ else 0.0
-    return float(-sum(mean_terms(est.model_, x, generator(est.config_.seed, "score"))) - log_scale)
+    terms = mean_terms(est.model_, x, generator(est.config_.seed, "score"))
+    return float(-terms["reconstruction"] - terms["divergence"] - log_scale)
 
 # %% ../nbs/20_estimator.ipynb #200038
 @torch.no_grad()

@@ -310,14 +310,12 @@ def _evaluate(run, data, progress, known):
     _too_few(data)
     test, codes = data.fixed("test"), run_codes(run, data, "train")
     sources = sample_sources(run, codes)
-    reconstruction, divergence = mean_terms(
-        run.model, test, generator(run.cfg.seed, "test", device=run.device)
-    )
+    terms = mean_terms(run.model, test, generator(run.cfg.seed, "test", device=run.device))
     samples = run.cfg.ll_samples
     ll = known.get("ll") or (mean_log_likelihood(run, test, samples, progress) if samples else None)
     return dict(
-        reconstruction=reconstruction,
-        divergence=divergence,
+        reconstruction=terms["reconstruction"],
+        divergence=terms["divergence"],
         criterion=run.history[run.best_epoch - 1]["criterion"],
         ll=ll,
         active_units=active_units(run.model, test),

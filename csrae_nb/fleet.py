@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from copy import deepcopy
+from functools import reduce
+from operator import add
 
 import torch
 from jaxtyping import Float
@@ -30,10 +32,10 @@ from .priors import MoGPrior, Prior, StandardNormal, VampPrior, variance
 # %% ../nbs/09f_fleet.ipynb #170102
 from .config import Config, identity, prior_kind, resolve, run_name, task_class
 from .files import RunLocked, generator, progress_bar, run_lock, runs_folder
-from .models import MODELS
+from .models import CSRAE, MODELS, VAE, MixtureCSRAE, MixtureVAE, VampPriorVAE, Weight
 from .process import accelerator, torch_defaults
 from .runs import Run, load_run, open_run, prepare_data
-from .tasks import Task, task_of, validated, warmup_weight
+from .tasks import Task, task_of, validated
 from csrae_nb.training import (
     NonFiniteLoss,
     warn_of_collapse,
@@ -84,31 +86,39 @@ class Fleet(Autoencoder):
     "R models of one architecture as one autoencoder, on R equal blocks of rows."
 
     def __init__(self, models: list[Autoencoder]):
-        encoder, decoder = deepcopy(models[0].encoder), deepcopy(models[0].decoder)
-        encoder.net, decoder.net = (
-            side_by_side([m.encoder.net for m in models]),
-            side_by_side([m.decoder.net for m in models]),
-        )
-        super().__init__(encoder, decoder, Priors([m.prior for m in models], encoder), models[0].likelihood)
+        first = models[0]
+        encoder, decoder = deepcopy(first.encoder), deepcopy(first.decoder)
+        encoder.net = side_by_side([m.encoder.net for m in models])
+        decoder.net = side_by_side([m.decoder.net for m in models])
+        super().__init__(encoder, decoder, Priors([m.prior for m in models], encoder), first.likelihood)
         self.models = tuple(models)  # in a tuple: not registered
-        self.register_buffer(
-            "lams",
-            torch.tensor([[m.lam] for m in models], device=next(models[0].parameters()).device),
-            persistent=False,
-        )
+        self.weights = nn.ModuleDict({k: _stacked_weight(k, models) for k in first.weights})
 
     def divergence(self, q, p, z, generator=None):
-        R = len(self.models)
-        q, z = GMM(*(t.unflatten(0, (R, -1)) for t in (q.logw, q.mu, q.var))), z.unflatten(0, (R, -1))
-        return self.models[0].divergence(q, p, z, generator).flatten()
+        z = z.unflatten(0, (len(self.models), -1))
+        return self.models[0].divergence(self._by_member(q), p, z, generator).flatten()
 
-    def totals(self, rec, div, weight=1.0):
-        "The number that each member minimises, (R,)."
-        R = len(self.models)
-        return (rec.view(R, -1) + weight * self.lams * div.view(R, -1)).mean(1)
+    def _by_member(self, q):
+        return GMM(*(t.unflatten(0, (len(self.models), -1)) for t in (q.logw, q.mu, q.var)))
 
-    def total(self, rec, div, weight=1.0):
-        return self.totals(rec, div, weight).sum()
+    def rows(self, t: Float[Tensor, "RB"]) -> Float[Tensor, "R B"]:
+        "A number of each example, by member."
+        return t.view(len(self.models), -1)
+
+    def totals(self, each: dict[str, Tensor], whole: dict[str, Tensor]) -> Float[Tensor, "R"]:
+        "The number that each member minimises."
+        loss = reduce(add, (self.weighed(k, self.rows(t)) for k, t in each.items())).mean(1)
+        return reduce(add, (self.weighed(k, t) for k, t in whole.items()), loss)
+
+    def total(self, each, whole):
+        return self.totals(each, whole).sum()
+
+# %% ../nbs/09f_fleet.ipynb #170107
+def _stacked_weight(name, models):
+    "The weights of a term, (R, 1), as one."
+    weights = [m.weights[name] for m in models]
+    full = torch.tensor([[w.full] for w in weights], device=weights[0].now.device)
+    return Weight(full, weights[0].warmup).to(full.device)
 
 # %% ../nbs/09f_fleet.ipynb #170009
 class Blocks(Draws):
@@ -220,24 +230,20 @@ class _Steps:
         device, self.graph = data.x_train.device, None
         if not graphed:
             return
-        self.rows = torch.zeros(
-            shape, dtype=torch.long, device=device
-        )  # (R, B): where the graph looks for them
-        self.weight = torch.zeros((), dtype=fleet.lams.dtype, device=device)
+        self.rows = torch.zeros(shape, dtype=torch.long, device=device)  # where the graph looks for them
         self.noise = torch.Generator(device)
         self.graph = _Graph(lambda: self.step(self.rows), self.noise)
 
-    def begin(self, seeds, epoch, weight):
+    def begin(self, seeds, epoch):
         "An epoch of members with these seeds."
+        self.fleet.begin(epoch)
         if self.graph:
             self.noise.manual_seed(generator(seeds, "noise", epoch).initial_seed())
-            self.weight.fill_(weight)
         else:
             self.noise = [generator(s, "noise", epoch, 0, device=self.data.x_train.device) for s in seeds]
-            self.weight = weight
 
     def __call__(self, rows):
-        "A step on these rows of the training data, (R, B): loss, reconstruction and divergence, (R, 3)."
+        "A step on these rows of the training data, (R, B): the loss and its terms, (R, 1 + terms)."
         if not self.graph:
             return self.step(rows)
         self.rows.copy_(rows)
@@ -251,12 +257,13 @@ class _Steps:
         else:
             x = torch.cat([data.draw(data.x_train[b], g) for b, g in zip(rows, self.noise)])
         with self.autocast():  # which keeps what it has cast until its end
-            terms = fleet.loss(x, self.weight, self.noise if self.graph else Blocks(self.noise))
+            terms = fleet.loss(x, self.noise if self.graph else Blocks(self.noise))
         terms.loss.backward()
         self.opt.step()
-        rec, div = terms.reconstruction.detach(), terms.divergence.detach()
-        means = [t.view(len(rows), -1).mean(1) for t in (rec, div)]
-        return torch.stack([fleet.totals(rec, div, self.weight), *means], 1)
+        each, whole = ({k: t.detach() for k, t in ts.items()} for ts in (terms.each, terms.whole))
+        self.names = [*each, *whole]
+        means = [fleet.rows(t).mean(1) for t in each.values()]
+        return torch.stack([fleet.totals(each, whole), *means, *whole.values()], 1)
 
 # %% ../nbs/09f_fleet.ipynb #170215
 class _Together:
@@ -270,15 +277,17 @@ class _Together:
         self.steps = _Steps(self.fleet, self.opt, data, shape, data.x_train.is_cuda, ts[0].acc.autocast)
 
     def epoch(self, epoch, bar):
-        "One pass of all members over their own batches: loss, reconstruction and divergence, (steps, R, 3)."
+        "One pass of all members over their own batches: (steps, R, 1 + terms), and the terms' names."
         ts, data, device = self.ts, self.ts[0].data, self.ts[0].data.x_train.device
         rows = torch.stack([t.task.rows(data, epoch) for t in ts], 1).to(device)  # (steps, R, B)
-        self.steps.begin([t.cfg.seed for t in ts], epoch, warmup_weight(ts[0].cfg, epoch))
-        log = torch.zeros(len(rows), len(ts), 3, device=device)
+        self.steps.begin([t.cfg.seed for t in ts], epoch)
+        log = None
         for i, batch in enumerate(rows):
-            log[i] = self.steps(batch)
+            numbers = self.steps(batch)
+            log = numbers.new_zeros(len(rows), *numbers.shape) if log is None else log
+            log[i] = numbers
             bar.update(len(ts))
-        return log
+        return log, self.steps.names
 
     def give_back(self, diverged):
         "Weights and optimiser states to the members, but for those (by their place) that diverged."
@@ -287,17 +296,13 @@ class _Together:
 # %% ../nbs/09f_fleet.ipynb #170315
 @torch.no_grad()
 def _validate(fleet, ts):
-    "Both terms of each member on the validation images, (R, 2)."
-    x, draws, sums = (
-        ts[0].val,
-        Blocks([generator(t.cfg.seed, "validation", device=ts[0].val.device) for t in ts]),
-        0.0,
-    )
+    "The terms of each member on the validation images, by name."
+    x, sums = ts[0].val, 0.0
+    draws = Blocks([generator(t.cfg.seed, "validation", device=x.device) for t in ts])
     for xb in x.split(rows_at_once(x)):
-        terms = fleet.loss(xb.expand(len(ts), *xb.shape).flatten(0, 1), 1.0, draws)
-        both = [t.view(len(ts), -1).double().sum(1) for t in (terms.reconstruction, terms.divergence)]
-        sums = sums + torch.stack(both, 1)
-    return sums / len(x)
+        terms = fleet.loss(xb.expand(len(ts), *xb.shape).flatten(0, 1), draws)
+        sums = sums + torch.stack([fleet.rows(t).double().sum(1) for t in terms.each.values()], 1)
+    return [dict(zip(terms.each, row)) for row in (sums / len(x)).tolist()]
 
 # %% ../nbs/09f_fleet.ipynb #170017
 def stackable(cfg: Config) -> bool:  # resolved
@@ -306,7 +311,9 @@ def stackable(cfg: Config) -> bool:  # resolved
         return False
     kind = prior_kind(cfg)
     plain_prior = kind in ("normal", "vamp") or kind == "mog" and not cfg.prior_network
-    plain_loss = MODELS[cfg.model].loss is Autoencoder.loss and cfg.objective == "cs"
+    plain_loss = (
+        MODELS[cfg.model] in (VAE, MixtureVAE, VampPriorVAE, CSRAE, MixtureCSRAE) and cfg.objective == "cs"
+    )
     return plain_prior and plain_loss and cfg.network in ("mlp", "pinwheel")
 
 
@@ -326,12 +333,12 @@ def fleets(
 SAVE_EVERY = 60.0  # seconds between checkpoints of a fleet
 
 
-def _diverged(log, ts, epoch):
+def _diverged(log, names, ts, epoch):
     "The members (by their place) whose loss was not finite in an epoch, and the error of each."
     errors = {}
     for r in range(len(ts)):
         try:
-            check_finite(log[:, r], epoch)
+            check_finite(log[:, r], names, epoch)
         except NonFiniteLoss as e:
             errors[r] = e
     return errors
@@ -348,22 +355,22 @@ def _place_all(ts):
 def _epoch_together(together, epoch, bar):
     "An epoch of runs of one architecture, trained and validated; the error of each that it ended, by run."
     start, ts = time.perf_counter(), together.ts
-    log = together.epoch(epoch, bar)
-    errors = _diverged(log.cpu(), ts, epoch)
+    log, names = together.epoch(epoch, bar)
+    errors = _diverged(log.cpu(), names, ts, epoch)
     together.give_back(errors)
     failed = {ts[r]: e for r, e in errors.items()}
-    means = log[:, :, 1:].mean(0).tolist()
-    trained = {t: means[r] for r, t in enumerate(ts) if t not in failed}
+    rows = [{f"train_{k}": v for k, v in zip(names, m)} for m in log[:, :, 1:].mean(0).tolist()]
+    trained = {t: row for t, row in zip(ts, rows) if t not in failed}
     if not trained:
         return failed
     if to_be_placed(ts[0].model, ts[0].cfg, epoch):
         _place_all(list(trained))
     with ts[0].acc.autocast():
-        valid = _validate(Fleet([t.model for t in trained]), list(trained)).tolist()
+        valid = _validate(Fleet([t.model for t in trained]), list(trained))
     seconds = (time.perf_counter() - start) / len(ts)
-    for (t, (rec, div)), (vrec, vdiv) in zip(trained.items(), valid):
+    for (t, row), terms in zip(trained.items(), valid):
         try:
-            t.record(seconds, train_reconstruction=rec, train_divergence=div, **validated(vrec, vdiv))
+            t.record(seconds, **row, **validated(terms))
         except NonFiniteLoss as e:
             failed[t] = e
         else:

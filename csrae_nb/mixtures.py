@@ -172,6 +172,22 @@ class _Diagonal(Mixture):
     def _draw(self, k, generator):
         return GMM.gaussian(self.mu[k], self.var[k]).rsample(generator)
 
+    def aggregate(self) -> "GMM":  # the batch without its last axis, of B·N components
+        "The mixture of a batch, ¹⁄B Σ_b q_b: of posteriors, the aggregate posterior; Eq. (23) of (17)."
+        logw, mu, var = self.broadcast()
+        weights = logw - math.log(logw.shape[-2])
+        return GMM(weights.flatten(-2), mu.flatten(-3, -2), var.flatten(-3, -2))
+
+    def broadcast(self) -> tuple[Tensor, Tensor, Tensor]:
+        "Log weights, means and variances, each with all of the batch axes."
+        B, (N, D) = self.batch_shape, self.mu.shape[-2:]
+        return self.logw.expand(*B, N), self.mu.expand(*B, N, D), self.var.expand(*B, N, D)
+
+    @unchecked()
+    def detach(self) -> "GMM":
+        "The same mixtures, to which no gradient goes."
+        return GMM(self.logw.detach(), self.mu.detach(), self.var.detach())
+
     def to_distribution(self) -> MixtureSameFamily:
         "The same mixture as a `torch.distributions` object."
         normals = Independent(Normal(self.mu, self.var.sqrt()), 1)

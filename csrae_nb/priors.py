@@ -7,7 +7,6 @@ __all__ = ['PRIORS', 'LOG_VAR', 'FAR', 'Unchecked', 'Prior', 'StandardNormal', '
            'VampPrior', 'occupancy', 'effective_components', 'overlap_matrix', 'distinct_components', 'em_step']
 
 # %% ../nbs/03_priors.ipynb #030002
-import math
 from collections.abc import Callable
 
 import torch
@@ -194,17 +193,13 @@ class VampPrior(Prior):
         self.pseudo_inputs = nn.Parameter(pseudo_inputs.clone())
 
     def forward(self) -> GMM:
-        return self._mixture(self._encoder[0](self.pseudo_inputs))
+        return self._encoder[0](self.pseudo_inputs).aggregate()
 
     def jointly(self, encode, x, posterior=lambda q: q):
         if not _normalises_batches(self._encoder[0]):
             return super().jointly(encode, x)
         both = encode(torch.cat([x, self.pseudo_inputs]))
-        return _rows(both, slice(len(x))), self._mixture(posterior(_rows(both, slice(len(x), None))))
-
-    def _mixture(self, q):
-        logw = q.mu.new_full((len(q.mu),), -math.log(len(q.mu)))
-        return GMM(logw, q.mu[:, 0], q.var[:, 0])
+        return _rows(both, slice(len(x))), posterior(_rows(both, slice(len(x), None))).aggregate()
 
 # %% ../nbs/03_priors.ipynb #030019
 @torch.no_grad()

@@ -12,7 +12,7 @@ import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,18 +23,25 @@ from .config import Config, identity, make_config, resolve, run_name, unused_fie
 from .data import SPLITS, Dataset
 from .files import load_tensors, run_lock, runs_folder, write_atomic, writing
 from .likelihoods import make_likelihood
+from .models import Autoencoder
 from .process import accelerator, torch_defaults
 from .tasks import Task, task_of
 from .training import is_trained, same_run, tidied, train
 
 # %% ../nbs/09e_runs.ipynb #095006
+if TYPE_CHECKING:
+    Model = Autoencoder
+else:
+    Model = nn.Module  # of model="Supervised" a classifier, with other methods
+
+
 @dataclass(frozen=True)
 class Run:
     "A finished run: the best model by validation, and how it came about."
 
     cfg: Config  # resolved
     path: Path  # its folder
-    model: nn.Module  # an Autoencoder, or a classifier alone: the weights of best_epoch, in eval mode
+    model: Model  # the weights of best_epoch, in eval mode
     history: list[dict]  # a row an epoch: weight, and both terms in training and validation
     best_epoch: int  # the epoch of the smallest validation loss
     seconds: float  # spent in training, over all sittings

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .mixtures import GMM, Draws
 from .data import Dataset, LazyImages, names_of_labels, labelled_rows
 from .likelihoods import Likelihood, Units, make_likelihood
-from .models import Autoencoder, Terms, in_eval_mode, rows_at_once
+from .models import Autoencoder, Terms, in_eval_mode, rows_at_once, warmed_up
 from .networks import face_features, face_images, glorot_, mlp, resnet18_features
 from .pictures import show_examples
 from .priors import variance, within
@@ -370,7 +370,6 @@ class _Objective(Autoencoder):
     def loss(
         self,
         x: Float[Tensor, "B *X"],
-        weight: float = 1.0,  # of what unlabelled images teach the classifier: a factor of that gradient only
         generator: torch.Generator | Draws | None = None,
         y: Int[Tensor, "n *L"] | None = None,  # labels of the first n images; None: no label is known
     ) -> Terms:  # the divergence and reconstruction of an unlabelled image are means over q(y|x)
@@ -378,13 +377,14 @@ class _Objective(Autoencoder):
         n = 0 if y is None else len(y)
         h, p = self.prior.jointly(self.encoder.features, self.likelihood.inputs(x), self.encoder.at_mean)
         logits = self.encoder.classify(h)
-        guess = logits[n:] * weight + logits[n:].detach() * (1 - weight)  # a smaller gradient, the same value
+        trust = self.trust if self.training else 1.0
+        guess = logits[n:] * trust + logits[n:].detach() * (1 - trust)  # a smaller gradient, the same value
         tried = self._tried(guess, generator).after(logits[:0] if n == 0 else self.kind.code(y))
         rec, div = self._terms(x, h, p, tried, generator)
-        total = rec + self.lam * div  # −L or its mean over y
+        total = rec + self.weighed("divergence", div)  # −L or its mean over y
         unknown = total[n:] + self.beta * self.kind.kl(guess, self.label_prior)
         loss = unknown.mean() if n == 0 else self._weighed(total[:n], unknown, logits[:n], y)
-        return Terms(loss, rec, div)
+        return Terms(loss, dict(reconstruction=rec, divergence=div))
 
     def _weighed(self, known, unknown, logits, y):
         "Labelled and unlabelled images with the weights that keep the sums of Eq. (27)."
@@ -553,12 +553,21 @@ class SemiSupervised(_Objective, _Trials, _Picturing, _LabelByLabel):
         if not 0 < share <= 1:
             what = "the part of the training data that has labels, above 0 and at most 1"
             raise ValueError(f"share={share}; expected {what}")
+        if inner.batch_terms:
+            raise ValueError(
+                f"with labels there are no terms of a whole batch: {', '.join(inner.batch_terms)}"
+            )
         self.kind, self.divergence = inner.encoder.kind, inner.divergence
         self.share, self.alpha, self.beta, self.temperature = share, alpha, beta, temperature
+        self.warmup, self.trust = inner.weights["divergence"].warmup, 1.0
         self.register_buffer("label_prior", prior.clone())
 
-    def forward(self, x, weight=1.0, generator=None, y=None):
-        return self.loss(x, weight, generator, y)
+    def begin(self, epoch):
+        "What warms up is what unlabelled images teach the classifier: `trust`, a factor of that gradient."
+        self.trust = warmed_up(epoch, self.warmup)
+
+    def forward(self, x, generator=None, y=None):
+        return self.loss(x, generator, y)
 
 # %% ../nbs/14_semi_supervised.ipynb #140027
 def how_many(labels: float | int, n: int) -> int:  # of n training images that have labels
@@ -655,7 +664,7 @@ class _LabelledBatches(Task):
         first = labelled[label_kind(data).batches(y[labelled], steps, n, g)]
         return first if n == B else torch.cat([first, cycled(others, steps, B - n, g)], 1)
 
-    def known(self, data, rows):
+    def arguments(self, data, rows):
         return (data.y_train[rows[: self.in_batch(data)]],)
 
 # %% ../nbs/14_semi_supervised.ipynb #140233
@@ -669,10 +678,10 @@ class _ChosenByLabels(Task):
         name = model.kind.measure
         return {**row, f"val_{name}": model.kind.judge(model.predict(x), data.y_val)[name]}
 
-    def score(self, row):
+    def score(self, model, row):
         if "val_error" in row:
             return row["val_error"]
-        return -row["val_f1"] if "val_f1" in row else super().score(row)
+        return -row["val_f1"] if "val_f1" in row else super().score(model, row)
 
     def metrics(self, model, data):
         name = model.kind.measure
@@ -706,6 +715,7 @@ class _MadeWithLabels(Task):
         return SemiSupervised(inner, prior, about["share"], c.alpha, c.beta, last)
 
     def begin(self, model, epoch):
+        super().begin(model, epoch)
         if not summed(model.kind):
             model.temperature = temperature(epoch, self.cfg.epochs)
 
@@ -756,9 +766,12 @@ class Supervised(_Classifying, nn.Module):
         super().__init__()
         self.encoder, self.kind, self.likelihood = encoder, encoder.kind, likelihood
 
-    def forward(self, x, weight=1.0, generator=None, y=None) -> Terms:  # the reconstruction is of the label
+    def begin(self, epoch):
+        "Nothing changes from epoch to epoch."
+
+    def forward(self, x, generator=None, y=None) -> Terms:  # the reconstruction is of the label
         wrong = self.kind.cross_entropy(self.encoder.classify(self._features(x)), y)  # −log q(y|x)
-        return Terms(wrong.mean(), wrong, torch.zeros_like(wrong))
+        return Terms(wrong.mean(), dict(reconstruction=wrong, divergence=torch.zeros_like(wrong)))
 
 # %% ../nbs/14_semi_supervised.ipynb #140234
 @TASKS.register("classifier")

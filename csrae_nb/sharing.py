@@ -20,7 +20,7 @@ from .catalogue import dataset_name
 from .results import markdown_table
 from .config import Config, command, identity, make_config
 from .files import load_tensors, save_tensors
-from .runs import Run, load_run
+from .runs import Model, Run, load_run
 from .files import write_atomic
 from .tasks import task_of
 
@@ -196,7 +196,7 @@ class Pretrained(ModelHubMixin):
         self.run, self.metrics = load_run(folder), _metrics(folder)
 
     @property
-    def model(self) -> torch.nn.Module:  # an Autoencoder, or a classifier alone; in eval mode
+    def model(self) -> Model:  # in eval mode
         return self.run.model
 
     def generate_model_card(self, *args, **kw) -> ModelCard:

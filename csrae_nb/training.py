@@ -15,7 +15,7 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,9 @@ from .config import Config, has_cs, identity, make_config, unused_fields
 from .data import Dataset
 from .mixtures import Share
 from .files import generator, load_tensors, progress_bar, save_tensors, write_atomic, writing
-from .models import rows_at_once
+from .models import rows_at_once, warmed_up
 from .priors import distinct_components, occupancy
-from .tasks import Task, active_units, draw_codes, warmup_weight
+from .tasks import Task, active_units, draw_codes
 
 # %% ../nbs/09d_training.ipynb #094005
 def train(
@@ -63,7 +63,8 @@ class NonFiniteLoss(ArithmeticError):
 
 
 def check_finite(
-    log: Float[Tensor, "steps 3"],  # loss, reconstruction and divergence of each step
+    log: Float[Tensor, "steps numbers"],  # the loss of each step, and its terms
+    names: Iterable[str],  # of the terms
     epoch: int,  # counted from 1
     first: int = 0,  # steps of the epoch before these
 ) -> None:
@@ -72,10 +73,10 @@ def check_finite(
     if len(bad) == 0:
         return
     step = bad[0, 0].item()
-    loss, rec, div = log[step].tolist()
+    loss, *terms = log[step].tolist()
+    of = " and ".join(f"{k} {v:g}" for k, v in zip(names, terms))
     raise NonFiniteLoss(
-        f"epoch {epoch}, step {first + step + 1}: loss {loss:g} = reconstruction {rec:g} and "
-        f"divergence {div:g}. {NonFiniteLoss.remedy}"
+        f"epoch {epoch}, step {first + step + 1}: loss {loss:g} = {of}. {NonFiniteLoss.remedy}"
     )
 
 # %% ../nbs/09d_training.ipynb #094009
@@ -87,31 +88,57 @@ def train_epoch(
     data: Dataset,  # on acc.device
     epoch: int,  # counted from 1
     bar: tqdm,  # progress, in steps
-) -> Tensor:  # mean reconstruction and divergence
+) -> dict[str, float]:  # mean of each term
     "One pass over the training data in shuffled batches, of which each of n processes takes every n-th row."
-    rank, n, every, weight = acc.process_index, acc.num_processes, 50, warmup_weight(task.cfg, epoch)
+    rank, n, log, own = acc.process_index, acc.num_processes, _Log(epoch, bar), acc.unwrap_model(model)
+    task.begin(own, epoch)
     noise = generator(task.cfg.seed, "noise", epoch, 0, device=acc.device)
     draws = noise if n == 1 else Share(noise, rank, n)
-    rows = task.rows(data, epoch).to(acc.device)
-    log = torch.zeros(len(rows), 3, device=acc.device)
-    for i, batch in enumerate(rows):
+    for batch in (rows := task.rows(data, epoch).to(acc.device)):
         x = data.draw(data.x_train[batch], noise)[rank::n]
-        terms = model(x, weight, draws, *(t[rank::n] for t in task.known(data, batch)))
+        terms = model(x, draws, *(t[rank::n] for t in task.arguments(data, batch)))
         opt.zero_grad()
         terms.loss.backward()
         opt.step()
-        log[i] = torch.stack([terms.loss, terms.reconstruction.mean(), terms.divergence.mean()]).detach()
-        if (i + 1) % every == 0 or i + 1 == len(log):
-            _look(log, i // every * every, i + 1, epoch, bar)
-    return acc.reduce(log[:, 1:].mean(0), "mean")
+        _learn_weights(own, terms, acc)
+        log.add(terms, len(rows))
+    return dict(zip(log.names, acc.reduce(log.values[:, 1:].mean(0), "mean").tolist()))
 
 # %% ../nbs/09d_training.ipynb #094109
-def _look(log, first, last, epoch, bar):
-    "What the steps since the last look say: NonFiniteLoss, or numbers beside the bar."
-    check_finite(log[first:last], epoch, first)
-    _, rec, div = log[first:last].mean(0).tolist()
-    bar.set_postfix(epoch=epoch, reconstruction=f"{rec:.2f}", divergence=f"{div:.2f}", refresh=False)
-    bar.update(last - first)
+def _learn_weights(model, terms, acc):
+    "After a step, tell the weights that learn what it gave."
+    if learning := [w for w in getattr(model, "weights", {}).values() if w.learns]:
+        means = acc.reduce({k: t.detach() for k, t in terms.means().items()}, "mean")
+        for weight in learning:
+            weight.update(means)
+
+# %% ../nbs/09d_training.ipynb #094209
+class _Log:
+    "The loss and the terms of each step of an epoch."
+
+    EVERY = 50  # steps between looks at it: a GPU waits for them
+
+    def __init__(self, epoch, bar):
+        self.epoch, self.bar, self.step = epoch, bar, 0
+
+    def add(self, terms, steps):
+        "Note a step, of so many: NonFiniteLoss for steps that went wrong."
+        means = terms.means()
+        if self.step == 0:
+            self.names = list(means)
+            self.values = torch.zeros(steps, 1 + len(means), device=terms.loss.device)
+        self.values[self.step] = torch.stack([terms.loss, *means.values()]).detach()
+        self.step += 1
+        if self.step % self.EVERY == 0 or self.step == steps:
+            self._look((self.step - 1) // self.EVERY * self.EVERY)
+
+    def _look(self, first):
+        "What the steps since the last look say: NonFiniteLoss, or numbers beside the bar."
+        values = self.values[first : self.step]
+        check_finite(values, self.names, self.epoch, first)
+        said = {k: f"{v:.2f}" for k, v in zip(self.names, values.mean(0)[1:].tolist())}
+        self.bar.set_postfix(epoch=self.epoch, **said, refresh=False)
+        self.bar.update(len(values))
 
 # %% ../nbs/09d_training.ipynb #094011
 def place_components(model: nn.Module, opt: torch.optim.Optimizer, data: Dataset, cfg: Config) -> None:
@@ -260,13 +287,15 @@ class History:
     def record(self, seconds, **row):
         "Add an epoch to the history, and keep weights that are the best so far; NonFiniteLoss of validation."
         m, epoch = self.meta, self.meta["epoch"] + 1
-        row = dict(epoch=epoch, weight=warmup_weight(self.cfg, epoch), **row)
+        learned = {k: w for k, w in getattr(self.model, "weights", {}).items() if w.learns}
+        learned = {f"weight_{k}": w().item() for k, w in learned.items()}
+        row = dict(epoch=epoch, weight=warmed_up(epoch, self.cfg.warmup), **learned, **row)
         if not math.isfinite(row["criterion"]):
             raise NonFiniteLoss(
                 f"epoch {epoch}: validation gives reconstruction {row['val_reconstruction']:g}, "
                 f"divergence {row['val_divergence']:g}. {NonFiniteLoss.remedy}"
             )
-        score = self.task.score(row)
+        score = self.task.score(self.model, row)
         if m["val_loss"] is None or score < m["val_loss"]:
             m["val_loss"], m["best_epoch"] = score, epoch
             self.best = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
@@ -310,12 +339,13 @@ class Training(Checkpoint, History):
     def train_and_validate(self, bar):
         "One epoch."
         start, epoch, task = time.perf_counter(), self.meta["epoch"] + 1, self.task
-        task.begin(self.model.train(), epoch)
-        rec, div = train_epoch(task, self.acc, self.net, self.opt, self.data, epoch, bar).tolist()
+        self.model.train()
+        terms = train_epoch(task, self.acc, self.net, self.opt, self.data, epoch, bar)
         if to_be_placed(self.model, self.cfg, epoch):
             place_components(self.model, self.opt, self.data, self.cfg)
         row = task.validate(self.model.eval(), self.data, self.val)
-        self.record(time.perf_counter() - start, train_reconstruction=rec, train_divergence=div, **row)
+        trained = {f"train_{k}": v for k, v in terms.items()}
+        self.record(time.perf_counter() - start, **trained, **row)
         warn_of_collapse(self)
 
 # %% ../nbs/09d_training.ipynb #094022

@@ -10,8 +10,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 THEIRS = '''
-import dataclasses
-
 import torch
 from torch import nn
 
@@ -19,7 +17,7 @@ from csrae_nb.catalogue import DATASETS, SMALL
 from csrae_nb.config import TASKS
 from csrae_nb.data import from_arrays
 from csrae_nb.divergence import GMM, cs_divergence
-from csrae_nb.models import DIVERGENCES, MODELS, MixtureCSRAE
+from csrae_nb.models import DIVERGENCES, MODELS, BatchTerm, MixtureCSRAE, Weight
 from csrae_nb.priors import PRIORS, Prior
 from csrae_nb.tasks import Task
 
@@ -55,20 +53,29 @@ def half(q, p):
     return cs_divergence(q, p) / 2
 
 
+class Missing(BatchTerm):
+    "How far the variance of all codes of a batch is below 1/2."
+
+    def forward(self, q, p):
+        return 0.5 - q.mean.var(-2).mean(-1)
+
+
+class Multiplier(Weight):
+    "Grows while its term is above 0, and shrinks below."
+
+    learns = True
+
+    def update(self, terms):
+        self.now.add_(0.1 * terms["missing"]).clamp_(min=0)
+
+
 @MODELS.register(weight="lam", options=dict(objective="objective"))
 class Spread(MixtureCSRAE):
     "With a term of the whole batch, whose weight is learned: codes have a variance of at least 1/2."
 
     def __init__(self, *args, **kw):
         super().__init__(*args, **kw)
-        self.register_buffer("multiplier", torch.zeros(()))
-
-    def loss(self, x, weight=1.0, generator=None):
-        terms = super().loss(x, weight, generator)
-        missing = 0.5 - self.encode(x).mean.var(0).mean()
-        if self.training:
-            self.multiplier.add_(0.1 * missing.detach()).clamp_(min=0)
-        return dataclasses.replace(terms, loss=terms.loss + self.multiplier.clone() * missing)
+        self.batch_terms["missing"], self.weights["missing"] = Missing(), Multiplier(0.0)
 
 
 @TASKS.register("backwards")
@@ -83,7 +90,7 @@ class Backwards(Task):
         return super().rows(data, epoch).flip(1)
 
     def metrics(self, model, data):
-        return dict(multiplier=getattr(model, "multiplier", torch.zeros(())).item())
+        return dict(multiplier=model.weights["missing"]().item() if "missing" in model.weights else 0.0)
 '''
 FIELDS = dict(dataset="theirs", prior="ring", model="Spread", objective="half", ll_samples=20)
 
@@ -140,7 +147,7 @@ def test_what_plugins_add_is_trained_killed_resumed_and_evaluated(run, tmp_path)
         "folder = os.environ['CSRAE_RUNS']",
         "a, b = (load_run(f'{folder}/{n}').model.state_dict() for n in ('whole', 'killed'))",
         "assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)",
-        "assert a['multiplier'] > 0 and a['prior.radius'] != 1",
+        "assert a['weights.missing.now'] > 0 and a['prior.radius'] != 1",
     )
     run("-c", same)
     metrics = json.loads((tmp_path / "runs" / "killed" / "metrics.json").read_text())["metrics"]

@@ -71,9 +71,13 @@ def test_two_processes_see_what_one_would(digits, model):
     task = task_of(resolve(dataclasses.replace(CFG, model=model, components=5)))
     net = task.make_model(task.about(digits))
     rows = task.rows(digits, 1)[0]
-    x, (y,) = digits.draw(digits.x_train[rows], torch.Generator().manual_seed(0)), task.known(digits, rows)
-    whole = net.loss(x, 0.5, torch.Generator().manual_seed(1), y)
-    parts = [net.loss(x[r::2], 0.5, Share(torch.Generator().manual_seed(1), r, 2), y[r::2]) for r in range(2)]
+    x, (y,) = (
+        digits.draw(digits.x_train[rows], torch.Generator().manual_seed(0)),
+        task.arguments(digits, rows),
+    )
+    net.trust = 0.5
+    whole = net.loss(x, torch.Generator().manual_seed(1), y)
+    parts = [net.loss(x[r::2], Share(torch.Generator().manual_seed(1), r, 2), y[r::2]) for r in range(2)]
     torch.testing.assert_close((parts[0].loss + parts[1].loss) / 2, whole.loss)
     for r in range(2):
         torch.testing.assert_close(parts[r].reconstruction, whole.reconstruction[r::2])
@@ -92,7 +96,7 @@ def test_each_epoch_sees_all_images(digits):
         task.rows(digits, 2)[:, :20].unique()
     )
     supervised = task_of(resolve(dataclasses.replace(CFG, labels=float(len(digits.x_train)))))
-    assert len(supervised.known(digits, supervised.rows(digits, 1)[0])[0]) == 100
+    assert len(supervised.arguments(digits, supervised.rows(digits, 1)[0])[0]) == 100
 
 
 @pytest.mark.parametrize(
@@ -144,7 +148,7 @@ def test_a_label_that_cannot_be_is_tried_without_harm(digits):
     rows = task.rows(digits, 1)[0]
     classify = net.encoder.classify
     net.encoder.classify = lambda h: 1e4 * classify(h)
-    net.loss(digits.x_train[rows], 1.0, Small(), *task.known(digits, rows)).loss.backward()
+    net.loss(digits.x_train[rows], Small(), *task.arguments(digits, rows)).loss.backward()
     assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
 
 

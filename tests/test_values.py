@@ -47,7 +47,7 @@ def test_no_input_gives_nan(name, prior, likelihood):
     model = make_model(cfg, (5,), likelihood, torch.rand(4, 5, generator=g))
     x = FAR[:, None] * torch.randn(5, generator=g).clamp(-1, 1)
     seen = x.clamp(model.likelihood.low, model.likelihood.high)  # what the likelihood is asked about
-    terms = model.loss(seen, 1.0, g)
+    terms = model.loss(seen, g)
     terms.loss.backward()
     assert terms.reconstruction.isfinite().all() and terms.divergence.isfinite().all()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
