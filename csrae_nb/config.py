@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 # %% ../nbs/09_config.ipynb #090003
+from .aggregate import PRIOR_OBJECTIVES
 from .catalogue import DATASETS, dataset_name, preset
 from .likelihoods import LIKELIHOODS
 from .models import DIVERGENCES, MODELS
@@ -46,6 +47,10 @@ class ModelConfig:
     objective: str = "cs"  # "cs": Eq. (2); "paper_eq21": as printed, wrong
     prior_network: bool = False  # mog by Table 6's network from one-hot codes, in place of free parameters
     learned_weights: bool = False  # mog with learned weights, in place of 1/K
+    prior_objective: str = (
+        "image"  # what a mog learns from: "image", each image's D, as in the paper; "aggregate"
+    )
+    queue: int = 0  # posteriors of earlier batches in the aggregate that a mog learns from
     kmeans_epoch: int = 3  # epoch after which free mog components are set by k-means on the codes; 0: never
     likelihood: str | None = None  # bernoulli, gaussian, discretized_logistic; None: what the data call for
     network: str | None = None  # a row of Table 6: mlp, pinwheel, residual, faces; or resnet18
@@ -118,6 +123,7 @@ def _choices(c):
     return dict(
         prior=priors,
         objective=list(DIVERGENCES),
+        prior_objective=list(PRIOR_OBJECTIVES),
         likelihood=LIKELIHOODS,
         network=NETWORKS,
         device=("auto", "cpu"),
@@ -133,6 +139,7 @@ _least = dict(
     components=1,
     importance_samples=1,
     kl_samples=1,
+    queue=0,
     kmeans_epoch=0,
     epochs=1,
     warmup=0,
@@ -190,9 +197,15 @@ def _check_effects(c):
     with_labels = preset(c.dataset)["labels"] if c.labels is None else c.labels
     if c.pretrain and not with_labels:
         raise ValueError(f"pretrain={c.pretrain} has no effect without labels; set labels, or epochs")
-    ignored, used = ("beta", "lam") if has_cs(c) else ("lam", "beta")
+    ignored, other = ("beta", "lam") if has_cs(c) else ("lam", "beta")
     if getattr(c, ignored) != 1 and not (with_labels and ignored == "beta"):
-        raise ValueError(f"{ignored}={getattr(c, ignored)} has no effect on {c.model}; set {used}")
+        raise ValueError(f"{ignored}={getattr(c, ignored)} has no effect on {c.model}; set {other}")
+    used = used_fields(c)
+    for field in ("prior_objective", "queue"):
+        value = getattr(c, field)
+        if value != Config.__dataclass_fields__[field].default and field not in used:
+            needs = "a mog prior" if field == "prior_objective" else "prior_objective='aggregate'"
+            raise ValueError(f"{field}={value!r} has no effect on this {c.model}; it is for {needs}")
     for field, names in _of_data_sets().items():
         default = Config.__dataclass_fields__[field].default
         if getattr(c, field) != default and dataset_name(c.dataset) not in names:
@@ -262,6 +275,8 @@ _of_parts = (  # fields that some models, priors, tasks or data sets use
     "objective",
     "prior_network",
     "learned_weights",
+    "prior_objective",
+    "queue",
     "kmeans_epoch",
     "warmup",
     "pretrain",

@@ -92,14 +92,20 @@ class Fleet(Autoencoder):
         decoder.net = side_by_side([m.decoder.net for m in models])
         super().__init__(encoder, decoder, Priors([m.prior for m in models], encoder), first.likelihood)
         self.models = tuple(models)  # in a tuple: not registered
+        self.batch_terms = nn.ModuleDict({k: _stacked_term(k, models) for k in first.batch_terms})
         self.weights = nn.ModuleDict({k: _stacked_weight(k, models) for k in first.weights})
 
     def divergence(self, q, p, z, generator=None):
         z = z.unflatten(0, (len(self.models), -1))
-        return self.models[0].divergence(self._by_member(q), p, z, generator).flatten()
+        return self.models[0].divergence(GMM(*self.by_member(q)), p, z, generator).flatten()
 
-    def _by_member(self, q):
-        return GMM(*(t.unflatten(0, (len(self.models), -1)) for t in (q.logw, q.mu, q.var)))
+    def of_batch(self, q, p):
+        p = GMM(p.logw[:, 0], p.mu[:, 0], p.var[:, 0]) if p.batch_shape else p
+        return super().of_batch(GMM(*self.by_member(q)), p)
+
+    def by_member(self, q: GMM) -> tuple[Tensor, Tensor, Tensor]:
+        "Log weights, means and variances of a batch, (R, B, …)."
+        return tuple(t.unflatten(0, (len(self.models), -1)) for t in q.broadcast())
 
     def rows(self, t: Float[Tensor, "RB"]) -> Float[Tensor, "R B"]:
         "A number of each example, by member."
@@ -119,6 +125,15 @@ def _stacked_weight(name, models):
     weights = [m.weights[name] for m in models]
     full = torch.tensor([[w.full] for w in weights], device=weights[0].now.device)
     return Weight(full, weights[0].warmup).to(full.device)
+
+
+def _stacked_term(name, models):
+    "A term of the batch, with the buffers of all members."
+    terms = [m.batch_terms[name] for m in models]
+    out = deepcopy(terms[0])
+    for k, values in zip(dict(out.named_buffers()), zip(*(t.buffers() for t in terms))):
+        setattr(out, k, torch.stack(values))
+    return out
 
 # %% ../nbs/09f_fleet.ipynb #170009
 class Blocks(Draws):
@@ -187,6 +202,16 @@ def _scatter(fleet, opt, opts, diverged=()):
                     for k in ("exp_avg", "exp_avg_sq")
                 },
             }
+    _scatter_terms(fleet, diverged)
+
+
+def _scatter_terms(fleet, diverged):
+    "The same for what terms of the batch remember."
+    for name, term in fleet.batch_terms.items():
+        for k, stacked in term.named_buffers():
+            for r, m in enumerate(fleet.models):
+                if r not in diverged:
+                    getattr(m.batch_terms[name], k).copy_(stacked[r])
 
 # %% ../nbs/09f_fleet.ipynb #170114
 class _Graph:
@@ -297,12 +322,19 @@ class _Together:
 @torch.no_grad()
 def _validate(fleet, ts):
     "The terms of each member on the validation images, by name."
-    x, sums = ts[0].val, 0.0
+    x, sums, seen = ts[0].val, 0.0, []
     draws = Blocks([generator(t.cfg.seed, "validation", device=x.device) for t in ts])
     for xb in x.split(rows_at_once(x)):
-        terms = fleet.loss(xb.expand(len(ts), *xb.shape).flatten(0, 1), draws)
+        terms = fleet.eval().loss(xb.expand(len(ts), *xb.shape).flatten(0, 1), draws)
         sums = sums + torch.stack([fleet.rows(t).double().sum(1) for t in terms.each.values()], 1)
-    return [dict(zip(terms.each, row)) for row in (sums / len(x)).tolist()]
+        seen.append(terms.q)
+    rows = [dict(zip(terms.each, row)) for row in (sums / len(x)).tolist()]
+    if not fleet.batch_terms:
+        return rows
+    parts = zip(*(fleet.by_member(q) for q in seen))
+    q = GMM(*(torch.cat(ts, 1).flatten(0, 1) for ts in parts))
+    whole = fleet.of_batch(q, terms.p)
+    return [row | {k: t[r].item() for k, t in whole.items()} for r, row in enumerate(rows)]
 
 # %% ../nbs/09f_fleet.ipynb #170017
 def stackable(cfg: Config) -> bool:  # resolved

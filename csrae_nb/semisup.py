@@ -736,6 +736,9 @@ class LabelTask(_LabelledBatches, _ChosenByLabels, _MadeWithLabels):
         if c.model == "IWAE":
             others = "VAE, MixtureVAE, VampPriorVAE, CSRAE or MixtureCSRAE"
             raise ValueError(f"labels have no IWAE: its bound has no term for each y; use {others}")
+        if c.prior_objective != "image":
+            what = f"prior_objective={c.prior_objective!r}"
+            raise ValueError(f"with labels the prior learns from each image; {what} is for runs without")
         if c.network not in LABEL_NETWORKS:
             raise ValueError(
                 f"network={c.network!r} has no part for labels; with labels there are {networks}"

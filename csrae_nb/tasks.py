@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/09b_tasks.ipynb #092003
+from .aggregate import PRIOR_OBJECTIVES, Aggregate
 from .config import TASKS, Config, divergence_weight, prior_kind, task_class
 from .data import Dataset, LazyImages
 from .files import generator
 from .likelihoods import Likelihood, Units, make_likelihood
 from .mixtures import GMM
-from .models import MODELS, Autoencoder, Weight, in_eval_mode, rows_at_once
+from .models import MODELS, Autoencoder, BatchTerm, Weight, in_eval_mode, rows_at_once
 from .networks import make_networks, prior_network
 from .priors import PRIORS, MoGPrior, Prior, StandardNormal, VampPrior
 
@@ -31,9 +32,9 @@ def _normal(cfg: Config, encoder: nn.Module, pseudo_inputs: Tensor) -> Prior:
 
 
 def _of_mog(cfg):
-    return ("components", "prior_network", "learned_weights") + (
-        () if cfg.prior_network else ("kmeans_epoch",)
-    )
+    start = () if cfg.prior_network else ("kmeans_epoch",)
+    queue = () if cfg.prior_objective == "image" else ("queue",)
+    return "components", "prior_network", "learned_weights", "prior_objective", *start, *queue
 
 
 @PRIORS.register("mog", uses=_of_mog)
@@ -52,6 +53,11 @@ def make_prior(cfg: Config, encoder: nn.Module, pseudo_inputs: Tensor) -> Prior:
     "The prior that the model and `cfg.prior` ask for."
     return PRIORS[prior_kind(cfg)](cfg, encoder, pseudo_inputs)
 
+# %% ../nbs/09b_tasks.ipynb #092106
+@PRIOR_OBJECTIVES.register("aggregate")
+def _aggregate(cfg: Config) -> BatchTerm:
+    return Aggregate(cfg.latent_dim, cfg.queue)
+
 # %% ../nbs/09b_tasks.ipynb #092007
 def assemble(
     cfg: Config,  # resolved
@@ -64,7 +70,10 @@ def assemble(
     prior = make_prior(cfg, encoder, pseudo_inputs)
     own = {k: getattr(cfg, field) for k, field in MODELS.about(cfg.model, "options", {}).items()}
     weight = Weight(divergence_weight(cfg), cfg.warmup)
-    return MODELS[cfg.model](encoder, decoder, prior, likelihood, weight, **own)
+    model = MODELS[cfg.model](encoder, decoder, prior, likelihood, weight, **own)
+    if make_term := PRIOR_OBJECTIVES[cfg.prior_objective]:
+        model.batch_terms[cfg.prior_objective] = make_term(cfg)
+    return model
 
 
 def make_model(

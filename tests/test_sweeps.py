@@ -99,12 +99,11 @@ def test_equal_runs_are_run_once():
 @pytest.mark.parametrize("file", sorted((root / "sweeps").glob("*.toml")), ids=lambda p: p.stem)
 def test_the_papers_sweeps_are_grids(file):
     runs = distinct(read_sweep(file))
-    short = file.stem.endswith("_short") or file.stem in ("faces_demo", "pinwheel_lambda")
-    pressure = file.stem.startswith("equal_pressure")
+    full = file.stem.startswith(("table", "figure", "published")) and not file.stem.endswith("_short")
     epochs = {(c.epochs, c.warmup) for c in runs}
     paper = {(50, 15) if c.dataset in ("disfa", "fera2015") else (400, 100) for c in runs}
-    assert epochs == paper or (short or pressure) and all(c.epochs <= 100 for c in runs)
-    three = file.stem == "faces_demo" or "table" in file.stem and short
+    assert epochs == paper or not full and all(c.epochs <= 400 for c in runs)
+    three = file.stem in ("faces_demo", "prior_network", "table1_short", "table2_short", "table3_short")
     one = file.stem in ("pinwheel_lambda", "published")
     seeds = {0} if one else set(range(3 if three else 5))
     assert {c.seed for c in runs} == seeds
