@@ -317,9 +317,9 @@ def unused_fields(cfg: Config) -> list[str]:
 def identity(cfg: Config) -> dict:  # field: value
     "What makes a run this run: its resolved fields, without those that its weights do not depend on."
     c = resolve(cfg)
-    off = [k for k in ("labels", "pretrain") if not getattr(c, k)]
+    off = {*_not_identity, *unused_fields(c), *(k for k in ("labels", "pretrain") if not getattr(c, k))}
     fields = {k: "one" if _one_image(k, v) else v for k, v in dataclasses.asdict(c).items()}  # as 1 == 1.0
-    return {k: v for k, v in fields.items() if k not in (*_not_identity, *unused_fields(c), *off)}
+    return {k: v for k, v in fields.items() if k not in off}
 
 # %% ../nbs/09_config.ipynb #090024
 def run_name(cfg: Config) -> str:  # a folder name
