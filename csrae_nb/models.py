@@ -37,7 +37,7 @@ class Terms:
 
     loss: Float[Tensor, ""]
     each: dict[str, Float[Tensor, "B"]]  # by name, of each example: reconstruction −log p(x|z), divergence …
-    whole: dict[str, Float[Tensor, ""]] = field(default_factory=dict)  # by name, of the batch
+    whole: dict[str, Float[Tensor, "*R"]] = field(default_factory=dict)  # by name, of the batch: ()
     q: GMM | None = None  # q(z|x) of the batch
     p: GMM | None = None  # p(z), both as they were compared
 
@@ -51,7 +51,7 @@ class Terms:
         "D(q‖p) of each example, in nats."
         return self.each["divergence"]
 
-    def means(self) -> dict[str, Float[Tensor, ""]]:
+    def means(self) -> dict[str, Float[Tensor, "*R"]]:
         "Every term by its name, a mean over the batch."
         return {**{k: t.mean() for k, t in self.each.items()}, **self.whole}
 
@@ -102,7 +102,8 @@ def of_all_processes(q: GMM) -> GMM:
         return q
     from torch.distributed.nn.functional import all_gather
 
-    return GMM(*(torch.cat(all_gather(t.contiguous())) for t in q.broadcast()))
+    # of n processes each has every n-th row
+    return GMM(*(torch.stack(all_gather(t.contiguous()), 1).flatten(0, 1) for t in q.broadcast()))
 
 # %% ../nbs/06_models.ipynb #060108
 M = TypeVar("M")

@@ -16,8 +16,8 @@ JOB = f"""
 from accelerate import PartialState, notebook_launcher
 from csrae_nb.evaluation import complete_run
 from csrae_nb.config import Config
-def job(name, model):
-    metrics = complete_run(Config(name=name, model=model, **{CFG}), progress=False)
+def job(name, fields):
+    metrics = complete_run(Config(name=name, **fields, **{CFG}), progress=False)
     state, n = PartialState(), len(metrics)
     print(f"\\nprocess {{state.process_index}} of {{state.num_processes}}: {{n}} metrics", flush=True)
 """
@@ -48,12 +48,12 @@ def free_port():
 def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
 
-    def run(name, model, launcher):
-        call, port = f"job({name!r}, {model!r})", free_port()
+    def run(name, fields, launcher):
+        call, port = f"job({name!r}, {fields!r})", free_port()
         ends = {
             "one": call,
             "launch": call,
-            "notebook": f"notebook_launcher(job, ({name!r}, {model!r}), num_processes=2, use_port={port!r})",
+            "notebook": f"notebook_launcher(job, ({name!r}, {fields!r}), num_processes=2, use_port={port!r})",
         }
         (script := folder / f"{name}.py").write_text(f"{JOB}\nif __name__ == '__main__': {ends[launcher]}\n")
         env = {
@@ -79,13 +79,19 @@ def history(path):
     return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(open(path / "history.csv"))]
 
 
+AGGREGATE = dict(prior_objective="aggregate", learned_weights=True)
+
+
 @pytest.mark.parametrize(
-    "model, launchers", [("MixtureCSRAE", ("launch", "notebook")), ("IWAE", ("launch",))]
+    "fields, launchers",
+    [(dict(), ("launch", "notebook")), (AGGREGATE, ("launch",)), (dict(model="IWAE"), ("launch",))],
+    ids=["MixtureCSRAE", "aggregate", "IWAE"],
 )
-def test_two_processes_train_the_run_of_one(start, model, launchers):
-    one, _ = start(f"one-{model}", model, "one")
+def test_two_processes_train_the_run_of_one(start, fields, launchers):
+    name = fields.get("model", fields.get("prior_objective", "MixtureCSRAE"))
+    one, _ = start(f"one-{name}", fields, "one")
     for launcher in launchers:
-        two, said = start(f"{launcher}-{model}", model, launcher)
+        two, said = start(f"{launcher}-{name}", fields, launcher)
         assert "process 0 of 2" in said and "process 1 of 2: 0 metrics" in said
         assert (
             sorted(os.listdir(one))
