@@ -45,7 +45,15 @@ from csrae_nb.metrics import (
     weights_file,
 )
 from .models import Autoencoder
-from .priors import distinct_components, effective_components, em_step, kmeans, occupancy
+from csrae_nb.priors import (
+    distinct_components,
+    effective_components,
+    em_step,
+    kmeans,
+    merge_components,
+    merged_labels,
+    occupancy,
+)
 
 # %% ../nbs/10b_evaluation.ipynb #100202
 from csrae_nb.config import (
@@ -248,7 +256,12 @@ def _clusters(prior, z, y):
     "How the components of a mixture agree with the classes of test codes z, where there are two or more."
     if y is None or y.ndim > 1 or len(prior.logw) == 1 or (y >= 0).sum() < 2:
         return {}
-    return clustering(y[y >= 0], prior.responsibilities(z[y >= 0]).argmax(1))
+    z, y = z[y >= 0], y[y >= 0]
+    out, C = clustering(y, prior.responsibilities(z).argmax(1)), len(y.unique())
+    if C < len(prior.logw) <= 2000:  # joined without a label into as many clusters as there are classes
+        merged = clustering(y, merged_labels(prior, merge_components(prior, C), z))
+        out |= {f"merged_{k}": merged[f"cluster_{k}"] for k in ("accuracy", "nmi", "ari")}
+    return out
 
 # %% ../nbs/10b_evaluation.ipynb #100137
 def _usage(prior, refit, z, y):
@@ -280,6 +293,7 @@ SHARES = ("precision", "recall", "density", "coverage")
 DIAGNOSTICS = (
     *("active_units", "distinct_k"),
     *("cluster_accuracy", "cluster_purity", "cluster_nmi", "cluster_ari"),
+    *("merged_accuracy", "merged_nmi", "merged_ari"),
     *(f"frechet_classifier_{s}_t{round(100 * t)}" for s in DRAWN for t in TEMPERATURES),
     *(f"{share}_{s}" for s in DRAWN for share in SHARES),
 )

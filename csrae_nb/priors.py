@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['PRIORS', 'LOG_VAR', 'FAR', 'Unchecked', 'Prior', 'StandardNormal', 'variance', 'within', 'MoGPrior', 'kmeans',
-           'VampPrior', 'occupancy', 'effective_components', 'overlap_matrix', 'distinct_components', 'em_step']
+           'VampPrior', 'occupancy', 'effective_components', 'overlap_matrix', 'distinct_components', 'component_graph',
+           'eigengap', 'merge_components', 'merged_labels', 'em_step']
 
 # %% ../nbs/03_priors.ipynb #030002
+import math
+import warnings
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .mixtures import GMM, pairwise_log_overlap, unchecked
@@ -234,6 +237,67 @@ def distinct_components(
 ) -> float:  # between 1 and K
     "How many are in use and distinct: 1/Σ πₖ cₖₗ πₗ with their overlaps c; 1: they act as one Gaussian."
     return 1 / (occupancy @ overlap_matrix(gmm) @ occupancy).clamp_max(1).item()
+
+# %% ../nbs/03_priors.ipynb #030322
+@torch.no_grad()
+def component_graph(
+    gmm: GMM,  # unbatched mixture of K components
+    neighbours: int = 4,  # that each component is tied to
+) -> Float[Tensor, "K K"]:  # symmetric, between 0 and 1, 0 on the diagonal
+    "Affinity of each component to its nearest by D_CS."
+    D = -overlap_matrix(gmm).double().clamp_min(1e-300).log()
+    D = D.fill_diagonal_(math.inf)
+    near = D.topk(min(neighbours, len(D) - 1), largest=False)
+    scale = near.values[:, -1].clamp_min(1e-12)
+    affinity = (-2 * D / (scale[:, None] * scale).sqrt()).exp()
+    tied = torch.zeros_like(D, dtype=torch.bool).scatter_(1, near.indices, True)
+    return affinity * (tied | tied.T)
+
+
+def eigengap(
+    graph: Float[Tensor, "K K"],  # affinities
+    most: int = 30,  # clusters, at most
+) -> int:  # 2 or more
+    "After how many eigenvalues of the graph's normalised Laplacian comes the largest step, as a ratio."
+    root = graph.sum(1).clamp_min(1e-12).rsqrt()
+    values = torch.linalg.eigvalsh(torch.eye(len(graph)).to(graph) - root[:, None] * graph * root)
+    values = values[1 : most + 1].clamp_min(0) + 0.01  # what is below 0.01 is no different from 0
+    return (values[1:] / values[:-1]).argmax().item() + 2
+
+# %% ../nbs/03_priors.ipynb #030323
+def merge_components(
+    gmm: GMM,  # unbatched mixture of K components
+    clusters: int | None = None,  # C; None: where the eigenvalues take their largest step
+    neighbours: int = 4,  # that each component is tied to
+    seed: int = 0,
+) -> Int[Tensor, "K"]:  # the cluster of each component, 0 to C − 1
+    """Join components into clusters by spectral clustering of their D_CS to each other; ValueError for fewer
+    components than clusters, or a single one."""
+    from sklearn.cluster import SpectralClustering
+    from threadpoolctl import threadpool_limits
+
+    K = len(gmm.logw)
+    if K < 3 or not 1 <= (clusters or 2) <= K:
+        wanted = "" if clusters is None else f" to be joined into {clusters} clusters"
+        raise ValueError(f"{K} components{wanted}; expected 3 components or more, and no more clusters")
+    graph = component_graph(gmm, neighbours)
+    C = clusters or eigengap(graph, min(30, K - 1))
+    cut = SpectralClustering(C, affinity="precomputed", assign_labels="kmeans", random_state=seed)
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Graph is not fully connected")
+        found = cut.fit_predict((graph + 1e-9).cpu().numpy())
+    return torch.as_tensor(found, device=gmm.mu.device).long()
+
+
+@torch.no_grad()
+def merged_labels(
+    gmm: GMM,  # unbatched mixture of K components
+    cluster: Int[Tensor, "K"],  # of each component
+    codes: Float[Tensor, "n D"],
+) -> Int[Tensor, "n"]:
+    "The cluster that each code most likely belongs to."
+    r = gmm.responsibilities(codes)
+    return r.new_zeros(len(r), int(cluster.max()) + 1).index_add_(1, cluster, r).argmax(1)
 
 # %% ../nbs/03_priors.ipynb #030023
 @torch.no_grad()
