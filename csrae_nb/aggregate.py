@@ -22,7 +22,7 @@ PRIOR_OBJECTIVES.add("image", None)  # the paper's: the prior learns from the di
 # %% ../nbs/06b_aggregate.ipynb #061020
 EMPTY = -1e4  # log weight of a place in the queue that nothing has come to yet
 
-
+# %% ../nbs/06b_aggregate.ipynb #061120
 class Aggregate(BatchTerm):
     """D_CS of the aggregate posterior to the prior; only the prior learns from it. In training the overlap of
     the aggregate posterior with itself is left out: no prior can change it."""

@@ -48,7 +48,7 @@ class ModelConfig:
     prior_network: bool = False  # mog by Table 6's network from one-hot codes, in place of free parameters
     learned_weights: bool = False  # mog with learned weights, in place of 1/K
     prior_objective: str = (
-        "image"  # what a mog learns from: "image", each image's D, as in the paper; "aggregate"
+        "image"  # what a mog learns from: each "image", as in the paper, or the "aggregate"
     )
     queue: int = 0  # posteriors of earlier batches in the aggregate that a mog learns from
     kmeans_epoch: int = 3  # epoch after which free mog components are set by k-means on the codes; 0: never
@@ -134,31 +134,11 @@ def _choices(c):
     )
 
 # %% ../nbs/09_config.ipynb #090013
+_of_one = "latent_dim components importance_samples kl_samples epochs patience batch_size"
+_of_one += " expost_components threads labelled_batch"
+_of_zero = "queue kmeans_epoch warmup seed split_seed fold ll_samples lam beta labels pretrain alpha"
 _least = dict(
-    latent_dim=1,
-    components=1,
-    importance_samples=1,
-    kl_samples=1,
-    queue=0,
-    kmeans_epoch=0,
-    epochs=1,
-    warmup=0,
-    patience=1,
-    batch_size=1,
-    seed=0,
-    split_seed=0,
-    fold=0,
-    image_size=32,
-    ll_samples=0,
-    fid_images=2,
-    expost_components=1,
-    threads=1,
-    lam=0,
-    beta=0,
-    labels=0,
-    pretrain=0,
-    labelled_batch=1,
-    alpha=0,
+    image_size=32, fid_images=2, **dict.fromkeys(_of_one.split(), 1), **dict.fromkeys(_of_zero.split(), 0)
 )
 
 # %% ../nbs/09_config.ipynb #090014
@@ -211,7 +191,7 @@ def _check_effects(c):
         if getattr(c, field) != default and dataset_name(c.dataset) not in names:
             raise ValueError(f"{field}={getattr(c, field)!r} is for {', '.join(names)}, not for {c.dataset}")
 
-
+# %% ../nbs/09_config.ipynb #090115
 def _of_data_sets():
     "The fields that belong to some data sets: the names of these."
     out = {}

@@ -19,13 +19,13 @@ import subprocess
 import warnings
 from collections.abc import Iterable
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+# %% ../nbs/10b_evaluation.ipynb #100102
 from . import __version__
 from .catalogue import dataset_name, load_data
 from .data import Dataset, labelled_rows
@@ -44,6 +44,8 @@ from csrae_nb.metrics import (
     precision_and_coverage,
     weights_file,
 )
+
+# %% ../nbs/10b_evaluation.ipynb #100802
 from .models import Autoencoder
 from csrae_nb.priors import (
     distinct_components,
@@ -183,20 +185,22 @@ def _real_statistics(cfg, real, features, some):
     return Statistics(**cached(f"{real.name}-statistics", key, of_real), n=len(some))
 
 # %% ../nbs/10b_evaluation.ipynb #100235
+def _shown(x, real):
+    "Pictures as they are compared with real ones: black and white, where these are."
+    return (x > 0.5).to(x.dtype) if real.likelihood == "bernoulli" and not real.dynamic else x
+
+
+def _samples(run, real, source, n):
+    "n samples from codes of a mixture, 500 at a time."
+    g = generator(run.cfg.seed, "samples", device=run.device)
+    return (_shown(run.model.sample(min(500, n - i), g, prior=source), real) for i in range(0, n, 500))
+
+
 def _image_sets(run, data, real, sources, some):
     "Name of a set: its images, 500 at a time, made when they are asked for."
-    m, n, test = run.model, len(some), data.fixed("test")
-    binary = real.likelihood == "bernoulli" and not real.dynamic
-
-    def shown(x):
-        return (x > 0.5).to(x.dtype) if binary else x
-
-    def draw(source):
-        g = generator(run.cfg.seed, "samples", device=run.device)
-        return (shown(m.sample(min(500, n - i), g, prior=source)) for i in range(0, n, 500))
-
-    sets = {"reconstructions": (shown(m.reconstruct(test[i])) for i in some.split(500))}
-    sets |= {name: draw(source) for name, source in sources.items()}
+    n, test = len(some), data.fixed("test")
+    sets = {"reconstructions": (_shown(run.model.reconstruct(test[i]), real) for i in some.split(500))}
+    sets |= {name: _samples(run, real, source, n) for name, source in sources.items()}
     if len(real.x_val) > 1:
         sets["floor"] = real.x_val[:n].split(500)
     return sets
@@ -207,7 +211,7 @@ def at_temperature(p: GMM, t: float) -> GMM:
     "The mixture with t times its standard deviations."
     return GMM(p.logw, p.mu, p.var * t**2)
 
-
+# %% ../nbs/10b_evaluation.ipynb #100336
 def sample_quality(
     run: Run,
     data: Dataset,  # what it was trained on
@@ -220,23 +224,22 @@ def sample_quality(
     n = min(n, len(data.x_test), len(real.x_test))
     if n < 10:
         return {}
-    some = torch.randperm(len(data.x_test), generator=generator(0, "frechet images"))[:n]
-    some = some.to(data.x_test.device)
-    images, few = _real_statistics(run.cfg, real, features, some), some[:5000]
-    near = torch.cat([features.of(real.x_test[i]) for i in few.split(500)])
-    mixtures = {s: sources[s] for s in DRAWN}
-    cooler = {
-        f"{s}_t{round(100 * t)}": at_temperature(p, t) for s, p in mixtures.items() for t in TEMPERATURES
-    }
-    out = {}
-    for name, blocks in _image_sets(run, data, real, mixtures | cooler, some).items():
-        if name in cooler:
-            found = frechet_distance(feature_statistics(features.of, blocks), images)
-            out[f"frechet_classifier_{name}"] = found
-        if name in mixtures:
-            h = torch.cat([features.of(x) for x in islice(blocks, len(few) // 500 + 1)])[: len(few)]
-            out |= {f"{k}_{name}": v for k, v in precision_and_coverage(near, h).items()}
+    order = torch.randperm(len(data.x_test), generator=generator(0, "frechet images"))
+    some = order[:n].to(data.x_test.device)
+    images, out = _real_statistics(run.cfg, real, features, some), {}
+    for s in DRAWN:
+        for t in TEMPERATURES:
+            found = feature_statistics(features.of, _samples(run, real, at_temperature(sources[s], t), n))
+            out[f"frechet_classifier_{s}_t{round(100 * t)}"] = frechet_distance(found, images)
+        out |= {f"{k}_{s}": v for k, v in _shares(run, real, features, sources[s], some[:5000]).items()}
     return out
+
+# %% ../nbs/10b_evaluation.ipynb #100337
+def _shares(run, real, features, source, some):
+    "Precision, recall, density and coverage of as many samples as images."
+    near = (features.of(real.x_test[i]) for i in some.split(500))
+    drawn = (features.of(x) for x in _samples(run, real, source, len(some)))
+    return precision_and_coverage(torch.cat([*near]), torch.cat([*drawn]))
 
 # %% ../nbs/10b_evaluation.ipynb #100037
 def _knn(run, data, codes):
@@ -511,7 +514,7 @@ def _settings(c):
     values = {k: used[k] for k in fields if k in used and used[k] != getattr(default, k)}
     return " ".join(f"{k}={v}" for k, v in values.items())
 
-
+# %% ../nbs/10b_evaluation.ipynb #100450
 def _model_key(c):
     kind, kl = prior_kind(c), c.kl_samples
     draws = {"IWAE": c.importance_samples, "MixtureVAE": kl, "VampPriorVAE": kl}

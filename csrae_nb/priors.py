@@ -288,7 +288,7 @@ def merge_components(
         found = cut.fit_predict((graph + 1e-9).cpu().numpy())
     return torch.as_tensor(found, device=gmm.mu.device).long()
 
-
+# %% ../nbs/03_priors.ipynb #030423
 @torch.no_grad()
 def merged_labels(
     gmm: GMM,  # unbatched mixture of K components

@@ -75,7 +75,7 @@ def assemble(
         model.batch_terms[cfg.prior_objective] = make_term(cfg)
     return model
 
-
+# %% ../nbs/09b_tasks.ipynb #092107
 def make_model(
     cfg: Config,  # resolved
     x_shape: tuple[int, ...],  # shape of one example
