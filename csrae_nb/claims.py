@@ -8,12 +8,10 @@ __all__ = ['MIX', 'VAMP', 'JUDGED', 'VERDICTS', 'OWN', 'RECIPES', 'CLAIMS', 'KEY
            'matching_weight', 'Claim', 'evidence', 'picked', 'fid_claim', 'mixture_claim', 'pattern_claim', 'middle',
            'knn_duels', 'knn_claim', 'knn_gain_claim', 'pairs', 'latent_claim', 'judge_rank', 'tradeoff_claim',
            'criterion_claim', 'likelihood_claim', 'components_claim', 'prior_claim', 'fewest_errors_claim',
-           'with_cs_claim', 'images_claim', 'classes_claim', 'own_prior_claim', 'claims', 'claims_markdown',
-           'update_readme']
+           'with_cs_claim', 'images_claim', 'classes_claim', 'own_prior_claim', 'claims', 'claims_markdown']
 
 # %% ../nbs/13b_claims.ipynb #130002
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +52,6 @@ from csrae_nb.results import (
     where,
 )
 from .config import SUPERVISED
-from .files import write_atomic
 
 # %% ../nbs/13b_claims.ipynb #130519
 MIX, VAMP = "MixtureCSRAE", "MixtureCSRAE, Vamp"
@@ -704,12 +701,3 @@ def claims_markdown(folder: Path | str | None = None) -> str:
         [[c.claim, c.measured or "–", f"**{c.verdict}**"] for c in claims(folder)],
         left=3,
     )
-
-# %% ../nbs/13b_claims.ipynb #130189
-def update_readme(path: Path | str, folder: Path | str | None = None) -> None:
-    "Put the claims between a file's lines <!-- claims --> and <!-- /claims -->; ValueError if it lacks them."
-    pattern = r"(.*<!-- claims -->\n).*(<!-- /claims -->.*)"
-    if not (found := re.fullmatch(pattern, Path(path).read_text(), re.S)):
-        lines = "the lines <!-- claims --> and <!-- /claims -->"
-        raise ValueError(f"{path} lacks {lines}; put them where the claims belong")
-    write_atomic(path, f"{found[1]}\n{claims_markdown(folder)}\n\n{found[2]}")

@@ -110,7 +110,7 @@ def merge(*tables: list[dict]) -> list[dict]:  # rows
     rows = [r for t in tables for r in t]
 
     def which(r):
-        return tuple(r.get(k) for k in (*ROW_KEY, *WITH_LABELS, "name"))
+        return tuple(r.get(k) for k in (*ROW_KEY, "settings", *WITH_LABELS, "name"))
 
     groups = {which(r): [] for r in rows}
     for r in sorted(rows, key=n_seeds, reverse=True):
