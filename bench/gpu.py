@@ -320,7 +320,7 @@ def fleet_speed(cfg, data, R, graphed, small):
     fleet = Fleet([one] * R)
     opt = torch.optim.Adam(fleet.parameters(), lr=5e-4, fused=True, capturable=CUDA)
     steps = _Steps(fleet, opt, data, (R, cfg.batch_size), graphed)
-    steps.begin(list(range(R)), 1, 1.0)
+    steps.begin(list(range(R)), 1)
     rows = torch.randint(
         len(data.x_train), (4, R, cfg.batch_size), generator=torch.Generator().manual_seed(0)
     ).to(DEVICE)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TABLES', 'KINDS', 'ROLES', 'AXES', 'MARGIN', 'LEVEL', 'QUESTIONS', 'NAMES', 'measured', 'with_best', 'cells',
            'plot_frontier', 'Estimate', 'estimate', 'at_reconstruction', 'Comparison', 'holm', 'verdicts', 'compared',
-           'comparison_table', 'tally', 'Answer', 'in_words', 'matched_prior', 'answers', 'answers_markdown',
-           'update_readme']
+           'comparison_table', 'tally', 'matched_table', 'Answer', 'in_words', 'matched_prior', 'answers',
+           'answers_markdown', 'update_readme']
 
 # %% ../nbs/13c_equal_pressure.ipynb #133002
 import math
@@ -245,6 +245,27 @@ def tally(found: list[Comparison], *metrics: str) -> str:
     count = Counter(v for c, v in zip(found, verdicts(found)) if not metrics or c.metric in metrics)
     kinds = ("better", "equivalent", "undecided", "worse")
     return ", ".join(f"{count[k]} {k}" for k in kinds if count[k])
+
+# %% ../nbs/13c_equal_pressure.ipynb #133031
+def matched_table(rows: list[dict]) -> str:  # markdown
+    "How runs of results/aggregate.csv sample, a line a configuration."
+    kinds = {"as trained": "samples", "at 0.7": "samples_t70", "fitted": "samples_expost"}
+    shares = ("precision", "recall", "coverage")
+    body = []
+    for r in sorted(rows, key=lambda r: (r["components"], r["lam"], r["settings"])):
+        settings = dict(s.split("=") for s in r["settings"].split())
+        how = [settings.get("prior_objective", "image"), settings.get("queue", "–")]
+        own = [f"{r[f'{m}_mean']:.3g}" for m in ("reconstruction", "knn3")]
+        distances = [_with_error(r, f"frechet_classifier_{k}") for k in kinds.values()]
+        both = [f"{r[f'{s}_samples_mean']:.2f} / {r[f'{s}_samples_expost_mean']:.2f}" for s in shares]
+        body.append([r["components"], f"{r['lam']:g}", *how, n_seeds(r), *own, *distances, *both])
+    names = ["K", "λ", "learns from", "queue", "seeds", "reconstruction", "kNN 3, %", *kinds, *shares]
+    return markdown_table(names, body, left=0)
+
+
+def _with_error(row, metric):
+    mean, se = row[f"{metric}_mean"], row.get(f"{metric}_se")
+    return f"{mean:.3g}" if se is None else f"{mean:.3g} ± {se:.1g}"
 
 # %% ../nbs/13c_equal_pressure.ipynb #133021
 @dataclass(frozen=True)
