@@ -185,6 +185,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'csrae_nb.estimator._Parameters': ('nbs/estimator.html#_parameters', 'csrae_nb/estimator.py'),
                                     'csrae_nb.estimator._Parameters.__init__': ( 'nbs/estimator.html#_parameters.__init__',
                                                                                  'csrae_nb/estimator.py'),
+                                    'csrae_nb.estimator._clusters_of_components': ( 'nbs/estimator.html#_clusters_of_components',
+                                                                                    'csrae_nb/estimator.py'),
                                     'csrae_nb.estimator._codes': ('nbs/estimator.html#_codes', 'csrae_nb/estimator.py'),
                                     'csrae_nb.estimator._columns_of': ('nbs/estimator.html#_columns_of', 'csrae_nb/estimator.py'),
                                     'csrae_nb.estimator._config': ('nbs/estimator.html#_config', 'csrae_nb/estimator.py'),

@@ -27,6 +27,7 @@ from .models import Autoencoder, rows_at_once, warmed_up
 # %% ../nbs/20_estimator.ipynb #200102
 from .config import Config, make_config, resolve
 from .files import generator, progress_bar
+from .priors import merge_components
 from .process import accelerator, torch_defaults
 from .runs import fit
 from .tasks import mean_terms, task_of
@@ -43,6 +44,7 @@ class _Parameters(BaseEstimator):
         prior="mog",  # of a MixtureCSRAE: mog or vamp
         latent_dim=2,  # D, the columns of a code
         components=10,  # K of a mixture prior; at most the number of training rows is used
+        clusters=None,  # that the components are joined into, for predict; "auto": as many as they show
         lam=1.0,  # λ, weight of D_CS
         beta=1.0,  # β, weight of the KL, for models that have it in place of D_CS
         network="mlp",  # a row of Table 6
@@ -60,6 +62,7 @@ class _Parameters(BaseEstimator):
         verbose=False,  # show a progress bar
     ):
         self.model, self.prior, self.latent_dim, self.components = model, prior, latent_dim, components
+        self.clusters = clusters
         self.lam, self.beta, self.network, self.likelihood = lam, beta, network, likelihood
         self.standardize, self.epochs, self.warmup, self.patience = standardize, epochs, warmup, patience
         self.batch_size, self.lr, self.validation_fraction = batch_size, lr, validation_fraction
@@ -99,12 +102,14 @@ class _Codes(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Parameters):
 class _Components(_Parameters):
     "The prior's components, a score, and samples."
 
-    def predict_proba(self, X) -> np.ndarray:  # (n, K), rows that sum to one
-        "Responsibilities of the prior's components for the codes of the rows X (n, features)."
+    component_clusters_: np.ndarray  # (K,), the cluster of each component
+
+    def predict_proba(self, X) -> np.ndarray:  # (n, K), or (n, clusters): rows that sum to one
+        "Responsibilities of the prior's components, or of `clusters` of them, for the codes of rows X."
         return _responsibilities(self, X)
 
-    def predict(self, X) -> np.ndarray:  # (n,), integers below K
-        "The component that is most responsible for each row's code."
+    def predict(self, X) -> np.ndarray:  # (n,), integers below K, or below the number of clusters
+        "The component, or the cluster of components, that is most responsible for each row's code."
         return self.predict_proba(X).argmax(1)
 
     def score(self, X, y=None) -> float:  # nats a row; y is ignored
@@ -133,6 +138,7 @@ class CSRAEEmbedding(_Codes, _Components):
         self.config_, run = _whole_run(self, X)
         self.model_, self._optimizer = run.model.cpu().double(), None
         self.history_, self.n_iter_, self.best_epoch_ = run.history, len(run.history), run.best_epoch
+        self.component_clusters_ = _clusters_of_components(self)
         return self
 
     def partial_fit(self, X, y=None) -> "CSRAEEmbedding":  # itself; y is ignored
@@ -140,6 +146,7 @@ class CSRAEEmbedding(_Codes, _Components):
         Nothing validates. ValueError as in fit."""
         self.config_, model, self._optimizer, self.history_ = _one_pass(self, X)
         self.model_, self.n_iter_ = model.eval().cpu().double(), len(self.history_)
+        self.component_clusters_ = _clusters_of_components(self)
         return self
 
 # %% ../nbs/20_estimator.ipynb #200009
@@ -233,6 +240,18 @@ def _dataset(est, train, val):
 # %% ../nbs/20_estimator.ipynb #200018
 _turn = threading.Lock()  # one training at a time in a process
 
+# %% ../nbs/20_estimator.ipynb #200118
+@torch.no_grad()
+def _clusters_of_components(est):  # (K,), int64
+    "The cluster of each component, itself without `clusters`; ValueError for a number that cannot be."
+    p, wanted = est.model_.prior(), est.clusters
+    if wanted is None:
+        return np.arange(len(p.logw))
+    if wanted != "auto" and not (isinstance(wanted, Integral) and wanted >= 1):
+        raise ValueError(f"clusters={wanted!r}; expected None, 'auto' or an integer of at least 1")
+    found = merge_components(p, None if wanted == "auto" else int(wanted), seed=est.config_.seed)
+    return found.numpy()
+
 # %% ../nbs/20_estimator.ipynb #200020
 def _whole_run(est, X):
     "A training from the start: its configuration, and the run."
@@ -313,9 +332,11 @@ def _rows_of_codes(est, X):
 
 # %% ../nbs/20_estimator.ipynb #200032
 @torch.no_grad()
-def _responsibilities(est, X):  # (n, K)
+def _responsibilities(est, X):  # (n, K), or (n, clusters)
     x, dtype = _known_rows(est, X)
-    return est.model_.prior().responsibilities(_codes(est, x)).numpy().astype(dtype)
+    r = est.model_.prior().responsibilities(_codes(est, x))
+    cluster = torch.from_numpy(est.component_clusters_)
+    return r.new_zeros(len(r), int(cluster.max()) + 1).index_add_(1, cluster, r).numpy().astype(dtype)
 
 # %% ../nbs/20_estimator.ipynb #200035
 def _score(est, X):
