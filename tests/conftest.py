@@ -1,8 +1,11 @@
-"One thread, no windows, shapes enforced, and nothing written outside a temporary folder."
+"""One thread, no windows, nothing written outside a temporary folder. Shapes are enforced in this process,
+but for tests that train for long: chapters call the same functions. Child processes run as anywhere."""
 
 import os
 from functools import partial
+from importlib import import_module
 
+import jaxtyping
 import pytest
 
 os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "CSRAE_TYPECHECK": "1"}
@@ -15,12 +18,30 @@ def sandbox(tmp_path_factory):
     startup = home / "ipython" / "profile_default" / "startup"
     startup.mkdir(parents=True)
     (startup / "shapes.ipy").write_text("%load_ext jaxtyping\n%jaxtyping.typechecker beartype.beartype\n")
+    import_module("csrae_nb")  # with its shapes enforced: what says so is not for child processes
+    os.environ.pop("CSRAE_TYPECHECK", None)
     os.environ.pop("CSRAE_CACHE", None)  # beside the data
     os.environ |= {
         "CSRAE_RUNS": f"{home}/runs",
         "CSRAE_DATA": f"{home}/data",
         "IPYTHONDIR": f"{home}/ipython",
     }
+
+
+LONG = "kills sweeps semisup action_units faces training gpu_job estimator settings".split()
+
+
+@pytest.fixture(autouse=True)
+def shapes(request):
+    "Shapes are not looked at in tests of long training."
+    if request.path.stem.removeprefix("test_") not in LONG:
+        yield
+        return
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture
