@@ -47,9 +47,7 @@ class ModelConfig:
     objective: str = "cs"  # "cs": Eq. (2); "paper_eq21": as printed, wrong
     prior_network: bool = False  # mog by Table 6's network from one-hot codes, in place of free parameters
     learned_weights: bool = False  # mog with learned weights, in place of 1/K
-    prior_objective: str = (
-        "image"  # what a mog learns from: each "image", as in the paper, or the "aggregate"
-    )
+    prior_objective: str = "image"  # what a mog learns from: "image", as in the paper, or "aggregate"
     queue: int = 0  # posteriors of earlier batches in the aggregate that a mog learns from
     kmeans_epoch: int = 3  # epoch after which free mog components are set by k-means on the codes; 0: never
     likelihood: str | None = None  # bernoulli, gaussian, discretized_logistic; None: what the data call for

@@ -135,18 +135,23 @@ class CSRAEEmbedding(_Codes, _Components):
         The weights of the epoch that is best on the validation rows are kept.
         ValueError for rows or parameters that cannot be."""
         vars(self).pop("model_", None)  # should this fit fail, there is none
-        self.config_, run = _whole_run(self, X)
-        self.model_, self._optimizer = run.model.cpu().double(), None
+        _check_clusters(self)
+        cfg, run = _whole_run(self, X)
+        model = run.model.cpu().double()
+        self.component_clusters_ = _clusters_of_components(self, model, cfg.seed)
+        self.config_, self.model_, self._optimizer = cfg, model, None
         self.history_, self.n_iter_, self.best_epoch_ = run.history, len(run.history), run.best_epoch
-        self.component_clusters_ = _clusters_of_components(self)
         return self
 
     def partial_fit(self, X, y=None) -> "CSRAEEmbedding":  # itself; y is ignored
         """One pass over the rows X in shuffled batches, from where the last call or fit left off.
         Nothing validates. ValueError as in fit."""
-        self.config_, model, self._optimizer, self.history_ = _one_pass(self, X)
-        self.model_, self.n_iter_ = model.eval().cpu().double(), len(self.history_)
-        self.component_clusters_ = _clusters_of_components(self)
+        _check_clusters(self)
+        cfg, model, optimizer, history = _one_pass(self, X)
+        model = model.eval().cpu().double()
+        self.component_clusters_ = _clusters_of_components(self, model, cfg.seed)
+        self.config_, self.model_, self._optimizer = cfg, model, optimizer
+        self.history_, self.n_iter_ = history, len(history)
         return self
 
 # %% ../nbs/20_estimator.ipynb #200009
@@ -241,16 +246,21 @@ def _dataset(est, train, val):
 _turn = threading.Lock()  # one training at a time in a process
 
 # %% ../nbs/20_estimator.ipynb #200118
+def _check_clusters(est):
+    "ValueError for a number of clusters that cannot be."
+    C, K = est.clusters, est.components
+    if C in (None, "auto") or isinstance(C, Integral) and 1 <= C <= K:
+        return
+    raise ValueError(f"clusters={C!r}; expected None, 'auto', or an integer from 1 to components={K}")
+
+
 @torch.no_grad()
-def _clusters_of_components(est):  # (K,), int64
-    "The cluster of each component, itself without `clusters`; ValueError for a number that cannot be."
-    p, wanted = est.model_.prior(), est.clusters
-    if wanted is None:
+def _clusters_of_components(est, model, seed):  # (K,), int64
+    "The cluster of each component of a model's prior, itself without `clusters`."
+    p = model.prior()
+    if est.clusters is None:
         return np.arange(len(p.logw))
-    if wanted != "auto" and not (isinstance(wanted, Integral) and wanted >= 1):
-        raise ValueError(f"clusters={wanted!r}; expected None, 'auto' or an integer of at least 1")
-    found = merge_components(p, None if wanted == "auto" else int(wanted), seed=est.config_.seed)
-    return found.numpy()
+    return merge_components(p, None if est.clusters == "auto" else int(est.clusters), seed=seed).cpu().numpy()
 
 # %% ../nbs/20_estimator.ipynb #200020
 def _whole_run(est, X):

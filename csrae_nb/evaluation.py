@@ -159,12 +159,17 @@ def frechet_distances(
     n, none = min(n, len(data.x_test), len(real.x_test)), dict.fromkeys(SETS)
     if n < 2:
         return none
-    order = torch.randperm(len(data.x_test), generator=generator(0, "frechet images"))
-    some = order[:n].to(data.x_test.device)
+    some = _some(data, n)
     images = _real_statistics(run.cfg, real, features, some)
     sets = _image_sets(run, data, real, sources, some)
     bar = progress_bar(progress, sets.items(), desc="Fréchet distances", unit="set")
     return none | {s: frechet_distance(feature_statistics(features.of, blocks), images) for s, blocks in bar}
+
+# %% ../nbs/10b_evaluation.ipynb #100435
+def _some(data, n):
+    "Which n test images are compared with."
+    order = torch.randperm(len(data.x_test), generator=generator(0, "frechet images"))
+    return order[:n].to(data.x_test.device)
 
 # %% ../nbs/10b_evaluation.ipynb #100135
 def _real_statistics(cfg, real, features, some):
@@ -224,8 +229,7 @@ def sample_quality(
     n = min(n, len(data.x_test), len(real.x_test))
     if n < 10:
         return {}
-    order = torch.randperm(len(data.x_test), generator=generator(0, "frechet images"))
-    some = order[:n].to(data.x_test.device)
+    some = _some(data, n)
     images, out = _real_statistics(run.cfg, real, features, some), {}
     for s in DRAWN:
         for t in TEMPERATURES:

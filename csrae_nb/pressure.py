@@ -348,7 +348,9 @@ def answers(folder: Path | str | None = None) -> list[Answer]:  # of the tables;
     return [
         _answer("D_CS for the KL: better reconstructions and codes at λ = β = 1?", text_one, at_one),
         _answer("And at equal reconstruction?", text_equal, equal),
-        _answer("Better samples from the learned prior, at equal reconstruction?", _by_metric(own), own),
+        _answer(
+            "With a VampPrior: better samples as trained, at equal reconstruction?", _by_metric(own), own
+        ),
         _answer("A mixture for N(0, I): better codes and samples?", _by_metric(mixture), mixture),
         _matched(folder),
         Answer("Fewer errors from few labels?", labels.measured or "–", labels.verdict),
@@ -356,7 +358,7 @@ def answers(folder: Path | str | None = None) -> list[Answer]:  # of the tables;
 
 
 def answers_markdown(folder: Path | str | None = None) -> str:
-    "The answers as a table; a count is of data sets and latent sizes."
+    "The answers as a table; a count is of data sets, latent sizes and, in the first two lines, priors."
     body = [[a.question, a.measured, f"**{a.verdict}**"] for a in answers(folder)]
     return markdown_table(["question", "measured", "answer"], body, left=3)
 
