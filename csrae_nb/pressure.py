@@ -248,19 +248,22 @@ def tally(found: list[Comparison], *metrics: str) -> str:
 
 # %% ../nbs/13c_equal_pressure.ipynb #133031
 def matched_table(rows: list[dict]) -> str:  # markdown
-    "How runs of results/aggregate.csv sample, a line a configuration."
+    "How runs whose prior learns from the aggregate sample, a line a configuration."
     kinds = {"as trained": "samples", "at 0.7": "samples_t70", "fitted": "samples_expost"}
     shares = ("precision", "recall", "coverage")
     body = []
-    for r in sorted(rows, key=lambda r: (r["components"], r["lam"], r["settings"])):
+    for r in sorted(rows, key=lambda r: (r["dataset"], r["components"], r["lam"], r["settings"])):
         settings = dict(s.split("=") for s in r["settings"].split())
         how = [settings.get("prior_objective", "image"), settings.get("queue", "–")]
-        own = [f"{r[f'{m}_mean']:.3g}" for m in ("reconstruction", "knn3")]
+        knn = r["knn3_mean"]
+        own = [f"{r['reconstruction_mean']:.3g}", "–" if knn is None else f"{knn:.3g}"]
         distances = [_with_error(r, f"frechet_classifier_{k}") for k in kinds.values()]
         both = [f"{r[f'{s}_samples_mean']:.2f} / {r[f'{s}_samples_expost_mean']:.2f}" for s in shares]
-        body.append([r["components"], f"{r['lam']:g}", *how, n_seeds(r), *own, *distances, *both])
-    names = ["K", "λ", "learns from", "queue", "seeds", "reconstruction", "kNN 3, %", *kinds, *shares]
-    return markdown_table(names, body, left=0)
+        body.append(
+            [r["dataset"], r["components"], f"{r['lam']:g}", *how, n_seeds(r), *own, *distances, *both]
+        )
+    names = ["data", "K", "λ", "learns from", "queue", "seeds", "reconstruction", "kNN 3, %", *kinds, *shares]
+    return markdown_table(names, body, left=1)
 
 
 def _with_error(row, metric):
