@@ -248,7 +248,7 @@ def tally(found: list[Comparison], *metrics: str) -> str:
 
 # %% ../nbs/13c_equal_pressure.ipynb #133031
 def matched_table(rows: list[dict]) -> str:  # markdown
-    "How runs whose prior learns from the aggregate sample, a line a configuration."
+    "How runs whose prior learns from the aggregate sample, a line each; what is the same in all is left out."
     kinds = {"as trained": "samples", "at 0.7": "samples_t70", "fitted": "samples_expost"}
     shares = ("precision", "recall", "coverage")
     body = []
@@ -262,13 +262,15 @@ def matched_table(rows: list[dict]) -> str:  # markdown
         body.append(
             [r["dataset"], r["components"], f"{r['lam']:g}", *how, n_seeds(r), *own, *distances, *both]
         )
-    names = ["data", "K", "λ", "learns from", "queue", "seeds", "reconstruction", "kNN 3, %", *kinds, *shares]
+    names = ["data", "K", "λ", "learns from", "queue", "seeds", "rec.", "kNN 3, %", *kinds, *shares]
+    same = [len(set(map(str, column))) == 1 and len(body) > 1 for column in zip(*body)]
+    names, *body = [[v for v, one in zip(line, same) if not one] for line in (names, *body)]
     return markdown_table(names, body, left=1)
 
 
 def _with_error(row, metric):
     mean, se = row[f"{metric}_mean"], row.get(f"{metric}_se")
-    return f"{mean:.3g}" if se is None else f"{mean:.3g} ± {se:.1g}"
+    return f"{mean:.3g}" if se is None else f"{mean:.3g} ± {se:.1g}"
 
 # %% ../nbs/13c_equal_pressure.ipynb #133021
 @dataclass(frozen=True)
