@@ -317,7 +317,7 @@ def matched_prior(folder: Path | str | None = None) -> list[tuple[dict, Comparis
     for r in read_results("aggregate", folder) + read_results("aggregate_sets", folder):
         ours, fitted = (estimate(r, m) for m in (metric, f"{metric}_expost"))
         if not ours or not fitted or "aggregate" not in r["settings"]:
-            continue  # of several seeds only
+            continue
         cell = r["dataset"], r["latent_dim"]
         line = where(others.get(cell, []), name="VampPriorVAE")
         vamp = at_reconstruction(line, estimate(r, "reconstruction"), "best")
@@ -365,7 +365,7 @@ def answers(folder: Path | str | None = None) -> list[Answer]:  # of the tables;
 
 
 def answers_markdown(folder: Path | str | None = None) -> str:
-    "The answers as a table; a count is of data sets, latent sizes and, in the first two lines, priors."
+    "The answers as a table; a count is of data sets, latent sizes, and priors or settings."
     body = [[a.question, a.measured, f"**{a.verdict}**"] for a in answers(folder)]
     return markdown_table(["question", "measured", "answer"], body, left=3)
 
