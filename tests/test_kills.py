@@ -12,7 +12,6 @@ import torch
 from csrae_nb import fleet
 from csrae_nb.evaluation import complete_run
 from csrae_nb.fleet import fit_fleet
-from csrae_nb.sweeps import PRELOAD
 from csrae_nb.config import Config
 from csrae_nb.files import runs_folder
 from csrae_nb.runs import load_run
@@ -80,14 +79,13 @@ def same(a, b):
 @pytest.mark.parametrize("job", [one_run, one_fleet])
 def test_killed_at_every_change_of_a_file_ends_the_same_to_the_bit(job, tmp_path, monkeypatch):
     monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "runs"))
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload([*PRELOAD, "csrae_nb.fleet", "sklearn.cluster", "sklearn.mixture"])
-    job("straight")
+    job("straight")  # before the forks, which find everything imported and built
+    processes = multiprocessing.get_context("fork")
     names = [p.name.removeprefix("straight") for p in runs_folder().glob("straight*")]
     for n in itertools.count(1):
         p = processes.Process(target=killed_at, args=(n, job, f"at{n}-", str(runs_folder())))
         p.start()
-        p.join()
+        p.join(60)
         if p.exitcode == 0:
             break
         assert p.exitcode == 9, n
