@@ -5,7 +5,7 @@ from configparser import ConfigParser
 from functools import cache
 from importlib.metadata import packages_distributions, requires
 from pathlib import Path
-import nbconvert, nbformat, pytest, yaml
+import nbformat, pytest, yaml
 import csrae_nb
 from packaging.requirements import Requirement
 
@@ -328,13 +328,8 @@ def test_links(page):
 
 
 def test_site_up_to_quarto(copy):
-    "All that nbdev does before it calls Quarto runs, and each page that comes out renders as HTML."
+    "All that nbdev does before it calls Quarto runs, and each page is a notebook with a title."
     in_copy(copy, sys.executable, "-c", "from nbdev.serve import proc_nbs; proc_nbs(n_workers=0)")
     for nb in notebooks:
-        page = json.loads((copy / "_proc" / "nbs" / nb.name).read_text())
-        page["metadata"].pop("execution", None)
-        for cell in page["cells"]:
-            cell.pop("has_sd", None)
-            cell["metadata"].pop("execution", None)
-        html, _ = nbconvert.HTMLExporter().from_notebook_node(nbformat.reads(json.dumps(page), as_version=4))
-        assert "title:" in html, f"{nb.name} starts with a title"
+        page = nbformat.read(copy / "_proc" / "nbs" / nb.name, 4)
+        assert page.cells[0].cell_type == "raw" and "title:" in page.cells[0].source, nb.name
