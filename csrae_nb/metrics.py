@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,10 +227,11 @@ def cached(
     key: dict,  # what the tensors depend on
     make: Callable[[], dict[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """Tensors from .cache/name-….safetensors beside the runs, made and kept there first if need be.
+    """Tensors from name-….safetensors, made and kept there first if need be.
 
-    One process makes them, others wait."""
-    folder = runs_folder() / ".cache"
+    The folder is `CSRAE_CACHE`, or .cache/ beside the runs. One process makes them, others wait."""
+    elsewhere = os.environ.get("CSRAE_CACHE")
+    folder = Path(elsewhere).expanduser() if elsewhere else runs_folder() / ".cache"
     folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     file = folder / f"{name}-{digest[:12]}.safetensors"

@@ -20,8 +20,10 @@ def sandbox(tmp_path_factory):
     (startup / "shapes.ipy").write_text("%load_ext jaxtyping\n%jaxtyping.typechecker beartype.beartype\n")
     import_module("csrae_nb")  # with its shapes enforced: what says so is not for child processes
     os.environ.pop("CSRAE_TYPECHECK", None)
-    os.environ.pop("CSRAE_CACHE", None)  # beside the data
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if os.environ.get("PYTEST_XDIST_WORKER") else shared
     os.environ |= {
+        "CSRAE_CACHE": f"{shared}/cache",  # a classifier is trained once for all workers and child processes
         "CSRAE_RUNS": f"{home}/runs",
         "CSRAE_DATA": f"{home}/data",
         "IPYTHONDIR": f"{home}/ipython",
@@ -51,7 +53,13 @@ def own_runs(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def hasty(monkeypatch):
+def own_cache(monkeypatch):
+    "What is made from data is made anew, beside the data and the runs."
+    monkeypatch.delenv("CSRAE_CACHE")
+
+
+@pytest.fixture
+def hasty(monkeypatch, own_cache):
     "A classifier for the Fréchet distances that is trained for a moment only."
     from csrae_nb import metrics
 

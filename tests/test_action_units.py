@@ -14,6 +14,8 @@ from csrae_nb.config import Config, command, resolve, run_name
 from csrae_nb.files import runs_folder
 from csrae_nb.runs import fit, load_run
 
+pytestmark = pytest.mark.usefixtures("own_cache")  # faces are prepared beside the data
+
 pytest.importorskip("cv2")
 pytest.importorskip("h5py")
 CFG = Config(

@@ -36,6 +36,7 @@ from csrae_nb.runs import fit, load_run, prepare_data
 
 h5py = pytest.importorskip("h5py")
 pytest.importorskip("cv2")
+pytestmark = pytest.mark.usefixtures("own_cache")  # faces are prepared beside the data
 SUBJECTS = tuple(FACES["faces_demo"].recordings())
 
 
