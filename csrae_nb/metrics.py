@@ -25,6 +25,7 @@ from filelock import FileLock
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .formats import cache_folder
 from .data import Dataset, labelled_rows, names_of_labels, sha256
 from .likelihoods import Units, make_likelihood
 from .networks import torchvision_module
@@ -230,8 +231,7 @@ def cached(
     """Tensors from name-….safetensors, made and kept there first if need be.
 
     The folder is `CSRAE_CACHE`, or .cache/ beside the runs. One process makes them, others wait."""
-    elsewhere = os.environ.get("CSRAE_CACHE")
-    folder = Path(elsewhere).expanduser() if elsewhere else runs_folder() / ".cache"
+    folder = cache_folder() if os.environ.get("CSRAE_CACHE") else runs_folder() / ".cache"
     folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     file = folder / f"{name}-{digest[:12]}.safetensors"

@@ -248,7 +248,7 @@ def tally(found: list[Comparison], *metrics: str) -> str:
 
 # %% ../nbs/13c_equal_pressure.ipynb #133031
 def matched_table(rows: list[dict]) -> str:  # markdown
-    "How runs whose prior learns from the aggregate sample, a line each; what is the same in all is left out."
+    "How priors sample that learn from the aggregate or from each image; constant columns are left out."
     kinds = {"as trained": "samples", "at 0.7": "samples_t70", "fitted": "samples_expost"}
     shares = ("precision", "recall", "coverage")
     body = []

@@ -83,7 +83,8 @@ def test_killed_at_every_change_of_a_file_ends_the_same_to_the_bit(job, tmp_path
     processes = multiprocessing.get_context("fork")
     names = [p.name.removeprefix("straight") for p in runs_folder().glob("straight*")]
     for n in itertools.count(1):
-        p = processes.Process(target=killed_at, args=(n, job, f"at{n}-", str(runs_folder())))
+        args = n, job, f"at{n}-", str(runs_folder())
+        p = processes.Process(target=killed_at, args=args, daemon=True)
         p.start()
         p.join(60)
         if p.exitcode == 0:
