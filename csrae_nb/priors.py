@@ -143,23 +143,57 @@ class MoGPrior(Prior):
         if isinstance(self.logits, nn.Parameter):
             self.logits.copy_((n.clamp_min(1) / len(codes)).log())
 
+# %% ../nbs/03_priors.ipynb #030112
+def _greedy_start(x, K, g):
+    "K of the rows of x, each the best of a few that are drawn by their squared distance to those before."
+    rows = x[torch.randint(len(x), (1,), generator=g, device=x.device)]
+    nearest = torch.cdist(x, rows).square().squeeze(1)
+    while len(rows) < K:
+        tried = torch.multinomial(nearest.clamp_min(1e-300), 2 + int(math.log(K)), generator=g)
+        to_each = torch.minimum(nearest[:, None], torch.cdist(x, x[tried]).square())
+        best = to_each.sum(0).argmin(0, keepdim=True)
+        rows, nearest = torch.cat([rows, x[tried[best]]]), to_each[:, best].squeeze(1)
+    return rows
+
+
+def _clusters_on_gpu(codes, K, seed):
+    "The cluster of each code, by what scikit-learn's k-means does, where the codes are."
+    x = (codes - codes.mean(0)).double()
+    centres, labels = _greedy_start(x, K, torch.Generator(x.device).manual_seed(seed)), None
+    for _ in range(300):
+        before, (far, labels) = labels, torch.cdist(x, centres).min(1)
+        if before is not None and before.equal(labels):
+            break
+        r = torch.eye(K, dtype=x.dtype, device=x.device)[labels]
+        n = r.sum(0)[:, None]
+        spare = x[far.topk(K).indices]  # where a cluster that nothing belongs to goes
+        centres = (r.T @ x / n.clamp_min(1)).where(n > 0, spare)
+    return labels
+
+# %% ../nbs/03_priors.ipynb #030212
+def _clusters_on_cpu(codes, K, seed):
+    from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1):
+        return torch.as_tensor(
+            KMeans(K, n_init=1, random_state=seed).fit(codes.double().numpy()).labels_
+        ).long()
+
 # %% ../nbs/03_priors.ipynb #030012
 def kmeans(
     codes: Float[Tensor, "n D"],  # draws from q(z|x)
     K: int,  # clusters
     seed: int,  # the same codes and seed give the same clusters, to the bit
 ) -> tuple[Float[Tensor, "K"], Float[Tensor, "K D"], Float[Tensor, "K D"]]:  # counts, means, variances
-    "Clusters by scikit-learn's k-means, on one thread; ValueError for fewer codes than clusters."
-    from sklearn.cluster import KMeans
-    from threadpoolctl import threadpool_limits
+    """Clusters by k-means: scikit-learn's, on one thread, or the same on the codes' GPU; ValueError for fewer
+    codes than clusters."""
 
     if len(codes) < K:
         raise ValueError(
             f"k-means of {len(codes)} codes into {K} components; use at most as many components as codes"
         )
-    with threadpool_limits(1):
-        labels = KMeans(K, n_init=1, random_state=seed).fit(codes.cpu().double().numpy()).labels_
-    labels = torch.as_tensor(labels, device=codes.device).long()
+    labels = (_clusters_on_gpu if codes.is_cuda else _clusters_on_cpu)(codes, K, seed)
     r = torch.eye(K, dtype=codes.dtype, device=codes.device)[labels]  # (n, K)
     n = r.sum(0)
     mu = (r.T @ codes) / n.clamp_min(1)[:, None]
