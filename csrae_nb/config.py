@@ -36,14 +36,14 @@ class ModelConfig:
     "What a run trains, and on which data."
 
     dataset: str = "digits"  # a data set, or a path to .npz, .npy or images; "arrays": data given to fit
-    model: str = "MixtureCSRAE"  # or VAE, IWAE, MixtureVAE, VampPriorVAE, CSRAE; Supervised: a classifier
+    model: str = "MixtureCSRAE"  # or VAE, IWAE, MixtureVAE, VampPriorVAE, CSRAE, WAE, CWAE, RAE; Supervised
     prior: str = "mog"  # of a MixtureCSRAE: mog or vamp
     latent_dim: int | None = None  # D; None: the data set's preset, as for every None below
     components: int | None = None  # K, of a mixture prior
     importance_samples: int = 5  # S, of an IWAE
     kl_samples: int = 1  # draws for the KL to a mixture, of MixtureVAE and VampPriorVAE
     lam: float = 1.0  # λ, weight of D_CS
-    beta: float = 1.0  # β, weight of the KL of VAE, IWAE, MixtureVAE, VampPriorVAE, and of the labels' KL
+    beta: float = 1.0  # β, weight of the KL, of what WAE, CWAE and RAE have for it, and of the labels' KL
     objective: str = "cs"  # "cs": Eq. (2); "paper_eq21": as printed, wrong
     prior_network: bool = False  # mog by Table 6's network from one-hot codes, in place of free parameters
     learned_weights: bool = False  # mog with learned weights, in place of 1/K

@@ -379,7 +379,7 @@ def _evaluate(run, data, progress, known):
     test, codes = data.fixed("test"), run_codes(run, data, "train")
     sources = sample_sources(run, codes)
     terms = mean_terms(run.model, test, generator(run.cfg.seed, "test", device=run.device))
-    samples = run.cfg.ll_samples
+    samples = run.cfg.ll_samples if run.model.has_likelihood else 0
     ll = known.get("ll") or (mean_log_likelihood(run, test, samples, progress) if samples else None)
     return dict(
         reconstruction=terms["reconstruction"],

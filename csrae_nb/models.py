@@ -241,6 +241,8 @@ class Objective(Unchecked):
 class Autoencoder(Objective, Pictures, LogLikelihood):
     "An encoder, a decoder, a prior and a likelihood, trained by −E log p(x|z) + λ D(q‖p), Eq. (13)."
 
+    has_likelihood = True  # whether log p(x) can be estimated
+
     def __init__(
         self,
         encoder: nn.Module,  # x (B, *X) to q(z|x), a GMM with batch B

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .mixtures import GMM, Draws
 from .data import Dataset, LazyImages, names_of_labels, labelled_rows
 from .likelihoods import Likelihood, Units, make_likelihood
-from .models import Autoencoder, Terms, in_eval_mode, rows_at_once, warmed_up
+from .models import MODELS, Autoencoder, Terms, in_eval_mode, rows_at_once, warmed_up
 from .networks import face_features, face_images, glorot_, mlp, resnet18_features
 from .pictures import show_examples
 from .priors import variance, within
@@ -736,6 +736,8 @@ class LabelTask(_LabelledBatches, _ChosenByLabels, _MadeWithLabels):
         if c.model == "IWAE":
             others = "VAE, MixtureVAE, VampPriorVAE, CSRAE or MixtureCSRAE"
             raise ValueError(f"labels have no IWAE: its bound has no term for each y; use {others}")
+        if c.model in MODELS and not MODELS[c.model].has_likelihood:
+            raise ValueError(f"labels have no {c.model}: its codes are points, which have no divergence each")
         if c.prior_objective != "image":
             what = f"prior_objective={c.prior_objective!r}"
             raise ValueError(f"with labels the prior learns from each image; {what} is for runs without")

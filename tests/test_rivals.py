@@ -1,0 +1,35 @@
+"Autoencoders whose codes are points, as `fit` and the evaluation take them."
+
+import pytest
+import torch
+from csrae_nb.config import Config
+from csrae_nb.evaluation import complete_run
+from csrae_nb.fleet import stackable
+from csrae_nb.config import resolve
+from csrae_nb.runs import fit, load_run
+
+
+def rival(model, **fields):
+    return Config(dataset="digits", model=model, latent_dim=6, epochs=3, fid_images=100, **fields)
+
+
+@pytest.mark.parametrize("model, beta", [("WAE", 50.0), ("CWAE", 5.0), ("RAE", 0.1)])
+def test_a_rival_trains_and_is_evaluated(model, beta, own_runs):
+    metrics = complete_run(rival(model, beta=beta), progress=False)
+    assert metrics["ll"] is None and 0 < metrics["knn3"] < 60
+    assert metrics["frechet_classifier_samples_expost"] < metrics["frechet_classifier_samples"]
+    run = fit(rival(model, beta=beta), progress=False)
+    again, x = load_run(run.path), torch.rand(5, 8, 8)
+    torch.testing.assert_close(again.model.reconstruct(x), run.model.reconstruct(x))
+    assert not stackable(resolve(rival(model)))
+
+
+def test_the_weight_draws_codes_to_the_prior(own_runs):
+    apart = [fit(rival("WAE", beta=beta), progress=False).history[-1]["val_divergence"] for beta in (0.0, 1000.0)]
+    assert apart[1] < apart[0] / 2
+
+
+@pytest.mark.parametrize("model", ["WAE", "CWAE", "RAE"])
+def test_labels_are_refused(model, own_runs):
+    with pytest.raises(ValueError, match=f"labels have no {model}: its codes are points"):
+        fit(rival(model, labels=100), progress=False)
