@@ -25,7 +25,9 @@ def test_a_rival_trains_and_is_evaluated(model, beta, own_runs):
 
 
 def test_the_weight_draws_codes_to_the_prior(own_runs):
-    apart = [fit(rival("WAE", beta=beta), progress=False).history[-1]["val_divergence"] for beta in (0.0, 1000.0)]
+    apart = [
+        fit(rival("WAE", beta=beta), progress=False).history[-1]["val_divergence"] for beta in (0.0, 1000.0)
+    ]
     assert apart[1] < apart[0] / 2
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from csrae_nb import claims, pressure, results
+from csrae_nb import answers, claims, results
 from csrae_nb.evaluation import METRICS, SETS, write_table
 
 KL, CS = ("VAE", "VampPriorVAE"), ("CSRAE", "MixtureCSRAE")
@@ -239,12 +239,12 @@ def test_commands_are_parts_of_the_sweeps(tmp_path):
 def test_a_page_without_a_place_for_answers_is_left_as_it_is(tmp_path, text):
     (page := tmp_path / "README.md").write_text(text)
     with pytest.raises(ValueError, match="lacks the lines"):
-        pressure.update_readme(page, tmp_path)
+        answers.update_readme(page, tmp_path)
     assert page.read_text() == text
 
 
 def test_readme_shows_the_answers_of_the_committed_tables():
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     shown = text.split("<!-- answers -->")[1].split("<!-- /answers -->")[0].strip()
-    renewed = pressure.answers_markdown().strip()
-    assert shown == renewed, "run csrae_nb.pressure.update_readme('README.md')"
+    renewed = answers.answers_markdown().strip()
+    assert shown == renewed, "run csrae_nb.answers.update_readme('README.md')"
