@@ -106,7 +106,8 @@ def test_a_world_in_which_the_paper_holds(tmp_path):
     assert (
         of("2.65").verdict == "holds" and "gains of 20 ± 1 % (Caltech101) to 20 ± 1 %" in of("2.65").measured
     )
-    assert of("Fig. 3a").verdict == of("Fig. 3c").verdict == of("a MoG prior").verdict == "holds"
+    assert of("Fig. 3a").verdict == of("Fig. 3c").verdict == "holds"
+    assert of("a MoG prior").verdict == "holds in part"  # two cells are within an error of one percent above
     assert (
         of("Fig. 3b").verdict == "does not hold"
         and "criterion lowest at λ = 1, distance of reconstructions at 0.25, distance of samples at 5"
@@ -126,7 +127,7 @@ def test_a_world_in_which_the_paper_holds(tmp_path):
         == of("(as trained, λ = 1) beats an ex-post").verdict
         == "does not hold"
     )
-    assert all(len(text) <= 130 for c in found for text in (c.claim, c.measured))
+    assert all(len(text) <= 200 for c in found for text in (c.claim, c.measured))
 
 
 def test_vamp_is_not_taken_for_mog(tmp_path):
