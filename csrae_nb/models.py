@@ -47,9 +47,9 @@ class Terms:
         return self.each["reconstruction"]
 
     @property
-    def divergence(self) -> Float[Tensor, "B"]:
-        "D(q‖p) of each example, in nats."
-        return self.each["divergence"]
+    def divergence(self) -> Float[Tensor, "*B"]:
+        "D(q‖p) of each example, in nats; a model that has one of the batch alone, that."
+        return {**self.whole, **self.each}["divergence"]
 
     def means(self) -> dict[str, Float[Tensor, "*R"]]:
         "Every term by its name, a mean over the batch."
