@@ -50,6 +50,9 @@ LINES = {  # what a line is: name, source, queue, kind of samples, colour, style
     "VampPriorVAE": ("VampPriorVAE", None, 0, "samples", "C3", "s-"),
     "VampPriorVAE, then fitted": ("VampPriorVAE", None, 0, "samples_expost", "C3", "s:"),
     "VAE, then fitted": ("VAE", None, 0, "samples_expost", "C7", "o:"),
+    "WAE, then fitted": ("WAE", None, 0, "samples_expost", "C5", "v:"),
+    "CWAE, then fitted": ("CWAE", None, 0, "samples_expost", "C6", ">:"),
+    "RAE, then fitted": ("RAE", None, 0, "samples_expost", "C8", "x:"),
 }
 
 # %% ../nbs/13d_matched.ipynb #134107
@@ -57,20 +60,23 @@ def plot_matched(panels: dict[str, list[dict]]) -> Figure:  # title: rows
     "Distance of samples against the reconstruction error, a panel a number of components, a line a recipe."
     size = dict(figsize=(5.5 * len(panels), 4), layout="constrained")
     fig, axs = plt.subplots(1, len(panels), squeeze=False, sharey=True, **size)
+    shown = {}
     for ax, (title, rows) in zip(axs[0], panels.items()):
         for label, (*which, kind, colour, style) in LINES.items():
             metric = f"frechet_classifier_{kind}"
-            some = [r for r in recipe(rows, *which) if estimate(r, metric)]
+            line = [r for r in recipe(rows, *which) if estimate(r, metric)]
             if kind == "samples_expost":
-                some = [r for r in some if fitted_components(r) >= (r["components"] or 1)]
-            line = sorted(some, key=lambda r: r["reconstruction_mean"])
-            y, e = ([r[f"{metric}_{s}"] for r in line] for s in ("mean", "se"))
-            x = [r["reconstruction_mean"] for r in line]
-            ax.errorbar(x, y, e, fmt=style, color=colour, ms=4, lw=1, label=label)
+                line = [r for r in line if fitted_components(r) >= r["components"]]
+            line.sort(key=lambda r: r["reconstruction_mean"])
+            x, y, e = (
+                [r[m] for r in line] for m in ("reconstruction_mean", f"{metric}_mean", f"{metric}_se")
+            )
+            if line:
+                shown[label] = ax.errorbar(x, y, e, fmt=style, color=colour, ms=4, lw=1)
         ax.set(title=title, xlabel="reconstruction error, nats")
         plain_log(ax.yaxis)
     axs[0, 0].set_ylabel("Fréchet distance of samples")
-    axs[0, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    fig.legend(shown.values(), shown, fontsize=8, loc="outside right center")
     return fig
 
 # %% ../nbs/13d_matched.ipynb #134012
