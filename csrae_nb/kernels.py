@@ -386,14 +386,16 @@ if triton:
         "Gradients of a tile of mu and var; g has strides gp, gn, gm."
         tiles = tl.cdiv(N, ROWS)
         p = (tl.program_id(0) // tiles).to(tl.int64)
-        n = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+        n = (tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         d = tl.program_id(1) * DIMS + tl.arange(0, DIMS)
         places, inside = (p * N + n)[:, None] * D + d[None], (n < N)[:, None] & (d < D)[None]
         a, b = tl.load(mu + places, inside, 0.0), tl.load(var + places, inside, 1.0)
         sum_r, sum_h = tl.zeros_like(a), tl.zeros_like(a)
+        column = g + p * gp + n * gn
         for m in range(M):
             row = (p * M + m) * D + d
-            w = tl.load(g + p * gp + n * gn + m * gm, n < N, 0.0)[:, None]
+            w = tl.load(column, n < N, 0.0)[:, None]
+            column += gm
             u = 1 / (b + tl.load(tau2 + row, d < D, 1.0)[None])
             r = (a - tl.load(nu + row, d < D, 0.0)[None]) * u
             sum_r += r * w

@@ -131,6 +131,7 @@ def matched_prior(
     others = [r for r in measured(folder) if r["model"] == "VampPriorVAE"]
     for name in ("aggregate_400", "aggregate_long"):
         others += [with_best(r) for r in read_results(name, folder) if r["model"] == "VampPriorVAE"]
+    others = [o for o in others if fitted_components(o) == o["components"]]
     metric, out = "frechet_classifier_samples", []
     for r in tables:
         ours, fitted = (estimate(r, m) for m in (metric, f"{metric}_expost"))

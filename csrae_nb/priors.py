@@ -166,12 +166,15 @@ def _clusters_on_gpu(codes, K, seed):
             break
         r = torch.eye(K, dtype=x.dtype, device=x.device)[labels]
         n = r.sum(0)[:, None]
-        spare = x[far.topk(K).indices]  # where a cluster that nothing belongs to goes
-        centres = (r.T @ x / n.clamp_min(1)).where(n > 0, spare)
+        empty = (
+            ((n == 0).cumsum(0) - 1).clamp_min(0).squeeze(1)
+        )  # the first of them goes to the farthest code
+        centres = (r.T @ x / n.clamp_min(1)).where(n > 0, x[far.topk(K).indices[empty]])
     return labels
 
 # %% ../nbs/03_priors.ipynb #030212
 def _clusters_on_cpu(codes, K, seed):
+    "The same by scikit-learn."
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
 
@@ -184,7 +187,7 @@ def _clusters_on_cpu(codes, K, seed):
 def kmeans(
     codes: Float[Tensor, "n D"],  # draws from q(z|x)
     K: int,  # clusters
-    seed: int,  # the same codes and seed give the same clusters, to the bit
+    seed: int,  # the same codes and seed give the same clusters, to the bit on one device
 ) -> tuple[Float[Tensor, "K"], Float[Tensor, "K D"], Float[Tensor, "K D"]]:  # counts, means, variances
     """Clusters by k-means: scikit-learn's, on one thread, or the same on the codes' GPU; ValueError for fewer
     codes than clusters."""
