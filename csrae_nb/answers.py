@@ -63,7 +63,7 @@ def _matched(folder):
     said = [f"against {rival}: {tally(cs)}" for rival, cs in rivals.items() if cs]
     if of_digits := [c for c in fitted if c.cell[0] == "mnist"]:
         c = min(of_digits, key=lambda c: c.ours.mean)
-        said.append(f"dynamic MNIST at its best {f'{c.ours.mean:.3g}'}, fitted {f'{c.rival.mean:.3g}'}")
+        said.append(f"dynamic MNIST at its best {c.ours.mean:.3g}, fitted {c.rival.mean:.3g}")
     question = "A prior matched to the aggregate: better samples than a mixture fitted afterwards?"
     return _answer(question, "; ".join(said), fitted)
 

@@ -166,10 +166,8 @@ def _clusters_on_gpu(codes, K, seed):
             break
         r = torch.eye(K, dtype=x.dtype, device=x.device)[labels]
         n = r.sum(0)[:, None]
-        empty = (
-            ((n == 0).cumsum(0) - 1).clamp_min(0).squeeze(1)
-        )  # the first of them goes to the farthest code
-        centres = (r.T @ x / n.clamp_min(1)).where(n > 0, x[far.topk(K).indices[empty]])
+        place = ((n == 0).cumsum(0) - 1).clamp_min(0)[:, 0]  # of an empty cluster among those
+        centres = (r.T @ x / n.clamp_min(1)).where(n > 0, x[far.topk(K).indices[place]])
     return labels
 
 # %% ../nbs/03_priors.ipynb #030212
@@ -178,10 +176,9 @@ def _clusters_on_cpu(codes, K, seed):
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
 
+    found = KMeans(K, n_init=1, random_state=seed)
     with threadpool_limits(1):
-        return torch.as_tensor(
-            KMeans(K, n_init=1, random_state=seed).fit(codes.double().numpy()).labels_
-        ).long()
+        return torch.as_tensor(found.fit(codes.double().numpy()).labels_).long()
 
 # %% ../nbs/03_priors.ipynb #030012
 def kmeans(
