@@ -226,7 +226,8 @@ def resolve(cfg: Config) -> Config:  # without None, but for likelihood, which t
         "pretrain": p["pretrain"] if labels else 0,
         "labelled_batch": max(1, round(p["labelled_batch"] * cfg.batch_size / 100)),
     }
-    return dataclasses.replace(cfg, **{k: v for k, v in p.items() if getattr(cfg, k) is None})
+    missing = {k: v for k, v in p.items() if v is not None and getattr(cfg, k) is None}
+    return dataclasses.replace(cfg, **missing) if missing else cfg
 
 
 def prior_kind(cfg: Config) -> str:  # a key of PRIORS
@@ -306,10 +307,11 @@ def run_name(cfg: Config) -> str:  # a folder name
         return cfg.name
     c = resolve(cfg)
     mixture = "" if prior_kind(c) == "normal" else f"-{prior_kind(c)}{c.components}"
-    n = identity(c).get("labels")
+    fields = identity(c)
+    n = fields.get("labels")
     labels = f"-labels{n if n == 'one' else format(n, 'g')}" if n else ""
     default = {f.name: f.default for f in dataclasses.fields(Config)}
-    changed = {k: v for k, v in identity(c).items() if v != default[k]}
+    changed = {k: v for k, v in fields.items() if v != default[k]}
     digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:6]
     size = "" if c.model == SUPERVISED else f"-z{c.latent_dim}"
     return f"{dataset_name(c.dataset)}-{c.model}{mixture}{size}{labels}-seed{c.seed}-{digest}"
