@@ -27,7 +27,8 @@ from csrae_nb.kernels import naive_log_z
 from csrae_nb.mixtures import GMM, Draws
 from csrae_nb.evaluation import complete_run, finished_metrics, write_table
 from csrae_nb.fleet import _Graph, _Steps, Fleet, fit_fleet, fleets, stackable, train_fleets
-from csrae_nb.sweeps import attempt, distinct, read_csv, read_sweep, seedless, sweep_table
+from csrae_nb.grids import attempt, distinct, read_sweep
+from csrae_nb.sweeps import read_csv, seedless, sweep_table
 from csrae_nb.config import Config, command, resolve, run_name
 from csrae_nb.files import runs_folder
 from csrae_nb.runs import fit, load_run

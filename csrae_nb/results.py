@@ -28,7 +28,7 @@ from scipy.stats import t as student
 
 from .files import read_text
 from .evaluation import SETS, WITH_LABELS
-from .sweeps import read_sweep
+from .grids import read_sweep
 from .config import SUPERVISED, Config
 from .files import project_root
 

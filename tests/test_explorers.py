@@ -15,7 +15,7 @@ from csrae_nb.explorers import (
     run_folders,
     two_gaussians_explorer,
 )
-from csrae_nb.sweeps import distinct, read_sweep
+from csrae_nb.grids import distinct, read_sweep
 from csrae_nb.config import Config, run_name
 from csrae_nb.runs import fit, load_run, prepare_data
 

@@ -17,20 +17,18 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from csrae_nb.sweeps import (
+from csrae_nb.grids import (
     FIELDS,
     distinct,
     expand,
     failure,
-    main,
-    ray_engine,
     read_sweep,
     run_folder,
     run_state,
-    run_sweep,
     shard,
     trained_epochs,
 )
+from csrae_nb.sweeps import main, ray_engine, run_sweep
 from csrae_nb.config import run_name
 from csrae_nb.files import runs_folder
 
@@ -321,7 +319,8 @@ def test_a_ray_worker_that_is_killed_is_replaced_and_one_that_always_is_is_a_fai
 # --- scripts
 
 SCRIPT = """
-from csrae_nb.sweeps import expand, run_sweep
+from csrae_nb.grids import expand
+from csrae_nb.sweeps import run_sweep
 grid = dict(dataset={1!r}, model="VAE", epochs=1, ll_samples=0, expost_components=5, seed=[0, 1])
 {0}print(run_sweep(expand(grid), jobs=2, progress=False))
 """

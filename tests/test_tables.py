@@ -218,7 +218,7 @@ def test_what_only_some_runs_have(tmp_path):
 
 def test_commands_are_parts_of_the_sweeps(tmp_path):
     "The command of a missing cell asks for runs of the paper's grid, and for no others."
-    from csrae_nb.sweeps import read_sweep, read_words
+    from csrae_nb.grids import read_sweep, read_words
     from csrae_nb.config import resolve
     from csrae_nb.files import project_root
 
