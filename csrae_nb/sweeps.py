@@ -49,6 +49,9 @@ from csrae_nb.grids import (
 PRELOAD = [
     "csrae_nb.grids",
     "accelerate",
+    "matplotlib.pyplot",
+    "numba",
+    "sklearn.cluster",
     "sklearn.datasets",
     "sklearn.neighbors",
     "torch._dynamo",
