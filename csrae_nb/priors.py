@@ -296,7 +296,7 @@ def component_graph(
 ]:  # symmetric: 1 between two that are among the other's nearest, ½ for one of the two
     "Ties of each component to its nearest in the plane."
     K = len(places)
-    neighbours = neighbours or max(2, min(K // 4, round(K**0.5 / 2 + 5)))
+    neighbours = neighbours or max(2, min(K // 8, round(K**0.5 / 2 + 5)))
     apart = torch.cdist(places, places).fill_diagonal_(math.inf)
     near = apart.topk(min(neighbours, K - 1), largest=False).indices
     tied = torch.zeros_like(apart).scatter_(1, near, 1.0)
