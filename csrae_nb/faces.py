@@ -40,8 +40,8 @@ from scipy.io import savemat
 from torch import Tensor
 
 from .data import SPLITS, Dataset, LazyImages
-from .files import read_text
-from .formats import reason, cache_folder, data_folder, files_below, read_mat
+from .reading import files_below, read_mat, read_text, reason
+from .formats import cache_folder, data_folder
 from .files import writing, progress_bar, write_atomic
 from .catalogue import DATASETS, PAPER, SMALL
 
