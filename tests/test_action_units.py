@@ -7,8 +7,9 @@ import torch
 
 from csrae_nb import files, runs, semisup, tasks, training
 from csrae_nb.catalogue import load_data
+from csrae_nb.drawings import write_disfa, write_fera2015
 from csrae_nb.evaluation import complete_run, results_table
-from csrae_nb.faces import load_faces, write_disfa, write_fera2015
+from csrae_nb.faces import load_faces
 from csrae_nb.semisup import LabelTask, first_phase, take_over
 from csrae_nb.config import Config, command, resolve, run_name
 from csrae_nb.files import runs_folder
