@@ -113,7 +113,8 @@ class _Canvas:
     "A picture that is drawn on in a face's units."
 
     def __init__(self, size, background, pose):
-        self.image, self.pose = np.full((*size[::-1], 3), background, np.uint8), pose
+        row = np.full((size[0], 3), background, np.uint8)
+        self.image, self.pose = np.repeat(row[None], size[1], 0), pose
         self.unit = np.linalg.norm(pose[:, 0])
 
     def pixels(self, q):
@@ -129,13 +130,12 @@ class _Canvas:
         cv2.polylines(self.image, self.pixels(q), False, colour, width, cv2.LINE_AA, 4)
 
 
-def _ring():
-    t = np.linspace(0, 2 * np.pi, 40)
-    return np.stack([np.cos(t), np.sin(t)], 1)
+_turn = np.linspace(0, 2 * np.pi, 40)
+_RING = np.stack([np.cos(_turn), np.sin(_turn)], 1)
 
 # %% ../nbs/15_drawings.ipynb #150221
 def _draw_head(on, p, skin, hair):
-    on.fill(_ring() * (1.0, 1.05) + (0, -0.3), hair)
+    on.fill(_RING * (1.0, 1.05) + (0, -0.3), hair)
     top = np.linspace(0.5 * np.pi, -0.5 * np.pi, 17)
     forehead = np.stack([p[16, 0] * np.sin(top), -0.1 - 0.95 * np.cos(top)], 1)
     on.fill(np.concatenate([p[:17], forehead]), skin)
@@ -164,8 +164,8 @@ def _draw_side(on, p, au, side, iris, hair, dark, brow):
     eye, corner = (p[36:42], p[48]) if side < 0 else (p[42:48], p[54])
     c = eye.mean(0)
     on.fill(eye, (235, 235, 235))
-    on.fill(_ring() * 0.065 + c, iris)
-    on.fill(_ring() * 0.03 + c, (10, 10, 10))
+    on.fill(_RING * 0.065 + c, iris)
+    on.fill(_RING * 0.03 + c, (10, 10, 10))
     on.line(np.concatenate([eye, eye[:1]]), dark, 0.02)
     on.line(p[17:22] if side < 0 else p[22:27], hair, brow)
     if au.get(4, 0) > 0.1:
@@ -178,6 +178,18 @@ def _draw_side(on, p, au, side, iris, hair, dark, brow):
         on.line([corner + up, corner + down], dark, 0.03)
 
 # %% ../nbs/15_drawings.ipynb #150321
+def _drawn(look, au, p, pose, light, size):
+    "The picture of a face with these landmarks."
+    background, skin, hair, lips, iris = np.minimum(look.colours * light, 255)
+    on, dark = _Canvas(size, background, pose), 0.55 * skin
+    _draw_head(on, p, skin, hair)
+    for side in (-1, 1):
+        _draw_side(on, p, au, side, iris, hair, dark, 0.07 + 0.02 * look.shape[5])
+    _draw_nose(on, p, au, skin, dark)
+    _draw_mouth(on, p, au, lips, dark)
+    return on.image
+
+
 def draw_face(
     look: Look,
     au: dict[int, float],  # AU: 0 to 1
@@ -186,14 +198,7 @@ def draw_face(
     size: tuple[int, int] = (192, 160),  # width and height, in pixels
 ) -> np.ndarray:  # (height, width, 3), uint8, blue first
     "The picture of a face."
-    background, skin, hair, lips, iris = np.minimum(look.colours * light, 255)
-    on, p, dark = _Canvas(size, background, pose), face_points(look, au), 0.55 * skin
-    _draw_head(on, p, skin, hair)
-    for side in (-1, 1):
-        _draw_side(on, p, au, side, iris, hair, dark, 0.07 + 0.02 * look.shape[5])
-    _draw_nose(on, p, au, skin, dark)
-    _draw_mouth(on, p, au, lips, dark)
-    return on.image
+    return _drawn(look, au, face_points(look, au), pose, light, size)
 
 # %% ../nbs/15_drawings.ipynb #150022
 # how much of the time an AU is active, about; a quarter of the subjects show it at least once
@@ -242,6 +247,14 @@ def some_poses(
     return poses, rng.uniform(0.75, 1.1) * (1 + 0.12 * wave[4])
 
 # %% ../nbs/15_drawings.ipynb #150322
+def _noisy(image, rng):
+    "A picture as a camera has it, with a deviation of 4 levels; in one block of memory, as there are many."
+    x = rng.standard_normal(image.shape)
+    x *= 4
+    x += image
+    return np.clip(x, 0, 255, out=x).astype(np.uint8)
+
+
 def some_frames(
     name: str, n: int, aus: tuple[int, ...], seed: int, size=(192, 160)
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:  # images, landmarks, intensities
@@ -250,10 +263,9 @@ def some_frames(
     look = some_look(np.random.default_rng([seed, *subject.encode()]))
     level, (poses, light) = some_activity(rng, n, aus), some_poses(rng, n, size)
     for l, pose, bright in zip(level, poses, light):
-        au = dict(zip(aus, l / 5))
-        image = draw_face(look, au, pose, bright, size).astype(float) + rng.normal(0, 4, (*size[::-1], 3))
-        points = face_points(look, au) @ pose[:, :2].T + pose[:, 2]
-        yield image.clip(0, 255).astype(np.uint8), points, np.round(l).astype(int)
+        p = face_points(look, au := dict(zip(aus, l / 5)))
+        image = _noisy(_drawn(look, au, p, pose, bright, size), rng)
+        yield image, p @ pose[:, :2].T + pose[:, 2], np.round(l).astype(int)
 
 # %% ../nbs/15_drawings.ipynb #150026
 def _disfa_folders(root, subject, odd):
