@@ -181,6 +181,7 @@ def test_a_run_on_faces(drawn, tmp_path, monkeypatch):
         image_size=32,
         fold=1,
         epochs=2,
+        pretrain=2,
         warmup=1,
         kmeans_epoch=1,
         components=3,
@@ -488,14 +489,12 @@ def test_a_recording_that_cannot_be_read_is_left_out_and_tried_again(
     )  # what is prepared is enough
 
 
-def died_or_lived(name):
-    return dict(frames=1) if name != "bad" else os.kill(os.getpid(), signal.SIGKILL)
-
-
 def test_a_recording_whose_process_dies_does_not_end_the_others(monkeypatch):
-    "Such as one with a file that crashes its reader."
-    monkeypatch.setattr(faces, "prepare_recording", died_or_lived)
-    done = faces._prepare_all(lambda n: (n,), None, ["good", "bad", "better"], 2, faces.progress_bar(False))
+    "Such as one with a file that crashes its reader. What each does is written out, and run by `eval`."
+    does = dict.fromkeys(("good", "bad", "better"), "dict(frames=1)")
+    does["bad"] = f"__import__('os').kill(__import__('os').getpid(), {signal.SIGKILL:d})"
+    monkeypatch.setattr(faces, "prepare_recording", eval)
+    done = faces._prepare_all(lambda n: (does[n],), None, list(does), 2, faces.progress_bar(False))
     assert done == {"good": dict(frames=1), "better": dict(frames=1), "bad": dict(problem=faces._DIED)}
 
 
@@ -576,9 +575,9 @@ def test_two_data_folders_share_no_frames(in_threads, drawn, tmp_path, monkeypat
     monkeypatch.setenv("CSRAE_CACHE", str(tmp_path / "cache"))
     sums = []
     for name in "ab":
-        shutil.copytree(drawn, tmp_path / name / "faces_demo") if name == "a" else write_disfa(
-            tmp_path / name / "faces_demo", SUBJECTS, frames=20, seed=1
-        )
+        shutil.copytree(drawn, tmp_path / name / "faces_demo")
+        if name == "b":
+            write_disfa(tmp_path / name / "faces_demo", SUBJECTS[:1], frames=20, seed=1)
         monkeypatch.setenv("CSRAE_DATA", str(tmp_path / name))
         sums.append(load_faces("faces_demo", 1, 28, progress=False).sha256)
     assert sums[0] != sums[1]
