@@ -891,6 +891,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'csrae_nb.priors._normalises_batches': ('nbs/priors.html#_normalises_batches', 'csrae_nb/priors.py'),
                                  'csrae_nb.priors._rows': ('nbs/priors.html#_rows', 'csrae_nb/priors.py'),
                                  'csrae_nb.priors.component_graph': ('nbs/priors.html#component_graph', 'csrae_nb/priors.py'),
+                                 'csrae_nb.priors.component_map': ('nbs/priors.html#component_map', 'csrae_nb/priors.py'),
                                  'csrae_nb.priors.distinct_components': ('nbs/priors.html#distinct_components', 'csrae_nb/priors.py'),
                                  'csrae_nb.priors.effective_components': ('nbs/priors.html#effective_components', 'csrae_nb/priors.py'),
                                  'csrae_nb.priors.eigengap': ('nbs/priors.html#eigengap', 'csrae_nb/priors.py'),
