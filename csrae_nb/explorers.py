@@ -23,7 +23,7 @@ from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 from torch import Tensor
@@ -35,7 +35,7 @@ from .evaluation import run_codes
 from .metrics import is_picture
 from .models import Autoencoder
 from .pictures import plot_codes, plot_components, plot_history, show_examples
-from .priors import occupancy
+from .priors import component_map, merge_components, occupancy
 
 # %% ../nbs/22_explorers.ipynb #220102
 from .config import Config, divergence_weight, resolve, run_name
@@ -499,6 +499,8 @@ class Explored:
     axes: Float[Tensor, "A D"]  # principal axes of the codes, the leading one first
     sd: Float[Tensor, "A"]  # standard deviation of the codes along each
     used: Float[Tensor, "K"]  # occupancy of the prior's components by all test codes
+    places: Float[Tensor, "K 2"] | None  # of the components in the plane; None for fewer than three
+    cluster: Int[Tensor, "K"] | None  # that each component is joined into
 
 # %% ../nbs/22_explorers.ipynb #220135
 def run_folders() -> list[Path]:  # by name
@@ -537,8 +539,19 @@ def explore(
     x, codes = data.fixed("test")[:n], run_codes(run, data, "test")
     z = codes[:n]
     _, s, axes = torch.linalg.svd(z - z.mean(0), full_matrices=False)
-    sd, used = s / max(1, len(z) - 1) ** 0.5, occupancy(run.model.prior(), codes)
-    return Explored(run, data, x, z, z.mean(0), axes, sd, used)
+    prior = run.model.prior()
+    sd, used = s / max(1, len(z) - 1) ** 0.5, occupancy(prior, codes)
+    return Explored(run, data, x, z, z.mean(0), axes, sd, used, *_joined(prior, data.y_test))
+
+# %% ../nbs/22_explorers.ipynb #220136
+def _joined(prior, y):
+    "Components in the plane, and joined into as many clusters as classes y, if these are known."
+    K = len(prior.logw)
+    if not 3 <= K <= 2000:
+        return None, None
+    classes = len(y[y >= 0].unique()) if y is not None and y.ndim == 1 else 0
+    cluster = torch.arange(K) if classes >= K else merge_components(prior, classes or None).cpu()
+    return component_map(prior).cpu(), cluster
 
 # %% ../nbs/22_explorers.ipynb #220038
 def label_free(
@@ -659,17 +672,28 @@ def draw_component(
     seed: int = 0,  # of the samples
     n: int = 40,  # samples of images
 ) -> Figure:
-    "Samples of one component, and its bar among all."
-    used, order = seen.used, seen.used.argsort(descending=True)
-    k, images = order[rank].item(), is_picture(seen.data.x_shape)
-    fig, (left, right) = framed(10.0, 3.4, 2, left=0.15, width_ratios=(1.7, 1))
+    "Samples of one component, its bar among all, and where it lies among them."
+    order = seen.used.argsort(descending=True)
+    k, images, drawn = order[rank].item(), is_picture(seen.data.x_shape), seen.places is not None
+    ratios = (1.7, 1, 0.9) if drawn else (1.7, 1)
+    fig, (left, middle, *right) = framed(10.0, 3.4, len(ratios), left=0.15, width_ratios=ratios)
     g = generator(seed, "component", k)
     show_examples(left, seen.run.model.sample(n if images else 200, g, component=k))
     left.set_title(f"samples of component {k}, no. {rank + 1} by occupancy", fontsize=11)
-    bars = right.bar(range(len(used)), used[order].tolist(), color=grey)
+    bars = middle.bar(range(len(order)), seen.used[order].tolist(), color=grey)
     bars[rank].set_color(orange)
-    right.set(xlabel="component, by occupancy", ylabel="share of test codes")
+    middle.set(xlabel="component, by occupancy", ylabel="share of test codes")
+    for ax in right:
+        _draw_map(ax, seen, k)
     return fig
+
+
+def _draw_map(ax, seen, k):
+    "All components in the plane: colour is cluster, size the number of codes; a ring around one."
+    size = 4 + 60 * seen.used / seen.used.max()
+    ax.scatter(*seen.places.T, s=size, c=seen.cluster, cmap="tab10" if seen.cluster.max() < 10 else "tab20")
+    ax.plot(*seen.places[k], "o", ms=13, mfc="none", mec="k", mew=2)
+    ax.set(xticks=[], yticks=[], title=f"{seen.cluster.max() + 1} clusters")
 
 # %% ../nbs/22_explorers.ipynb #220047
 def nearest(

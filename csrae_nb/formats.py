@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BATCHES', 'RECORD', 'CHARDATA', 'SILHOUETTES', 'CIFAR10', 'FILES', 'IMAGES', 'read_digits', 'read_pinwheel',
-           'read_idx', 'read_amat', 'read_mat', 'read_records', 'read_batches', 'PublicFile', 'data_folder',
-           'cache_folder', 'find_file', 'reason', 'download', 'read_file', 'read_mnist', 'read_static_mnist', 'upright',
-           'read_omniglot', 'read_caltech101', 'read_cifar10', 'files_below', 'read_folder', 'read_arrays']
+           'read_idx', 'read_amat', 'read_records', 'read_batches', 'PublicFile', 'data_folder', 'cache_folder',
+           'find_file', 'download', 'read_file', 'read_mnist', 'read_static_mnist', 'upright', 'read_omniglot',
+           'read_caltech101', 'read_cifar10', 'read_folder', 'read_arrays']
 
 # %% ../nbs/08b_formats.ipynb #082002
 import codecs
@@ -18,9 +18,7 @@ import os
 import struct
 import tarfile
 import warnings
-import zlib
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +30,7 @@ from tqdm import tqdm
 # %% ../nbs/08b_formats.ipynb #082003
 from .data import sha256, SPLITS, is_binary, some
 from .pinwheel import make_pinwheel
+from .reading import files_below, read_mat, reason
 
 # %% ../nbs/08b_formats.ipynb #082006
 def read_digits() -> tuple[dict, None]:  # arrays; no file
@@ -89,47 +88,6 @@ def read_amat(
     if x.shape[1] != columns or not is_binary(x):
         raise ValueError(f"expected lines of {columns} zeros and ones")
     return x.astype(np.uint8)
-
-# %% ../nbs/08b_formats.ipynb #082017
-_MATRIX, _ZIPPED = 14, 15
-_TYPES = {*range(1, 8), 9, 12, 13, _MATRIX, _ZIPPED, 16, 17, 18}  # of elements in a .mat file
-
-
-def _check_tags(raw, order, in_matrix=False):
-    "ValueError for what a tag cannot say, struct.error for half a tag, zlib.error for bad zipped content."
-    at = 0
-    while at < len(raw):
-        kind, size = struct.unpack_from(f"{order}II", raw, at)
-        # a small element has its size here, and its content within the tag
-        small, kind = kind >> 16, kind & 0xFFFF
-        body = raw[at + 8 : at + 8 + size]
-        if kind not in _TYPES:
-            raise ValueError(f"an element of type {kind}")
-        if not small and len(body) < size:
-            raise ValueError(f"an element of {size:,} bytes, of which there are {len(body):,}")
-        if in_matrix and at == 0 and (small, kind, size) != (0, 6, 8):
-            raise ValueError("a matrix that does not begin with its flags")
-        if kind == _MATRIX and not small:
-            _check_tags(body, order, True)
-        if kind == _ZIPPED and not small:
-            _check_tags(memoryview(zlib.decompress(body)), order)
-        at += 8 if small else 8 + size + (-size % 8 if kind != _ZIPPED else 0)
-
-# %% ../nbs/08b_formats.ipynb #082018
-def read_mat(
-    raw: bytes,  # a whole file
-) -> dict[str, np.ndarray]:  # by name
-    "The arrays in a .mat file (version 7.2 or older). ValueError for another file."
-    from scipy.io import loadmat
-
-    try:
-        if 0 not in raw[:4]:
-            _check_tags(
-                memoryview(raw)[128:], "<" if raw[126:128] == b"IM" else ">"
-            )  # else version 4, without tags
-        return {k: v for k, v in loadmat(io.BytesIO(raw)).items() if not k.startswith("__")}
-    except Exception as e:
-        raise ValueError(f"scipy cannot read it as a .mat file ({type(e).__name__}: {e})") from e
 
 # %% ../nbs/08b_formats.ipynb #082021
 BATCHES = *(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"  # 10,000 records each
@@ -310,11 +268,6 @@ def _parsed(name, content):
         raise ValueError(f"it holds {_shapes(got)}; expected {_shapes(want)}")
     return x
 
-
-def reason(e):
-    "What an exception says, and its kind where that does not go without saying."
-    return str(e) if isinstance(e, (ValueError, OSError)) else f"{type(e).__name__}: {e}"
-
 # %% ../nbs/08b_formats.ipynb #082034
 def _fetch(name, url):
     from pooch import HTTPDownloader, retrieve
@@ -466,29 +419,10 @@ def read_cifar10() -> tuple[dict, dict[str, str]]:  # arrays; sums of the archiv
     xs, hashes = zip(*map(read_file, BATCHES))
     return _cifar10_split(np.concatenate(xs)), {k: v for h in hashes for k, v in h.items()}
 
-# %% ../nbs/08b_formats.ipynb #082066
+# %% ../nbs/08b_formats.ipynb #082069
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp")  # endings of the files that a folder is read for
 
 
-def files_below(
-    folder: Path,
-    above: tuple[Path, ...] = (),  # the folders on the way here, as they are called without links
-) -> Iterator[Path]:  # hidden ones aside
-    "All files below a folder and those it links to, circles aside; ValueError for a link to nowhere."
-    here = folder.resolve()
-    if any(a.is_relative_to(here) for a in above):
-        return  # a circle
-    for p in sorted(folder.iterdir()):
-        if p.name.startswith("."):
-            continue
-        if p.is_dir():
-            yield from files_below(p, (*above, here))
-        elif p.is_file():
-            yield p
-        elif p.is_symlink():
-            raise ValueError(f"{p} is a link to {os.readlink(p)}, which leads nowhere: mend it or remove it")
-
-# %% ../nbs/08b_formats.ipynb #082069
 def _others(files):
     "How many files of each other kind there are, in words."
     kinds = Counter(f.suffix.lower() or "without an ending" for f in files if f.suffix.lower() not in IMAGES)

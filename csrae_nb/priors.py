@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRIORS', 'LOG_VAR', 'FAR', 'Unchecked', 'Prior', 'StandardNormal', 'variance', 'within', 'MoGPrior', 'kmeans',
-           'VampPrior', 'occupancy', 'effective_components', 'overlap_matrix', 'distinct_components', 'component_graph',
-           'eigengap', 'merge_components', 'merged_labels', 'em_step']
+           'VampPrior', 'occupancy', 'effective_components', 'overlap_matrix', 'distinct_components', 'component_map',
+           'component_graph', 'eigengap', 'merge_components', 'merged_labels', 'em_step']
 
 # %% ../nbs/03_priors.ipynb #030002
 import math
@@ -274,27 +274,42 @@ def distinct_components(
 
 # %% ../nbs/03_priors.ipynb #030322
 @torch.no_grad()
-def component_graph(
-    gmm: GMM,  # unbatched mixture of K components
-    neighbours: int = 4,  # that each component is tied to
-) -> Float[Tensor, "K K"]:  # symmetric, between 0 and 1, 0 on the diagonal
-    "Affinity of each component to its nearest by D_CS."
+def component_map(
+    gmm: GMM,  # unbatched mixture of K components, three or more
+    seed: int = 0,
+) -> Float[Tensor, "K 2"]:
+    "Places of the components in the plane: t-SNE of their D_CS to each other."
+    from sklearn.manifold import TSNE
+
     D = -overlap_matrix(gmm).double().clamp_min(1e-300).log()
-    D = D.fill_diagonal_(math.inf)
-    near = D.topk(min(neighbours, len(D) - 1), largest=False)
-    scale = near.values[:, -1].clamp_min(1e-12)
-    affinity = (-2 * D / (scale[:, None] * scale).sqrt()).exp()
-    tied = torch.zeros_like(D, dtype=torch.bool).scatter_(1, near.indices, True)
-    return affinity * (tied | tied.T)
+    D = ((D + D.T) / 2).fill_diagonal_(0).clamp_min(0).cpu().numpy()
+    perplexity = max(1.5, len(D) ** 0.5 / 2)
+    layout = TSNE(metric="precomputed", init="random", perplexity=perplexity, random_state=seed)
+    return torch.as_tensor(layout.fit_transform(D), device=gmm.mu.device).to(gmm.mu)
 
 
+def component_graph(
+    places: Float[Tensor, "K 2"],  # as component_map gives them
+    neighbours: int | None = None,  # that each component is tied to; None: about √K / 2 + 5, of few fewer
+) -> Float[
+    Tensor, "K K"
+]:  # symmetric: 1 between two that are among the other's nearest, ½ for one of the two
+    "Ties of each component to its nearest in the plane."
+    K = len(places)
+    neighbours = neighbours or max(2, min(K // 8, round(K**0.5 / 2 + 5)))
+    apart = torch.cdist(places, places).fill_diagonal_(math.inf)
+    near = apart.topk(min(neighbours, K - 1), largest=False).indices
+    tied = torch.zeros_like(apart).scatter_(1, near, 1.0)
+    return (tied + tied.T) / 2
+
+# %% ../nbs/03_priors.ipynb #030422
 def eigengap(
     graph: Float[Tensor, "K K"],  # affinities
     most: int = 30,  # clusters, at most
 ) -> int:  # 2 or more
     "After how many eigenvalues of the graph's normalised Laplacian comes the largest step, as a ratio."
-    root = graph.sum(1).clamp_min(1e-12).rsqrt()
-    values = torch.linalg.eigvalsh(torch.eye(len(graph)).to(graph) - root[:, None] * graph * root)
+    root = graph.double().sum(1).clamp_min(1e-12).rsqrt()
+    values = torch.linalg.eigvalsh(torch.eye(len(graph)).to(root) - root[:, None] * graph * root)
     values = values[1 : most + 1].clamp_min(0) + 0.01  # what is below 0.01 is no different from 0
     return (values[1:] / values[:-1]).argmax().item() + 2
 
@@ -302,11 +317,11 @@ def eigengap(
 def merge_components(
     gmm: GMM,  # unbatched mixture of K components
     clusters: int | None = None,  # C; None: where the eigenvalues take their largest step
-    neighbours: int = 4,  # that each component is tied to
+    neighbours: int | None = None,  # that each component is tied to; None: as component_graph chooses
     seed: int = 0,
 ) -> Int[Tensor, "K"]:  # the cluster of each component, 0 to C − 1
-    """Join components into clusters by spectral clustering of their D_CS to each other; ValueError for fewer
-    components than clusters, or a single one."""
+    """Join components into clusters by spectral clustering of their map; ValueError for fewer
+    components than clusters, or fewer than three."""
     from sklearn.cluster import SpectralClustering
     from threadpoolctl import threadpool_limits
 
@@ -314,11 +329,11 @@ def merge_components(
     if K < 3 or not 1 <= (clusters or 2) <= K:
         wanted = "" if clusters is None else f" to be joined into {clusters} clusters"
         raise ValueError(f"{K} components{wanted}; expected 3 components or more, and no more clusters")
-    graph = component_graph(gmm, neighbours)
-    C = clusters or eigengap(graph, min(30, K - 1))
-    cut = SpectralClustering(C, affinity="precomputed", assign_labels="kmeans", random_state=seed)
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Graph is not fully connected")
+        graph = component_graph(component_map(gmm, seed), neighbours)
+        C = clusters or eigengap(graph, min(30, K - 1))
+        cut = SpectralClustering(C, affinity="precomputed", assign_labels="kmeans", random_state=seed)
         found = cut.fit_predict((graph + 1e-9).cpu().numpy())
     return torch.as_tensor(found, device=gmm.mu.device).long()
 

@@ -26,7 +26,7 @@ from matplotlib.ticker import LogFormatter
 from scipy.stats import spearmanr
 from scipy.stats import t as student
 
-from .files import read_text
+from .reading import read_text
 from .evaluation import SETS, WITH_LABELS
 from .grids import read_sweep
 from .config import SUPERVISED, Config

@@ -30,13 +30,18 @@ def sandbox(tmp_path_factory):
     }
 
 
-LONG = "kills sweeps semisup action_units faces training gpu_job estimator settings".split()
+# modules, and single tests, that train or read for long
+LONG = "kills sweeps semisup action_units faces training gpu_job estimator settings tables".split()
+LONG += [
+    "test_readme_examples",
+    *(f"test_chapter[{name}]" for name in ("07_pinwheel", "12b_sweeps", "19_your_own")),
+]
 
 
 @pytest.fixture(autouse=True)
 def shapes(request):
     "Shapes are not looked at in tests of long training."
-    if request.path.stem.removeprefix("test_") not in LONG:
+    if not {request.path.stem.removeprefix("test_"), request.node.name} & set(LONG):
         yield
         return
     jaxtyping.config.update("jaxtyping_disable", True)

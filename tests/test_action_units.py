@@ -7,8 +7,9 @@ import torch
 
 from csrae_nb import files, runs, semisup, tasks, training
 from csrae_nb.catalogue import load_data
+from csrae_nb.drawings import write_disfa, write_fera2015
 from csrae_nb.evaluation import complete_run, results_table
-from csrae_nb.faces import load_faces, write_disfa, write_fera2015
+from csrae_nb.faces import load_faces
 from csrae_nb.semisup import LabelTask, first_phase, take_over
 from csrae_nb.config import Config, command, resolve, run_name
 from csrae_nb.files import runs_folder
@@ -41,8 +42,8 @@ def drawn(tmp_path_factory):
     "Two subjects of each fold of faces_demo and DISFA, and some tasks of FERA2015, on disk."
     root = tmp_path_factory.mktemp("faces")
     some = ("SN002", "SN010", "SN013", "SN018", "SN003", "SN029")
-    for name in ("faces_demo", "DISFA"):
-        write_disfa(root / name, some, frames=60)
+    write_disfa(root / "faces_demo", some, frames=60)
+    (root / "DISFA").symlink_to("faces_demo")
     write_fera2015(
         root / "FERA2015", ("F001_T1", "M007_T2", "M011_T1", "F003_T3", "F007_T1", "F015_T4"), frames=40
     )

@@ -11,25 +11,17 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from scipy.io import loadmat, savemat
 
-from csrae_nb import faces
+from csrae_nb import faces, frames
+from csrae_nb.drawings import FERA_AUS, write_disfa, write_fera2015
 from csrae_nb.evaluation import complete_run
-from csrae_nb.faces import (
-    FACES,
-    FrameStore,
-    load_faces,
-    prepare_faces,
-    read_disfa,
-    read_fera2015,
-    write_disfa,
-    write_fera2015,
-)
+from csrae_nb.faces import FACES, FrameStore, load_faces, prepare_faces
+from csrae_nb.frames import read_disfa, read_fera2015
 from csrae_nb.config import Config, command, identity, resolve, run_name
 from csrae_nb.files import load_tensors, runs_folder, save_tensors
 from csrae_nb.runs import fit, load_run, prepare_data
@@ -57,8 +49,8 @@ def test_a_preparation_that_is_killed_goes_on(drawn, tmp_path):
     places = f"Path({str(drawn)!r}), Path({str(args[2])!r})"
     code = f"""
 from pathlib import Path
-from csrae_nb.faces import prepare_faces
 if __name__ == "__main__":
+    from csrae_nb.faces import prepare_faces
     prepare_faces("faces_demo", {places}, 64, jobs=1, progress=False)
 """
     (script := tmp_path / "prepare.py").write_text(code)
@@ -144,7 +136,7 @@ def test_an_intensity_that_is_not_known_is_zero_where_the_au_does_not_occur(tmp_
     file = tmp_path / "AUCoding" / "F001_T1.csv"
     lines = file.read_text().splitlines()
     first = lines[1].split(",")
-    for au in faces.FERA_AUS:
+    for au in FERA_AUS:
         first[au] = "0"
     file.write_text("\n".join([lines[0], ",".join(first), *lines[2:]]))
     assert read_fera2015(tmp_path, "F001_T1")[0].intensities[0].tolist() == [0] * 5
@@ -168,8 +160,8 @@ def test_memory_does_not_grow_with_the_video(tmp_path):
         code = f"""
 import resource
 from pathlib import Path
-from csrae_nb.faces import FACES, _prepare
-about = _prepare("faces_demo", Path({str(root)!r}), "SN001", Path({str(tmp_path)!r}), 256)
+from csrae_nb.frames import prepare_recording, read_disfa
+about = prepare_recording(read_disfa, Path({str(root)!r}), "SN001", Path({str(tmp_path)!r}), 256)
 assert about["frames"] == {n}
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
@@ -189,6 +181,7 @@ def test_a_run_on_faces(drawn, tmp_path, monkeypatch):
         image_size=32,
         fold=1,
         epochs=2,
+        pretrain=2,
         warmup=1,
         kmeans_epoch=1,
         components=3,
@@ -450,7 +443,7 @@ def test_a_frame_that_is_cut_off_is_not_used(tmp_path, raw):
     write_fera2015(tmp_path, ("F001_T1",), frames=6)
     file = tmp_path / "BP4D-training" / "F001" / "T1" / "13.jpg"
     file.write_bytes(raw(file.read_bytes()))
-    seen = list(faces.frames_of(read_fera2015(tmp_path, "F001_T1")[0]))
+    seen = list(frames.frames_of(read_fera2015(tmp_path, "F001_T1")[0]))
     assert [i for i, x in enumerate(seen) if x is None] == [3] and len(seen) == 6
 
 
@@ -496,14 +489,12 @@ def test_a_recording_that_cannot_be_read_is_left_out_and_tried_again(
     )  # what is prepared is enough
 
 
-def died_or_lived(name):
-    return dict(frames=1) if name != "bad" else os.kill(os.getpid(), signal.SIGKILL)
-
-
 def test_a_recording_whose_process_dies_does_not_end_the_others(monkeypatch):
-    "Such as one with a file that crashes its reader."
-    monkeypatch.setattr(faces, "import_module", lambda name: SimpleNamespace(_prepare=died_or_lived))
-    done = faces._prepare_all(lambda n: (n,), ["good", "bad", "better"], 2, faces.progress_bar(False))
+    "Such as one with a file that crashes its reader. What each does is written out, and run by `eval`."
+    does = dict.fromkeys(("good", "bad", "better"), "dict(frames=1)")
+    does["bad"] = f"__import__('os').kill(__import__('os').getpid(), {signal.SIGKILL:d})"
+    monkeypatch.setattr(faces, "prepare_recording", eval)
+    done = faces._prepare_all(lambda n: (does[n],), None, list(does), 2, faces.progress_bar(False))
     assert done == {"good": dict(frames=1), "better": dict(frames=1), "bad": dict(problem=faces._DIED)}
 
 
@@ -584,9 +575,9 @@ def test_two_data_folders_share_no_frames(in_threads, drawn, tmp_path, monkeypat
     monkeypatch.setenv("CSRAE_CACHE", str(tmp_path / "cache"))
     sums = []
     for name in "ab":
-        shutil.copytree(drawn, tmp_path / name / "faces_demo") if name == "a" else write_disfa(
-            tmp_path / name / "faces_demo", SUBJECTS, frames=20, seed=1
-        )
+        shutil.copytree(drawn, tmp_path / name / "faces_demo")
+        if name == "b":
+            write_disfa(tmp_path / name / "faces_demo", SUBJECTS[:1], frames=20, seed=1)
         monkeypatch.setenv("CSRAE_DATA", str(tmp_path / name))
         sums.append(load_faces("faces_demo", 1, 28, progress=False).sha256)
     assert sums[0] != sums[1]
@@ -602,16 +593,16 @@ def test_frames_that_lie_beside_the_data_are_found(in_threads, drawn, tmp_path, 
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_full_disk_ends_the_preparation_with_its_name(drawn, tmp_path, monkeypatch):
+def test_a_full_disk_ends_the_preparation_with_its_name(in_threads, drawn, tmp_path, monkeypatch):
     "It is no recording's fault."
 
     def full(*args, **kw):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(faces, "_frames_to", full)
+    monkeypatch.setattr(frames, "_frames_to", full)
     with pytest.raises(OSError, match=r"cannot write to .* \(No space left on device\); .* CSRAE_CACHE"):
-        faces._prepare("faces_demo", drawn, "SN001", tmp_path, 32)
-    assert os.listdir(tmp_path) == []
+        prepare_faces("faces_demo", drawn, tmp_path, size=32, jobs=1, progress=False)
+    assert os.listdir(tmp_path) == [".lock"]
 
 
 # --- mean eyes, and subjects to validate on

@@ -17,6 +17,8 @@ from PIL import Image
 from scipy.io import savemat
 
 from csrae_nb import faces, formats
+from csrae_nb.drawings import write_disfa, write_fera2015
+from csrae_nb.frames import prepare_recording, prepared_recording
 
 pytest.importorskip("h5py")
 pytest.importorskip("cv2")
@@ -185,8 +187,8 @@ FRAMES = 8
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     root = tmp_path_factory.mktemp("drawn")
-    faces.write_disfa(root, ("SN001", "SN002"), frames=FRAMES)
-    faces.write_fera2015(root, ("F001_T1",), frames=FRAMES)
+    write_disfa(root, ("SN001", "SN002"), frames=FRAMES)
+    write_fera2015(root, ("F001_T1",), frames=FRAMES)
     return root
 
 
@@ -206,7 +208,7 @@ def test_recordings_of_faces(what, drawn, tmp_path):
     name, recording, path = SOURCES[what]
 
     def read():
-        about = faces._prepare(name, drawn, recording, tmp_path, 32)
+        about = prepare_recording(faces.FACES[name].read, drawn, recording, tmp_path, 32)
         if problem := about.get("problem"):
             assert len(problem) > 20 and not re.match(r"\w+(Error|Exception|Interrupt)\b", problem), problem
         else:
@@ -217,7 +219,7 @@ def test_recordings_of_faces(what, drawn, tmp_path):
                 and n < FRAMES
                 and f"the AUs have {n} and {FRAMES} labels" in about["odd"][0]
             )
-            assert faces._prepared(tmp_path, recording)["frames"] == about["frames"]
+            assert prepared_recording(tmp_path, recording)["frames"] == about["frames"]
         assert not list(tmp_path.glob(".*"))
 
     read()
@@ -228,8 +230,8 @@ def test_recordings_of_faces(what, drawn, tmp_path):
 def test_prepared_faces(what, drawn, tmp_path):
     out = tmp_path / "prepared"
     out.mkdir()
-    names = faces.FACES["faces_demo"].recordings()
-    about = {n: faces._prepare("faces_demo", drawn, n, out, 32) for n in names}
+    demo = faces.FACES["faces_demo"]
+    about = {n: prepare_recording(demo.read, drawn, n, out, 32) for n in demo.recordings()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         faces._write_index("faces_demo", drawn, out, 32, about)

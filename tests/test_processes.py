@@ -16,10 +16,11 @@ JOB = f"""
 from accelerate import PartialState, notebook_launcher
 from csrae_nb.evaluation import complete_run
 from csrae_nb.config import Config
-def job(name, fields):
-    metrics = complete_run(Config(name=name, **fields, **{CFG}), progress=False)
-    state, n = PartialState(), len(metrics)
-    print(f"\\nprocess {{state.process_index}} of {{state.num_processes}}: {{n}} metrics", flush=True)
+def job(runs):
+    for name, fields in runs.items():
+        metrics = complete_run(Config(name=name, **fields, **{CFG}), progress=False)
+        state, n = PartialState(), len(metrics)
+        print(f"\\nprocess {{state.process_index}} of {{state.num_processes}}: {{n}} metrics", flush=True)
 """
 LAUNCH = [
     sys.executable,
@@ -48,29 +49,23 @@ def free_port():
 def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
 
-    def run(name, fields, launcher):
-        call, port = f"job({name!r}, {fields!r})", free_port()
-        ends = {
-            "one": call,
-            "launch": call,
-            "notebook": f"notebook_launcher(job, ({name!r}, {fields!r}), num_processes=2, use_port={port!r})",
-        }
-        (script := folder / f"{name}.py").write_text(f"{JOB}\nif __name__ == '__main__': {ends[launcher]}\n")
+    def run(how, runs):
+        "Train runs one after another, in folders of their own; what was said on the way."
+        names = {f"{how}-{name}": fields for name, fields in runs.items()}
+        call, port = f"job({names!r})", free_port()
+        if how == "notebook":
+            call = f"notebook_launcher(job, ({names!r},), num_processes=2, use_port={port!r})"
+        (script := folder / f"{how}.py").write_text(f"{JOB}\nif __name__ == '__main__': {call}\n")
         env = {
             **os.environ,
             "CSRAE_RUNS": str(folder / "runs"),
             "ACCELERATE_USE_CPU": "true",
             "OMP_NUM_THREADS": "1",
         }
-        done = subprocess.run(
-            [*([*LAUNCH, port] if launcher == "launch" else [sys.executable]), str(script)],
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=180,
-        )
+        program = [*LAUNCH, port] if how == "launch" else [sys.executable]
+        done = subprocess.run([*program, str(script)], env=env, capture_output=True, text=True, timeout=180)
         assert done.returncode == 0, done.stdout + done.stderr
-        return folder / "runs" / name, done.stdout
+        return {name: folder / "runs" / f"{how}-{name}" for name in runs}, done.stdout
 
     return run
 
@@ -79,26 +74,28 @@ def history(path):
     return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(open(path / "history.csv"))]
 
 
-AGGREGATE = dict(prior_objective="aggregate", learned_weights=True)
+RUNS = {
+    "MixtureCSRAE": dict(),
+    "aggregate": dict(prior_objective="aggregate", learned_weights=True),
+    "IWAE": dict(model="IWAE"),
+}
+FILES = [".lock", "config.json", "history.csv", "metrics.json", "model.safetensors"]
 
 
-@pytest.mark.parametrize(
-    "fields, launchers",
-    [(dict(), ("launch", "notebook")), (AGGREGATE, ("launch",)), (dict(model="IWAE"), ("launch",))],
-    ids=["MixtureCSRAE", "aggregate", "IWAE"],
-)
-def test_two_processes_train_the_run_of_one(start, fields, launchers):
-    name = fields.get("model", fields.get("prior_objective", "MixtureCSRAE"))
-    one, _ = start(f"one-{name}", fields, "one")
-    for launcher in launchers:
-        two, said = start(f"{launcher}-{name}", fields, launcher)
-        assert "process 0 of 2" in said and "process 1 of 2: 0 metrics" in said
-        assert (
-            sorted(os.listdir(one))
-            == sorted(os.listdir(two))
-            == [".lock", "config.json", "history.csv", "metrics.json", "model.safetensors"]
-        )
+@pytest.fixture(scope="module")
+def alone(start):
+    "The folders of the runs that one process trains."
+    return start("one", RUNS)[0]
+
+
+@pytest.mark.parametrize("how, names", [("launch", list(RUNS)), ("notebook", ["MixtureCSRAE"])])
+def test_two_processes_train_the_runs_of_one(start, alone, how, names):
+    together, said = start(how, {name: RUNS[name] for name in names})
+    assert said.count("process 1 of 2: 0 metrics") == said.count("process 0 of 2") == len(names)
+    for name in names:
+        one, two = alone[name], together[name]
+        assert sorted(os.listdir(one)) == sorted(os.listdir(two)) == FILES
         for a, b in zip(history(one), history(two), strict=True):
-            assert a == pytest.approx(b, rel=2e-4), launcher
+            assert a == pytest.approx(b, rel=2e-4), name
         a, b = (json.loads((p / "metrics.json").read_text())["metrics"] for p in (one, two))
         assert (a["reconstruction"], a["ll"]) == pytest.approx((b["reconstruction"], b["ll"]), rel=1e-3)
