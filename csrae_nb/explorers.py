@@ -680,8 +680,7 @@ def draw_component(
     g = generator(seed, "component", k)
     show_examples(left, seen.run.model.sample(n if images else 200, g, component=k))
     left.set_title(f"samples of component {k}, no. {rank + 1} by occupancy", fontsize=11)
-    bars = middle.bar(range(len(order)), seen.used[order].tolist(), color=grey)
-    bars[rank].set_color(orange)
+    middle.bar(range(len(order)), seen.used[order].tolist(), color=grey)[rank].set_color(orange)
     middle.set(xlabel="component, by occupancy", ylabel="share of test codes")
     for ax in right:
         _draw_map(ax, seen, k)
