@@ -403,6 +403,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'csrae_nb.faces._readable': ('nbs/faces.html#_readable', 'csrae_nb/faces.py'),
                                 'csrae_nb.faces._subjects': ('nbs/faces.html#_subjects', 'csrae_nb/faces.py'),
                                 'csrae_nb.faces._to_prepare': ('nbs/faces.html#_to_prepare', 'csrae_nb/faces.py'),
+                                'csrae_nb.faces._workers': ('nbs/faces.html#_workers', 'csrae_nb/faces.py'),
                                 'csrae_nb.faces._write_index': ('nbs/faces.html#_write_index', 'csrae_nb/faces.py'),
                                 'csrae_nb.faces.augmented': ('nbs/faces.html#augmented', 'csrae_nb/faces.py'),
                                 'csrae_nb.faces.centred': ('nbs/faces.html#centred', 'csrae_nb/faces.py'),

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import current_process, get_context
 from pathlib import Path
@@ -154,7 +154,7 @@ def _prepare_missing(name, root, out, size, jobs, progress, eyes):
     "Prepare what is not yet, and write the index."
     to = EYES
     if eyes == "mean":
-        with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        with _workers(jobs) as pool:
             to = mean_eyes(name, root, pool.map)
     wanted = list(FACES[name].recordings())
     done = {n: a for n in wanted if (a := prepared_recording(out, n, to))}
@@ -169,6 +169,18 @@ def _prepare_missing(name, root, out, size, jobs, progress, eyes):
             done |= _prepare_all(lambda n: (read, root, n, out, size, to), out, todo, jobs, bar)
     return _write_index(name, root, out, size, {n: done[n] for n in wanted})
 
+# %% ../nbs/15c_faces.ipynb #150537
+@contextmanager
+def _workers(jobs):
+    """A pool of processes that are all there before any has work; BrokenProcessPool if one cannot start.
+
+    If one died while another was being started, the pool would wait for that other without end."""
+    context = get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, context.Barrier(jobs).wait) as pool:
+        for started in [pool.submit(os.getpid) for _ in range(jobs)]:
+            started.result()
+        yield pool
+
 # %% ../nbs/15c_faces.ipynb #150037
 _DIED = (
     "its process died: a file crashes its reader, or memory is too small (to try again, remove index.json)"
@@ -179,8 +191,7 @@ def _prepare_all(args, out, todo, jobs, bar):
     """What became of each recording.
     One whose process dies, of its file or for want of memory, is found by preparing the rest one by one."""
     done = {}
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        pool.submit(os.getpid).result()  # if even that dies, no recording is to blame
+    with _workers(jobs) as pool:
         work = {pool.submit(prepare_recording, *args(n)): n for n in todo}
         for f in as_completed(work):
             with suppress(BrokenProcessPool), writing(out, "CSRAE_CACHE"):
@@ -189,7 +200,7 @@ def _prepare_all(args, out, todo, jobs, bar):
     for n in todo:
         if n in done:
             continue
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        with _workers(1) as pool:
             try:
                 with writing(out, "CSRAE_CACHE"):
                     done[n] = pool.submit(prepare_recording, *args(n)).result()
