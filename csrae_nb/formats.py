@@ -6,7 +6,7 @@
 __all__ = ['BATCHES', 'RECORD', 'CHARDATA', 'SILHOUETTES', 'CIFAR10', 'FILES', 'IMAGES', 'read_digits', 'read_pinwheel',
            'read_idx', 'read_amat', 'read_records', 'read_batches', 'PublicFile', 'data_folder', 'cache_folder',
            'find_file', 'download', 'read_file', 'read_mnist', 'read_static_mnist', 'upright', 'read_omniglot',
-           'read_caltech101', 'read_cifar10', 'read_folder', 'read_arrays']
+           'read_caltech101', 'read_cifar10', 'read_folder', 'folder_images', 'read_arrays']
 
 # %% ../nbs/08b_formats.ipynb #082002
 import codecs
@@ -525,6 +525,15 @@ def read_folder(
     arrays = {"x": x} | ({"y": np.array(names)} if len(classes) > 1 else {})
     rows = {s: [i for i, split in enumerate(splits) if split == s] for s in SPLITS}
     return {f"{a}_{s}": v[r] for a, v in arrays.items() for s, r in rows.items() if r}, {path.name: digest}
+
+# %% ../nbs/08b_formats.ipynb #082173
+def folder_images(
+    path: Path,  # of a folder, or of one image
+) -> tuple[list[Path], np.ndarray]:  # where each lies below it; (N, H, W) or (N, 3, H, W)
+    "All images in a folder, or a single one; ValueError that names what cannot be read or differs in size."
+    folder, files = (path, _image_files(path)) if path.is_dir() else (path.parent, [Path(path.name)])
+    images, _ = _decode_all(folder, files)
+    return files, _stacked(folder, files, images)
 
 # %% ../nbs/08b_formats.ipynb #082083
 def read_arrays(

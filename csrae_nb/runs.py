@@ -46,6 +46,8 @@ class Run:
     best_epoch: int  # the epoch of the smallest validation loss
     seconds: float  # spent in training, over all sittings
     sha256: dict[str, str]  # of the data it was trained on
+    x_shape: tuple[int, ...]  # of an example
+    likelihood: str  # a key of LIKELIHOODS
 
     @property
     def task(self) -> Task:
@@ -73,7 +75,8 @@ def load_run(
         with torch_defaults():
             model = task_of(cfg).make_model(meta)
         model.load_state_dict(weights)
-        known = {k: meta[k] for k in ("history", "best_epoch", "seconds", "sha256")}
+        known = {k: meta[k] for k in ("history", "best_epoch", "seconds", "sha256", "likelihood")}
+        known["x_shape"] = tuple(meta["x_shape"])
     except (KeyError, RuntimeError) as e:
         raise ValueError(f"{file} is no model of a finished run ({e})") from e
     return Run(cfg, path, model.to(device).eval(), **known)

@@ -1,0 +1,119 @@
+"The command csrae, as it is typed: on runs of several kinds, killed and resumed, with what cannot be."
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from csrae_nb.catalogue import load_data
+from csrae_nb.config import Config
+from csrae_nb.runs import fit
+from csrae_nb.verbs import VERBS, main
+
+BRIEF = dict(epochs=2, warmup=1, kmeans_epoch=1)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    "Runs with a mixture, with a single Gaussian and with labels."
+    data, folder = load_data("digits"), tmp_path_factory.mktemp("runs")
+    fields = {
+        "mixture": dict(components=6),
+        "gaussian": dict(model="VAE"),
+        "labels": dict(labels=100),
+        "classifier": dict(model="Supervised", labels=100),
+    }
+    for name, kw in fields.items():
+        fit(Config(**BRIEF, **kw), data, progress=False, folder=folder / name)
+    return folder
+
+
+def rows(path):
+    return list(csv.DictReader(path.open()))
+
+
+@pytest.mark.parametrize("kind", ["mixture", "gaussian", "labels"])
+def test_every_run_that_has_codes_encodes_scores_samples_and_reconstructs(runs, tmp_path, kind, capsys):
+    run, codes = str(runs / kind), tmp_path / "codes.csv"
+    assert main(["encode", run, "digits", "--out", str(codes), "--ll-samples", "3"]) == 0
+    table = rows(codes)
+    assert len(table) == 179 and list(table[0])[0] == "name" and ("label" in table[0]) == (kind == "labels")
+    assert all(float(r["unusual"]) == -float(r["log_likelihood"]) for r in table)
+    assert main(["score", run, "digits", "--out", str(tmp_path / "odd.csv")]) == 0
+    odd = [float(r["unusual"]) for r in rows(tmp_path / "odd.csv")]
+    assert odd == sorted(odd, reverse=True) and len(odd) == 179
+    assert main(["sample", run, "-n", "5", "--temperature", "0.7", "--out", str(tmp_path / "x.npz")]) == 0
+    assert np.load(tmp_path / "x.npz")["x"].shape == (5, 8, 8)
+    assert main(["reconstruct", run, "digits", "-n", "4", "--out", str(tmp_path / "x.png")]) == 0
+    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_clusters_need_three_components_and_encoding_needs_codes(runs, tmp_path, capsys):
+    out = str(tmp_path / "clusters.csv")
+    assert main(["clusters", str(runs / "mixture"), "digits", "--clusters", "3", "--out", out]) == 0
+    assert {r["cluster"] for r in rows(tmp_path / "clusters_examples.csv")} <= {"0", "1", "2"}
+    for run, says in {"gaussian": "expected 3 components or more", "classifier": "has no codes"}.items():
+        with pytest.raises(SystemExit) as e:
+            main(["clusters", str(runs / run), "--out", str(tmp_path / "none.csv")])
+        assert e.value.code == 2 and says in capsys.readouterr().err and not (tmp_path / "none.csv").exists()
+
+
+def test_encoding_that_is_killed_goes_on_where_it_was(runs, tmp_path):
+    "Rows that are written stay; the end is the same table."
+    np.savez(tmp_path / "many.npz", x=(torch.rand(30_000, 8, 8) > 0.5).numpy())
+    words = [
+        "encode",
+        str(runs / "mixture"),
+        str(tmp_path / "many.npz"),
+        "--out",
+        str(tmp_path / "codes.csv"),
+    ]
+    program = [sys.executable, "-c", "import sys; from csrae_nb.verbs import main; sys.exit(main())", *words]
+    env = {k: v for k, v in os.environ.items() if k != "CSRAE_TYPECHECK"}
+    p = subprocess.Popen(program, env=env, stderr=subprocess.DEVNULL)
+    part = tmp_path / ".codes.csv.mixture.part"
+    while not (part.exists() and part.stat().st_size > 10_000):
+        assert p.poll() is None
+        time.sleep(0.002)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    begun = part.read_text().splitlines()[1:-1]
+    assert 0 < len(begun) < 30_000 and not (tmp_path / "codes.csv").exists()
+    subprocess.run(program, env=env, stderr=subprocess.DEVNULL, check=True)
+    lines = (tmp_path / "codes.csv").read_text().splitlines()
+    assert lines[1 : len(begun) + 1] == begun and [r.split(",")[0] for r in lines[1:]] == [
+        *map(str, range(30_000))
+    ]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_names_every_word(verb, capsys):
+    with pytest.raises(SystemExit) as e:
+        main([verb, "--help"])
+    said = capsys.readouterr().out
+    assert e.value.code == 0 and f"csrae {verb}" in said and "%" not in said
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["encode", "{mixture}", "pinwheel", "--out", "{out}.csv"], "Bernoulli needs values from 0 to 1"),
+        (["encode", "{mixture}", "{wide}", "--out", "{out}.csv"], "(4, 9)"),
+        (["encode", "{mixture}", "digits", "--out", "{out}.xlsx"], "expected one of .csv, .npz"),
+        (["sample", "{mixture}", "--temperature", "-1", "--out", "{out}.png"], "temperature=-1"),
+        (["train", "dataset=digits", "seed=0,1"], "csrae train takes one"),
+        (["train", "dataset=mnits"], "mnits"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_written(runs, tmp_path, words, says, capsys):
+    np.save(tmp_path / "wide.npy", np.zeros((3, 4, 9), np.uint8))
+    names = dict(mixture=runs / "mixture", out=tmp_path / "out", wide=tmp_path / "wide.npy")
+    with pytest.raises(SystemExit) as e:
+        main([w.format(**names) for w in words])
+    assert e.value.code == 2 and says in capsys.readouterr().err and not list(tmp_path.glob("out*"))
