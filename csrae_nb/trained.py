@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['open_run', 'Examples', 'as_trained', 'read_numbers', 'read_examples', 'encode_examples', 'check_output',
-           'write_encoded', 'sample_examples', 'show_sheet', 'cluster_table']
+           'write_encoded', 'sample_examples', 'show_sheet', 'cluster_table', 'report']
 
 # %% ../nbs/23_after_training.ipynb #230002
 import csv
 import io
+import json
 import os
+from base64 import b64encode
 from collections.abc import Iterator
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from torch import Tensor
 
 # %% ../nbs/23_after_training.ipynb #230102
 from .catalogue import DATASETS, load_data
+from .config import command, identity
 from .data import BINARISATION_SEED, as_arrays, channels_first, check_arrays, is_binary, scaled
 from .divergence import cs_divergence
 from .evaluation import at_temperature
@@ -31,7 +35,7 @@ from .files import generator, progress_bar, runs_folder, write_atomic
 from .formats import IMAGES, folder_images, read_arrays
 from .metrics import is_picture
 from .models import Autoencoder, rows_at_once
-from .pictures import show_examples
+from .pictures import plot_history, show_examples
 from .priors import component_map, merge_components, merged_labels, occupancy
 from .reading import read_text
 from .runs import Run, load_run
@@ -317,3 +321,66 @@ def cluster_table(
     for row, share in zip(rows, occupancy(p, z).tolist()):
         row["share"] = share
     return rows, merged_labels(p, cluster, z)
+
+# %% ../nbs/23_after_training.ipynb #230028
+@torch.no_grad()
+def report(run: Run) -> str:
+    "An HTML page about a run that needs no other file."
+    p, figures = run.model.prior(), {"Training": plot_history(run)}
+    figures["Samples"] = show_sheet(sample_examples(run, 64), 16)
+    if (K := len(p.logw)) > 1:
+        heaviest = p.logw.argsort(descending=True)[:12].tolist()
+        samples = torch.cat([sample_examples(run, 16, k, seed=k) for k in heaviest])
+        title = "Samples of the heaviest components, a row each"
+        figures[title if is_picture(run.x_shape) else "Samples of the heaviest components"] = show_sheet(
+            samples, 16
+        )
+    if 3 <= K <= 2000:
+        figures["Components in the plane, by their distances; a colour is a cluster"] = _map(run)
+    made = dict(
+        command=command(run.cfg), epochs=len(run.history), kept=run.best_epoch, seconds=round(run.seconds)
+    )
+    made |= {f"SHA-256 of {k}": v for k, v in run.sha256.items()}
+    tables = {"How it was made": made, "Configuration": identity(run.cfg), "Numbers": _numbers(run)}
+    title = escape(run.path.name)
+    parts = [f"<h2>{escape(k)}</h2>{_drawn(fig)}" for k, fig in figures.items()]
+    parts += [f"<h2>{k}</h2>{_listed(rows)}" for k, rows in tables.items() if rows]
+    return (
+        f"<!DOCTYPE html><meta charset='utf-8'><title>{title}</title>{_STYLE}<h1>{title}</h1>{''.join(parts)}"
+    )
+
+# %% ../nbs/23_after_training.ipynb #230128
+_STYLE = (
+    "<style>body{font:15px/1.5 sans-serif;max-width:960px;margin:2em auto;padding:0 1em}img{max-width:100%}"
+    "td{padding:.1em 1em .1em 0;vertical-align:top;overflow-wrap:anywhere}"
+    "td:first-child{white-space:nowrap}</style>"
+)
+
+
+def _drawn(fig):
+    "A figure as an image within the page; it is closed."
+    fig.savefig(file := io.BytesIO(), format="png", dpi=90, bbox_inches="tight")
+    plt.close(fig)
+    return f'<img src="data:image/png;base64,{b64encode(file.getvalue()).decode()}">'
+
+
+def _listed(rows):
+    shown = {k: f"{v:.5g}" if isinstance(v, float) else str(v) for k, v in rows.items() if v is not None}
+    cells = (f"<tr><td>{escape(k)}<td>{escape(v)}" for k, v in shown.items())
+    return f"<table>{''.join(cells)}</table>"
+
+
+def _numbers(run):
+    "What metrics.json says, without it nothing."
+    file = run.path / "metrics.json"
+    return json.loads(file.read_text())["metrics"] if file.exists() else {}
+
+
+def _map(run):
+    x, y, weight, cluster = (
+        np.array([r[k] for r in cluster_table(run)[0]]) for k in ("x", "y", "weight", "cluster")
+    )
+    fig, ax = plt.subplots(figsize=(5, 5))
+    ax.scatter(x, y, s=4 + 300 * weight / weight.max(), c=cluster, cmap="tab20")
+    ax.axis("off")
+    return fig

@@ -27,6 +27,7 @@ from csrae_nb.trained import (
     encode_examples,
     open_run,
     read_examples,
+    report,
     sample_examples,
     show_sheet,
     write_encoded,
@@ -119,6 +120,12 @@ def _clusters(o):
         _write_rows(of, ["name", "cluster"], zip(examples.names, cluster.tolist()))
         print(f"{of}: the clusters of {len(examples):,} examples")
 
+# %% ../nbs/23b_csrae.ipynb #235107
+def _report(o):
+    check_output(o.out, (".html",), o.force)
+    write_atomic(o.out, report(open_run(o.run, o.device)))
+    print(o.out)
+
 # %% ../nbs/23b_csrae.ipynb #235009
 def _parser():
     p = argparse.ArgumentParser(
@@ -139,6 +146,7 @@ def _parser():
     clusters = _on_data(verbs, "clusters", "the prior's components, joined into clusters", nargs="?")
     clusters.add_argument("--clusters", type=int, help="how many (as their graph suggests)")
     _with_output(clusters, "table of components, .csv")
+    _with_output(_on_run(verbs, "report", "a page about a run, which needs no other file"), "page, .html")
     return p
 
 # %% ../nbs/23b_csrae.ipynb #235109
@@ -173,7 +181,13 @@ def _with_output(p, what, required=True):
 
 # %% ../nbs/23b_csrae.ipynb #235010
 VERBS = dict(
-    train=_train, encode=_encode, score=_score, sample=_sample, reconstruct=_reconstruct, clusters=_clusters
+    train=_train,
+    encode=_encode,
+    score=_score,
+    sample=_sample,
+    reconstruct=_reconstruct,
+    clusters=_clusters,
+    report=_report,
 )
 
 

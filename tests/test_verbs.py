@@ -52,6 +52,8 @@ def test_every_run_that_has_codes_encodes_scores_samples_and_reconstructs(runs, 
     assert np.load(tmp_path / "x.npz")["x"].shape == (5, 8, 8)
     assert main(["reconstruct", run, "digits", "-n", "4", "--out", str(tmp_path / "x.png")]) == 0
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+    assert main(["report", run, "--out", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").read_text().count("<img src=") == (2 if kind == "gaussian" else 4)
 
 
 def test_clusters_need_three_components_and_encoding_needs_codes(runs, tmp_path, capsys):
