@@ -8,11 +8,12 @@ __all__ = ['PAPER', 'SMALL', 'OTHER', 'DATASETS', 'ARRAYS', 'add_arrays', 'is_so
 # %% ../nbs/08c_catalogue.ipynb #083002
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 # %% ../nbs/08c_catalogue.ipynb #083003
-from .data import Dataset, as_arrays, from_arrays
+from .data import Dataset, as_arrays, from_arrays, sha256
 from csrae_nb.formats import (
     read_arrays,
     read_caltech101,
@@ -23,6 +24,7 @@ from csrae_nb.formats import (
     read_omniglot,
     read_pinwheel,
     read_static_mnist,
+    read_table,
 )
 from .likelihoods import make_likelihood
 from .registry import Registry
@@ -81,7 +83,7 @@ add_arrays(
 )  # 3×32×32; 170 MB
 
 # %% ../nbs/08c_catalogue.ipynb #083010
-ARRAYS = (".npz", ".npy")  # endings of the files that hold arrays
+ARRAYS = (".npz", ".npy", ".csv")  # endings of the files that hold arrays, or a table
 
 
 def is_source(
@@ -111,7 +113,7 @@ def preset(dataset: str) -> dict:  # field: value
 
 # %% ../nbs/08c_catalogue.ipynb #083013
 def load_data(
-    dataset: Any = "digits",  # a name of `DATASETS`, a path to .npz, .npy or images, or data in memory
+    dataset: Any = "digits",  # a name of `DATASETS`, a path to .npz, .npy, .csv or images, or data in memory
     likelihood: str | None = None,  # a key of `LIKELIHOODS`; None: the data set's own, or by the values
     split_seed: int = 0,  # chooses the splits that the data do not come with
     **fields,  # that the data set takes besides, such as the fold of faces
@@ -132,8 +134,9 @@ def load_data(
         return DATASETS[dataset](likelihood, split_seed, **fields)
     if not isinstance(dataset, (str, os.PathLike)):
         return from_arrays(as_arrays(dataset), likelihood, split_seed)
-    arrays, hashes = _read_path(dataset)
-    return from_arrays(arrays, likelihood, split_seed, dataset_name(dataset), hashes)
+    arrays, hashes, columns = _read_path(dataset)
+    data = from_arrays(arrays, likelihood, split_seed, dataset_name(dataset), hashes)
+    return replace(data, columns=columns)
 
 # %% ../nbs/08c_catalogue.ipynb #083113
 def _check_fields(dataset, takes, fields):
@@ -145,13 +148,16 @@ def _check_fields(dataset, takes, fields):
 
 # %% ../nbs/08c_catalogue.ipynb #083014
 def _read_path(dataset):
-    "The arrays of a file or a folder of images, and their sums."
+    "The arrays of a file or a folder of images, their sums, and the names of a table's columns."
     path = Path(dataset).expanduser()
+    if path.suffix.lower() == ".csv" and path.is_file():
+        arrays, columns = read_table(path)
+        return arrays, {path.name: sha256(path.read_bytes())}, columns
     if path.suffix.lower() in ARRAYS and path.is_file():
-        return read_arrays(path)
+        return *read_arrays(path), ()
     if str(dataset) and path.is_dir():
-        return read_folder(Path(os.path.abspath(path)))
+        return *read_folder(Path(os.path.abspath(path))), ()
     raise ValueError(
-        f"unknown dataset {str(dataset)!r}; expected one of {', '.join(DATASETS)}, or an existing .npz "
-        "or .npy file or folder of images"
+        f"unknown dataset {str(dataset)!r}; expected one of {', '.join(DATASETS)}, or an existing "
+        ".npz, .npy or .csv file, or folder of images"
     )

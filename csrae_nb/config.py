@@ -35,7 +35,9 @@ SUPERVISED = "Supervised"  # the model that is a classifier alone, from the chap
 class ModelConfig:
     "What a run trains, and on which data."
 
-    dataset: str = "digits"  # a data set, or a path to .npz, .npy or images; "arrays": data given to fit
+    dataset: str = (
+        "digits"  # a data set, or a path to .npz, .npy, .csv or images; "arrays": data given to fit
+    )
     model: str = "MixtureCSRAE"  # or VAE, IWAE, MixtureVAE, VampPriorVAE, CSRAE, WAE, CWAE, RAE; Supervised
     prior: str = "mog"  # of a MixtureCSRAE: mog or vamp
     latent_dim: int | None = None  # D; None: the data set's preset, as for every None below
@@ -154,7 +156,7 @@ def _check_values(c):
     if not c.dataset:
         raise ValueError(
             f"no dataset; expected one of {', '.join(DATASETS)}, "
-            'a path to .npz, .npy or a folder of images, or "arrays"'
+            'a path to .npz, .npy, .csv or a folder of images, or "arrays"'
         )
     if c.model not in MODELS and c.model not in known_models():
         raise ValueError(f"unknown model {c.model!r}; expected one of {', '.join(known_models())}")

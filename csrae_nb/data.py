@@ -75,6 +75,7 @@ class Dataset:
     sha256: dict[str, str]  # what was read: name of a file or an array -> its SHA-256
     classes: tuple[str, ...] = field(default=(), kw_only=True)  # names of the classes, by number
     units: Units | None = field(default=None, kw_only=True)  # of the networks; None: those of x
+    columns: tuple[str, ...] = field(default=(), kw_only=True)  # names of a table's columns
 
     @property
     def x_shape(self) -> tuple[int, ...]:  # e.g. (28, 28)

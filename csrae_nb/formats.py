@@ -6,10 +6,11 @@
 __all__ = ['BATCHES', 'RECORD', 'CHARDATA', 'SILHOUETTES', 'CIFAR10', 'FILES', 'IMAGES', 'read_digits', 'read_pinwheel',
            'read_idx', 'read_amat', 'read_records', 'read_batches', 'PublicFile', 'data_folder', 'cache_folder',
            'find_file', 'download', 'read_file', 'read_mnist', 'read_static_mnist', 'upright', 'read_omniglot',
-           'read_caltech101', 'read_cifar10', 'read_folder', 'folder_images', 'read_arrays']
+           'read_caltech101', 'read_cifar10', 'read_folder', 'folder_images', 'read_arrays', 'read_table']
 
 # %% ../nbs/08b_formats.ipynb #082002
 import codecs
+import csv
 import gzip
 import hashlib
 import io
@@ -30,7 +31,7 @@ from tqdm import tqdm
 # %% ../nbs/08b_formats.ipynb #082003
 from .data import sha256, SPLITS, is_binary, some
 from .pinwheel import make_pinwheel
-from .reading import files_below, read_mat, reason
+from .reading import files_below, read_mat, read_text, reason
 
 # %% ../nbs/08b_formats.ipynb #082006
 def read_digits() -> tuple[dict, None]:  # arrays; no file
@@ -554,3 +555,37 @@ def read_arrays(
             "write it anew with np.savez or np.save from arrays of numbers."
         ) from e
     return arrays, {path.name: sha256(raw)}
+
+# %% ../nbs/08b_formats.ipynb #082085
+def read_table(
+    path: Path,  # .csv in UTF-8
+    wanted: tuple[str, ...] = (),  # columns of numbers, in this order; none: all but y
+) -> tuple[dict, tuple[str, ...]]:  # arrays x (n, columns), and y, of text; names of the columns of x
+    "A table of numbers, and its labels. ValueError that says where there is no number, or what is missing."
+    header, *rows = [r for r in csv.reader(io.StringIO(read_text(path))) if r] or [[]]
+    names = [name.strip() for name in header]
+    columns = wanted or tuple(name for name in names if name != "y")
+    if twice := sorted({name for name in columns if names.count(name) > 1}):
+        raise ValueError(f"{path} has more than one column {', '.join(twice)}")
+    if missing := [name for name in columns if name not in names]:
+        raise ValueError(f"{path} has no column {some(missing)}; expected {some(list(columns))}")
+    if not rows or not columns:
+        raise ValueError(f"{path} has no rows of numbers below its first, which names the columns")
+    for i, row in enumerate(rows):
+        if len(row) != len(names):
+            raise ValueError(f"{path}, row {i + 1}: {len(row)} values for {len(names)} columns")
+    at = [names.index(name) for name in columns]
+    x = [[_number(r[j], f"{path}, row {i + 1}, column {names[j]!r}") for j in at] for i, r in enumerate(rows)]
+    labels = {"y": np.array([r[names.index("y")] for r in rows])} if "y" in names else {}
+    return {"x": np.array(x)} | labels, columns
+
+# %% ../nbs/08b_formats.ipynb #082086
+def _number(text, where):
+    "A finite number; ValueError that says where it is none."
+    try:
+        if math.isfinite(number := float(text)):
+            return number
+    except ValueError:
+        pass
+    said = repr(text) if text.strip() else "nothing"
+    raise ValueError(f"{where} holds {said}; expected a number: leave the column out, or fill it in")

@@ -48,6 +48,7 @@ class Run:
     sha256: dict[str, str]  # of the data it was trained on
     x_shape: tuple[int, ...]  # of an example
     likelihood: str  # a key of LIKELIHOODS
+    columns: tuple[str, ...]  # names of a table's columns, if it was trained on one
 
     @property
     def task(self) -> Task:
@@ -76,7 +77,7 @@ def load_run(
             model = task_of(cfg).make_model(meta)
         model.load_state_dict(weights)
         known = {k: meta[k] for k in ("history", "best_epoch", "seconds", "sha256", "likelihood")}
-        known["x_shape"] = tuple(meta["x_shape"])
+        known |= dict(x_shape=tuple(meta["x_shape"]), columns=tuple(meta.get("columns", ())))
     except (KeyError, RuntimeError) as e:
         raise ValueError(f"{file} is no model of a finished run ({e})") from e
     return Run(cfg, path, model.to(device).eval(), **known)

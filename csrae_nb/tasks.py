@@ -205,6 +205,7 @@ class Task(Epochs, Validation):
     def about(self, data: Dataset) -> dict:
         "What must be known of the data to make the model."
         known = dict(x_shape=data.x_shape, likelihood=data.likelihood)
+        known |= dict(columns=data.columns) if data.columns else {}
         return known if data.units is None else {**known, "units": data.units.record()}
 
     def make_model(
