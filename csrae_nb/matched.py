@@ -13,6 +13,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from .config import Config
 from .pressure import Comparison, at_reconstruction, estimate, measured, with_best
 from .results import markdown_table, n_seeds, plain_log, read_results, where
 
@@ -89,6 +90,8 @@ COLUMNS = [
     "λ, β",
     "learns from",
     "queue",
+    "weights",
+    "placed after",
     "seeds",
     "rec.",
     "kNN 3, %",
@@ -101,14 +104,14 @@ def matched_table(rows: list[dict]) -> str:  # markdown
     "How priors sample, by what they learn from; constant columns are left out."
     order = lambda r: (r["dataset"], r["model"], r["components"], r["lam"], r.get("settings") or "")
     body = [_line(r) for r in sorted(rows, key=order)]
-    same = [len(set(map(str, column))) == 1 and len(body) > 1 for column in zip(*body)]
+    same = [len({str(v) for v in column if v} or {""}) == 1 and len(body) > 1 for column in zip(*body)]
     names, *body = [[v for v, one in zip(line, same) if not one] for line in (COLUMNS, *body)]
     return markdown_table(names, body, left=1)
 
 # %% ../nbs/13d_matched.ipynb #134112
 def _line(r):
     what = r["dataset"], r["model"], r["components"], f"{r['lam']:g}"
-    how = learns_from(r) if r["prior"] == "mog" else "–", settings(r).get("queue", "–")
+    how = learns_from(r) if r["prior"] == "mog" else "–", settings(r).get("queue", "–"), *_placed(r)
     knn = "–" if r["knn3_mean"] is None else f"{r['knn3_mean']:.3g}"
     distances = [_with_error(r, f"frechet_classifier_{k}") for k in DISTANCES.values()]
     shares = [f"{r[f'{s}_samples_mean']:.2f} / {r[f'{s}_samples_expost_mean']:.2f}" for s in SHARES]
@@ -117,7 +120,16 @@ def _line(r):
 
 def _with_error(row, metric):
     mean, se = row[f"{metric}_mean"], row.get(f"{metric}_se")
-    return f"{mean:.3g}" if se is None else f"{mean:.3g} ± {se:.1g}"
+    return f"{mean:.3g}" if se is None else f"{mean:.3g} ± {float(f'{se:.1g}'):g}"
+
+
+def _placed(r):
+    "Whether weights are learned, and after which epoch k-means places components; of other priors nothing."
+    if r["prior"] != "mog":
+        return "", ""
+    how = settings(r)
+    weights = "learned" if how.get("learned_weights") == "True" else "equal"
+    return weights, f"{how.get('kmeans_epoch', Config.kmeans_epoch)} epochs"
 
 # %% ../nbs/13d_matched.ipynb #134051
 def matched_prior(
