@@ -24,12 +24,13 @@ def show_readers_errors(monkeypatch):
 
     @contextmanager
     def unchecked(*args, **kwargs):
+        before = jaxtyping.config.jaxtyping_disable
         jaxtyping.config.update("jaxtyping_disable", True)
         try:
             with expect_fail(*args, **kwargs):
                 yield
         finally:
-            jaxtyping.config.update("jaxtyping_disable", False)
+            jaxtyping.config.update("jaxtyping_disable", before)
 
     monkeypatch.setattr(fastcore.test, "expect_fail", unchecked)
 
