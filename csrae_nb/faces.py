@@ -170,6 +170,11 @@ def _prepare_missing(name, root, out, size, jobs, progress, eyes):
     return _write_index(name, root, out, size, {n: done[n] for n in wanted})
 
 # %% ../nbs/15c_faces.ipynb #150537
+_DIED = (
+    "its process died: a file crashes its reader, or memory is too small (to try again, remove index.json)"
+)
+
+
 @contextmanager
 def _workers(jobs):
     """A pool of processes that are all there before any has work; BrokenProcessPool if one cannot start.
@@ -182,17 +187,15 @@ def _workers(jobs):
         yield pool
 
 # %% ../nbs/15c_faces.ipynb #150037
-_DIED = (
-    "its process died: a file crashes its reader, or memory is too small (to try again, remove index.json)"
-)
-
-
 def _prepare_all(args, out, todo, jobs, bar):
     """What became of each recording.
     One whose process dies, of its file or for want of memory, is found by preparing the rest one by one."""
     done = {}
     with _workers(jobs) as pool:
-        work = {pool.submit(prepare_recording, *args(n)): n for n in todo}
+        work = {}
+        with suppress(BrokenProcessPool):  # one may die before the last has been handed out
+            for n in todo:
+                work[pool.submit(prepare_recording, *args(n))] = n
         for f in as_completed(work):
             with suppress(BrokenProcessPool), writing(out, "CSRAE_CACHE"):
                 done[work[f]] = f.result()

@@ -445,7 +445,7 @@ def _check_sources(configs):
         if not is_source(name):
             raise ValueError(
                 f"unknown dataset {name!r}; expected one of {', '.join(DATASETS)}, "
-                "a path to .npz or .npy, or a folder of images"
+                "a path to .npz, .npy or .csv, or a folder of images"
             )
 
 # %% ../nbs/12b_sweeps.ipynb #120050

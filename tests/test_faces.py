@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -222,7 +223,7 @@ def test_what_faces_cannot_be(in_threads, drawn, tmp_path, monkeypatch, wrong, s
 @pytest.fixture
 def in_threads(monkeypatch):
     "Prepare without processes, which take seconds to start."
-    monkeypatch.setattr(faces, "ProcessPoolExecutor", lambda jobs, context: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(faces, "_workers", ThreadPoolExecutor)
 
 
 # --- landmarks
@@ -496,6 +497,22 @@ def test_a_recording_whose_process_dies_does_not_end_the_others(monkeypatch):
     monkeypatch.setattr(faces, "prepare_recording", eval)
     done = faces._prepare_all(lambda n: (does[n],), None, list(does), 2, faces.progress_bar(False))
     assert done == {"good": dict(frames=1), "better": dict(frames=1), "bad": dict(problem=faces._DIED)}
+
+
+def test_a_process_that_dies_while_work_is_handed_out_does_not_end_the_others(monkeypatch):
+    class Broken(ThreadPoolExecutor):
+        left = 1
+
+        def submit(self, *args):
+            if not self.left:
+                raise BrokenProcessPool("A child process terminated abruptly")
+            self.left -= 1
+            return super().submit(*args)
+
+    monkeypatch.setattr(faces, "_workers", Broken)
+    monkeypatch.setattr(faces, "prepare_recording", lambda n: dict(name=n))
+    done = faces._prepare_all(lambda n: (n,), None, ["a", "b", "c"], 2, faces.progress_bar(False))
+    assert done == {n: dict(name=n) for n in "abc"}
 
 
 @pytest.mark.parametrize(
