@@ -923,6 +923,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'csrae_nb.priors._rows': ('nbs/priors.html#_rows', 'csrae_nb/priors.py'),
                                  'csrae_nb.priors.component_graph': ('nbs/priors.html#component_graph', 'csrae_nb/priors.py'),
                                  'csrae_nb.priors.component_map': ('nbs/priors.html#component_map', 'csrae_nb/priors.py'),
+                                 'csrae_nb.priors.cut_map': ('nbs/priors.html#cut_map', 'csrae_nb/priors.py'),
                                  'csrae_nb.priors.distinct_components': ('nbs/priors.html#distinct_components', 'csrae_nb/priors.py'),
                                  'csrae_nb.priors.effective_components': ('nbs/priors.html#effective_components', 'csrae_nb/priors.py'),
                                  'csrae_nb.priors.eigengap': ('nbs/priors.html#eigengap', 'csrae_nb/priors.py'),
@@ -1364,5 +1365,4 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'csrae_nb.verbs._train': ('nbs/csrae.html#_train', 'csrae_nb/verbs.py'),
                                 'csrae_nb.verbs._with_output': ('nbs/csrae.html#_with_output', 'csrae_nb/verbs.py'),
                                 'csrae_nb.verbs._write_examples': ('nbs/csrae.html#_write_examples', 'csrae_nb/verbs.py'),
-                                'csrae_nb.verbs._write_rows': ('nbs/csrae.html#_write_rows', 'csrae_nb/verbs.py'),
                                 'csrae_nb.verbs.main': ('nbs/csrae.html#main', 'csrae_nb/verbs.py')}}}

@@ -52,6 +52,7 @@ from csrae_nb.priors import (
     effective_components,
     em_step,
     kmeans,
+    MOST_MAPPED,
     merge_components,
     merged_labels,
     occupancy,
@@ -265,7 +266,7 @@ def _clusters(prior, z, y):
         return {}
     z, y = z[y >= 0], y[y >= 0]
     out, C = clustering(y, prior.responsibilities(z).argmax(1)), len(y.unique())
-    if C < len(prior.logw) <= 2000:  # joined without a label into as many clusters as there are classes
+    if C < len(prior.logw) <= MOST_MAPPED:  # joined without a label, into as many as classes
         merged = clustering(y, merged_labels(prior, merge_components(prior, C), z))
         out |= {f"merged_{k}": merged[f"cluster_{k}"] for k in ("accuracy", "nmi", "ari")}
     return out

@@ -35,7 +35,7 @@ from .evaluation import run_codes
 from .metrics import is_picture
 from .models import Autoencoder
 from .pictures import plot_codes, plot_components, plot_history, show_examples
-from .priors import component_map, merge_components, occupancy
+from .priors import MOST_MAPPED, component_map, cut_map, occupancy
 
 # %% ../nbs/22_explorers.ipynb #220102
 from .config import Config, divergence_weight, resolve, run_name
@@ -547,11 +547,11 @@ def explore(
 def _joined(prior, y):
     "Components in the plane, and joined into as many clusters as classes y, if these are known."
     K = len(prior.logw)
-    if not 3 <= K <= 2000:
+    if not 3 <= K <= MOST_MAPPED:
         return None, None
+    places = component_map(prior).cpu()
     classes = len(y[y >= 0].unique()) if y is not None and y.ndim == 1 else 0
-    cluster = torch.arange(K) if classes >= K else merge_components(prior, classes or None).cpu()
-    return component_map(prior).cpu(), cluster
+    return places, torch.arange(K) if classes >= K else cut_map(places, classes or None)
 
 # %% ../nbs/22_explorers.ipynb #220038
 def label_free(

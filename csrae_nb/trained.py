@@ -28,7 +28,15 @@ from torch import Tensor
 # %% ../nbs/23_after_training.ipynb #230102
 from .catalogue import DATASETS, load_data
 from .config import command, identity
-from .data import BINARISATION_SEED, as_arrays, channels_first, check_arrays, is_binary, scaled
+from csrae_nb.data import (
+    BINARISATION_SEED,
+    LazyImages,
+    as_arrays,
+    channels_first,
+    check_arrays,
+    is_binary,
+    scaled,
+)
 from .divergence import cs_divergence
 from .evaluation import at_temperature
 from .files import generator, progress_bar, runs_folder, write_atomic
@@ -36,7 +44,7 @@ from .formats import IMAGES, folder_images, read_arrays, read_table
 from .metrics import is_picture
 from .models import Autoencoder, rows_at_once
 from .pictures import plot_history, show_examples
-from .priors import component_map, merge_components, merged_labels, occupancy
+from .priors import MOST_MAPPED, component_map, cut_map, merged_labels, occupancy
 from .runs import Run, load_run
 from .sharing import Pretrained
 
@@ -47,7 +55,8 @@ def open_run(
 ) -> Run:
     "A finished run that has codes. ValueError for a damaged or unfinished one, FileNotFoundError for none."
     folder = next((p for p in (Path(where).expanduser(), runs_folder() / where) if p.is_dir()), None)
-    run = load_run(folder, device) if folder else Pretrained.from_pretrained(str(where)).run
+    run = load_run(folder) if folder else Pretrained.from_pretrained(str(where)).run
+    run.model.to(device)
     if not isinstance(run.model, Autoencoder):
         raise ValueError(f"{run.path.name} is a classifier alone: it has no codes")
     return run
@@ -57,7 +66,7 @@ def open_run(
 class Examples:
     "What a run is applied to."
 
-    x: Float[Tensor, "n *X"]  # in the range of the run's likelihood
+    x: Float[Tensor, "n *X"] | LazyImages  # in the range of the run's likelihood
     names: tuple[str, ...]  # one each: a file, a row
 
     def __len__(self):
@@ -94,7 +103,7 @@ def read_examples(
     if isinstance(source, str) and source in DATASETS:
         x = load_data(source, run.likelihood).fixed("test")
         _check_shape(run, x, source)
-        return Examples(x[: len(x)], tuple(f"test {i}" for i in range(len(x))))
+        return Examples(x, tuple(f"test {i}" for i in range(len(x))))
     path = Path(source).expanduser() if isinstance(source, (str, Path)) else None
     x, names = _read(path, run.columns) if path else (as_arrays(source), None)
     x = as_trained(run, _one_array(x), str(path or "x"))
@@ -180,12 +189,13 @@ def check_output(
     endings: tuple[str, ...],
     force: bool = False,  # overwrite what is there
 ) -> None:
-    "ValueError for a file of another kind, or one that is there already."
+    "ValueError for a file of another kind, one that is there already, or a folder that is not."
     if out.suffix.lower() not in endings:
         raise ValueError(f"{out} ends in {out.suffix or 'nothing'!r}; expected one of {', '.join(endings)}")
     if out.exists() and not force:
-        raise ValueError(f"{out} is there already; --force overwrites it, or choose another name")
-    out.parent.mkdir(parents=True, exist_ok=True)
+        raise ValueError(f"{out} is there already; force (--force) overwrites it, or choose another name")
+    if not out.parent.is_dir():
+        raise ValueError(f"{out}: there is no folder {out.parent}")
 
 # %% ../nbs/23_after_training.ipynb #230315
 def write_encoded(
@@ -278,7 +288,8 @@ def cluster_table(
 ) -> tuple[list[dict], Tensor | None]:  # a row a component; the cluster of each example
     "The components of a run's prior, joined into clusters; ValueError for fewer than three components."
     p = run.model.prior()
-    cluster, places = merge_components(p, clusters), component_map(p)
+    places = component_map(p)
+    cluster = cut_map(places, clusters)
     rows = [
         dict(component=k, cluster=c, weight=w, x=x, y=y)
         for k, (c, w, (x, y)) in enumerate(zip(cluster.tolist(), p.logw.exp().tolist(), places.tolist()))
@@ -301,23 +312,19 @@ def report(run: Run) -> str:
     if (K := len(p.logw)) > 1:
         heaviest = p.logw.argsort(descending=True)[:12].tolist()
         samples = torch.cat([sample_examples(run, 16, k, seed=k) for k in heaviest])
-        title = "Samples of the heaviest components, a row each"
-        figures[title if is_picture(run.x_shape) else "Samples of the heaviest components"] = show_sheet(
-            samples, 16
-        )
-    if 3 <= K <= 2000:
+        figures["Samples of the heaviest components, a row each"] = show_sheet(samples, 16)
+    if 3 <= K <= MOST_MAPPED:
         figures["Components in the plane, by their distances; a colour is a cluster"] = _map(run)
     made = dict(
         command=command(run.cfg), epochs=len(run.history), kept=run.best_epoch, seconds=round(run.seconds)
     )
     made |= {f"SHA-256 of {k}": v for k, v in run.sha256.items()}
     tables = {"How it was made": made, "Configuration": identity(run.cfg), "Numbers": _numbers(run)}
-    title = escape(run.path.name)
+    name = escape(run.path.name)
     parts = [f"<h2>{escape(k)}</h2>{_drawn(fig)}" for k, fig in figures.items()]
     parts += [f"<h2>{k}</h2>{_listed(rows)}" for k, rows in tables.items() if rows]
-    return (
-        f"<!DOCTYPE html><meta charset='utf-8'><title>{title}</title>{_STYLE}<h1>{title}</h1>{''.join(parts)}"
-    )
+    head = f"<!DOCTYPE html><meta charset='utf-8'><title>{name}</title>{_STYLE}"
+    return f"{head}<h1>{name}</h1>{''.join(parts)}"
 
 # %% ../nbs/23_after_training.ipynb #230128
 _STYLE = (

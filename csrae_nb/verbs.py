@@ -7,7 +7,6 @@ __all__ = ['PICTURES', 'VERBS', 'main']
 
 # %% ../nbs/23b_csrae.ipynb #235002
 import argparse
-import csv
 import io
 import sys
 from pathlib import Path
@@ -18,8 +17,8 @@ import torch
 
 # %% ../nbs/23b_csrae.ipynb #235102
 from . import sweeps
-from .evaluation import complete_run
-from .files import write_atomic
+from .evaluation import complete_run, write_table
+from .files import RunLocked, write_atomic
 from .grids import read_words, run_folder
 from csrae_nb.trained import (
     check_output,
@@ -56,21 +55,14 @@ def _score(o):
     run = open_run(o.run, o.device)
     examples = read_examples(run, o.data)
     blocks = list(encode_examples(run, examples, o.ll_samples))
-    columns = [c for c in blocks[0] if c[0] != "z" or not c[1:].isdigit()]
-    columns = ["unusual", *(c for c in columns if c != "unusual")]
-    rows = sorted(zip(*([v for b in blocks for v in b[c]] for c in columns)), reverse=True)
-    for row in [columns, *rows[: o.top]]:
+    columns = [c for c in blocks[0] if c != "unusual" and (c[0] != "z" or not c[1:].isdigit())]
+    columns = ["unusual", *columns]
+    rows = [dict(zip(columns, values)) for b in blocks for values in zip(*(b[c] for c in columns))]
+    rows.sort(key=lambda row: -row["unusual"])
+    for row in [columns, *(r.values() for r in rows[: o.top])]:
         print("  ".join(f"{v:12.6g}" if isinstance(v, float) else f"{v!s:>12}" for v in row))
     if o.out:
-        _write_rows(o.out, columns, rows)
-
-
-def _write_rows(out, columns, rows):
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([f"{v:.7g}" if isinstance(v, float) else v for v in row] for row in rows)
-    write_atomic(out, file.getvalue())
+        write_table(o.out, rows)
 
 # %% ../nbs/23b_csrae.ipynb #235006
 PICTURES = (".png", ".pdf", ".svg")
@@ -112,12 +104,12 @@ def _clusters(o):
     run = open_run(o.run, o.device)
     examples = read_examples(run, o.data) if o.data else None
     rows, cluster = cluster_table(run, o.clusters, examples)
-    _write_rows(o.out, [*rows[0]], [r.values() for r in rows])
+    write_table(o.out, rows)
     found = 1 + max(r["cluster"] for r in rows)
     print(f"{o.out}: {len(rows)} components in {found} clusters")
     if examples:
         of = o.out.with_name(f"{o.out.stem}_examples.csv")
-        _write_rows(of, ["name", "cluster"], zip(examples.names, cluster.tolist()))
+        write_table(of, [dict(name=n, cluster=c) for n, c in zip(examples.names, cluster.tolist())])
         print(f"{of}: the clusters of {len(examples):,} examples")
 
 # %% ../nbs/23b_csrae.ipynb #235107
@@ -201,6 +193,6 @@ def main(
     o = (parser := _parser()).parse_args(words)
     try:
         VERBS[o.verb](o)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RunLocked) as e:
         parser.exit(2, f"csrae {o.verb}: {e}\n")
     return 0

@@ -14,6 +14,7 @@ import torch
 from csrae_nb.catalogue import load_data
 from csrae_nb.config import Config
 from csrae_nb.runs import fit
+from csrae_nb.sharing import Pretrained
 from csrae_nb.verbs import VERBS, main
 
 BRIEF = dict(epochs=2, warmup=1, kmeans_epoch=1)
@@ -119,3 +120,17 @@ def test_what_cannot_be_is_said_before_anything_is_written(runs, tmp_path, words
     with pytest.raises(SystemExit) as e:
         main([w.format(**names) for w in words])
     assert e.value.code == 2 and says in capsys.readouterr().err and not list(tmp_path.glob("out*"))
+
+
+def test_a_saved_model_is_put_to_work_like_its_run(runs, tmp_path):
+    Pretrained(runs / "mixture").save_pretrained(tmp_path / "saved")
+    for run in (runs / "mixture", tmp_path / "saved"):
+        out = tmp_path / f"{run.name}.csv"
+        assert main(["encode", str(run), "digits", "--out", str(out)]) == 0
+    assert (tmp_path / "mixture.csv").read_text() == (tmp_path / "saved.csv").read_text()
+
+
+def test_no_folder_is_made_for_an_output(runs, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["report", str(runs / "mixture"), "--out", str(tmp_path / "new" / "page.html")])
+    assert "there is no folder" in capsys.readouterr().err and not (tmp_path / "new").exists()
