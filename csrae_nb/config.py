@@ -20,6 +20,7 @@ from typing import get_args
 # %% ../nbs/09_config.ipynb #090003
 from .aggregate import PRIOR_OBJECTIVES
 from .catalogue import DATASETS, dataset_name, preset
+from .constraint import Constraint
 from .likelihoods import LIKELIHOODS
 from .models import DIVERGENCES, MODELS
 from .networks import NETWORKS
@@ -44,6 +45,9 @@ class ModelConfig:
     kl_samples: int = 1  # draws for the KL to a mixture, of MixtureVAE and VampPriorVAE
     lam: float = 1.0  # λ, weight of D_CS
     beta: float = 1.0  # β, weight of the KL, of what WAE, CWAE and RAE have for it, and of the labels' KL
+    constraint: str | None = (
+        None  # divergence<=5 or reconstruction<=80, in nats: λ or β follows, from lam or beta
+    )
     objective: str = "cs"  # "cs": Eq. (2); "paper_eq21": as printed, wrong
     prior_network: bool = False  # mog by Table 6's network from one-hot codes, in place of free parameters
     learned_weights: bool = False  # mog with learned weights, in place of 1/K
@@ -172,7 +176,7 @@ def _check_values(c):
 # %% ../nbs/09_config.ipynb #090015
 def _check_effects(c):
     "ValueError for a field that is set and has no effect on this model or data set."
-    with_labels = preset(c.dataset)["labels"] if c.labels is None else c.labels
+    with_labels = _with_labels(c)
     if c.pretrain and not with_labels:
         raise ValueError(f"pretrain={c.pretrain} has no effect without labels; set labels, or epochs")
     ignored, other = ("beta", "lam") if has_cs(c) else ("lam", "beta")
@@ -189,6 +193,25 @@ def _check_effects(c):
         if getattr(c, field) != default and dataset_name(c.dataset) not in names:
             raise ValueError(f"{field}={getattr(c, field)!r} is for {', '.join(names)}, not for {c.dataset}")
 
+# %% ../nbs/09_config.ipynb #090215
+def _with_labels(c):
+    "The labels that a configuration asks for, or its data set's preset."
+    return preset(c.dataset)["labels"] if c.labels is None else c.labels
+
+
+def _check_constraint(c):
+    "ValueError for a constraint that cannot be."
+    if c.constraint is None:
+        return
+    object.__setattr__(c, "constraint", str(Constraint.read(c.constraint)))
+    if c.model not in MODELS or _with_labels(c):
+        raise ValueError(
+            f"constraint={c.constraint!r} is for autoencoders without labels, not for this {c.model}"
+        )
+    if not divergence_weight(c) > 0:
+        field = "lam" if has_cs(c) else "beta"
+        raise ValueError(f"{field}=0; the multiplier of a constraint starts from a number above 0")
+
 # %% ../nbs/09_config.ipynb #090115
 def _of_data_sets():
     "The fields that belong to some data sets: the names of these."
@@ -203,6 +226,7 @@ def _check_config(c):
     "ValueError for the first field of c that cannot be, or has no effect."
     _check_types(c)
     _check_values(c)
+    _check_constraint(c)
     _check_effects(c)
 
 # %% ../nbs/09_config.ipynb #090016
@@ -243,6 +267,8 @@ def divergence_weight(cfg: Config) -> float:  # λ or β
 # fields that say how a run is evaluated
 EVALUATION = ("ll_samples", "fid_layer", "fid_images", "expost_components")
 _not_identity = ("name", "device", "threads", "tracker", *EVALUATION)
+
+# %% ../nbs/09_config.ipynb #090221
 _of_parts = (  # fields that some models, priors, tasks or data sets use
     "latent_dim",
     "prior",
@@ -251,6 +277,7 @@ _of_parts = (  # fields that some models, priors, tasks or data sets use
     "kl_samples",
     "lam",
     "beta",
+    "constraint",
     "objective",
     "prior_network",
     "learned_weights",
@@ -280,7 +307,8 @@ def used_fields(cfg: Config) -> set[str]:  # of those that belong to parts
     if cfg.model not in MODELS:
         return out
     own = MODELS.about(cfg.model, "options", {}).values()
-    out |= {"latent_dim", "warmup", "pretrain", MODELS.about(cfg.model, "weight"), *own}
+    out |= {"latent_dim", "pretrain", MODELS.about(cfg.model, "weight"), *own}
+    out.add("constraint" if cfg.constraint else "warmup")
     if MODELS.about(cfg.model, "prior") is None:
         out.add("prior")
     uses = PRIORS.about(prior_kind(cfg), "uses", ())

@@ -30,9 +30,10 @@ from .networks import side_by_side
 from .priors import MoGPrior, Prior, StandardNormal, VampPrior, variance
 
 # %% ../nbs/09f_fleet.ipynb #170102
+from .constraint import Constraint
 from .config import Config, identity, prior_kind, resolve, run_name, task_class
 from .files import RunLocked, generator, progress_bar, run_lock, runs_folder
-from .models import CSRAE, MODELS, VAE, MixtureCSRAE, MixtureVAE, VampPriorVAE, Weight
+from .models import CSRAE, MODELS, VAE, MixtureCSRAE, MixtureVAE, VampPriorVAE, Terms
 from .process import accelerator, torch_defaults
 from .runs import Run, load_run, open_run, prepare_data
 from .tasks import Task, task_of, validated
@@ -119,12 +120,23 @@ class Fleet(Autoencoder):
     def total(self, each, whole):
         return self.totals(each, whole).sum()
 
+    def learn(self, terms: Terms) -> None:
+        "After a step: tell the weights that learn what it gave, each member's by itself."
+        if learning := [w for w in self.weights.values() if w.learns]:
+            each = {k: self.rows(t.detach()).mean(1, keepdim=True) for k, t in terms.each.items()}
+            whole = {k: t.detach()[:, None] for k, t in terms.whole.items()}
+            for weight in learning:
+                weight.update(each | whole)
+
 # %% ../nbs/09f_fleet.ipynb #170107
 def _stacked_weight(name, models):
-    "The weights of a term, (R, 1), as one."
+    "The weights of a term as one, whose state is (R, 1)."
     weights = [m.weights[name] for m in models]
-    full = torch.tensor([[w.full] for w in weights], device=weights[0].now.device)
-    return Weight(full, weights[0].warmup).to(full.device)
+    out = deepcopy(weights[0])
+    out.full = torch.tensor([[w.full] for w in weights], device=weights[0].now.device)
+    for k, values in zip(dict(out.named_buffers()), zip(*(w.buffers() for w in weights))):
+        setattr(out, k, torch.stack(values)[:, None])
+    return out
 
 
 def _stacked_term(name, models):
@@ -204,14 +216,22 @@ def _scatter(fleet, opt, opts, diverged=()):
             }
     _scatter_terms(fleet, diverged)
 
+# %% ../nbs/09f_fleet.ipynb #170313
+def _remembered(fleet):
+    "(what a term of the batch, or a weight, of the fleet remembers, what the members' do)."
+    for part in ("batch_terms", "weights"):
+        for name, module in getattr(fleet, part).items():
+            owns = [dict(getattr(m, part)[name].named_buffers()) for m in fleet.models]
+            for k, stacked in module.named_buffers():
+                yield stacked, [own[k] for own in owns]
+
 
 def _scatter_terms(fleet, diverged):
-    "The same for what terms of the batch remember."
-    for name, term in fleet.batch_terms.items():
-        for k, stacked in term.named_buffers():
-            for r, m in enumerate(fleet.models):
-                if r not in diverged:
-                    getattr(m.batch_terms[name], k).copy_(stacked[r])
+    "The same for these."
+    for stacked, parts in _remembered(fleet):
+        for r, own in enumerate(parts):
+            if r not in diverged:
+                own.copy_(stacked[r].reshape(own.shape))
 
 # %% ../nbs/09f_fleet.ipynb #170114
 class _Graph:
@@ -285,6 +305,7 @@ class _Steps:
             terms = fleet.loss(x, self.noise if self.graph else Blocks(self.noise))
         terms.loss.backward()
         self.opt.step()
+        fleet.learn(terms)
         each, whole = ({k: t.detach() for k, t in ts.items()} for ts in (terms.each, terms.whole))
         self.names = [*each, *whole]
         means = [fleet.rows(t).mean(1) for t in each.values()]
@@ -313,6 +334,11 @@ class _Together:
             log[i] = numbers
             bar.update(len(ts))
         return log, self.steps.names
+
+    def take_notes(self):
+        "What validation told the members' weights, into the stack."
+        for stacked, parts in _remembered(self.fleet):
+            stacked.copy_(torch.stack(parts).view(stacked.shape))
 
     def give_back(self, diverged):
         "Weights and optimiser states to the members, but for those (by their place) that diverged."
@@ -353,11 +379,12 @@ def fleets(
     configs: Iterable[Config],
     size: int = 64,  # runs in a fleet, at most
 ) -> list[list[Config]]:  # of two runs or more
-    "Which configurations can be trained together: those that differ in seed, lam and beta only."
+    "Which can be trained together: those that differ in seed, lam, beta and a constraint's bound only."
     groups = {}
     for c in map(resolve, configs):
         if stackable(c):
-            groups.setdefault(str({**identity(c), "seed": 0, "lam": 0, "beta": 0}), []).append(c)
+            own = dict(seed=0, lam=0, beta=0, constraint=c.constraint and Constraint.read(c.constraint).term)
+            groups.setdefault(str(identity(c) | own), []).append(c)
     parts = [g[i : i + size] for g in groups.values() for i in range(0, len(g), size)]
     return [p for p in parts if len(p) > 1]
 
@@ -407,6 +434,7 @@ def _epoch_together(together, epoch, bar):
             failed[t] = e
         else:
             warn_of_collapse(t)
+    together.take_notes()
     return failed
 
 # %% ../nbs/09f_fleet.ipynb #170118
@@ -492,7 +520,7 @@ def _check_room(configs, data, device):
 
 # %% ../nbs/09f_fleet.ipynb #170319
 def fit_fleet(
-    configs: list[Config],  # that differ in seed, lam and beta only
+    configs: list[Config],  # that differ in seed, lam, beta and a constraint's bound only
     data: Dataset | dict | None = None,  # as in fit
     progress: bool = True,  # show a progress bar on stderr
 ) -> list[Run | Exception]:  # for each, its run, or why there is none
@@ -501,8 +529,8 @@ def fit_fleet(
     configs = [resolve(c) for c in configs]
     if fleets(configs, len(configs)) != [configs]:
         raise ValueError(
-            "these runs do not go together: a fleet's differ in seed, "
-            "lam and beta only, with fully connected networks and without labels"
+            "these runs do not go together: a fleet's differ in seed, lam, beta and a constraint's bound "
+            "only, with fully connected networks and without labels"
         )
     with torch_defaults(configs[0].threads):
         data = prepare_data(configs[0], data)

@@ -86,6 +86,9 @@ class Weight(nn.Module):
     def update(self, terms: dict[str, Tensor]) -> None:
         "After a step: what follows from its terms, each a mean over the batch of all processes."
 
+    def validated(self, terms: dict) -> None:
+        "After an epoch: what follows from the terms on validation images."
+
 # %% ../nbs/06_models.ipynb #060054
 class BatchTerm(nn.Module):
     "A term of all q(z|x) of a batch and p(z): called with both, GMMs, it gives a number."

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 # %% ../nbs/09b_tasks.ipynb #092003
 from .aggregate import PRIOR_OBJECTIVES, Aggregate
+from .constraint import Constraint, Multiplier, constrained_score
 from .config import TASKS, Config, divergence_weight, prior_kind, task_class
 from .data import Dataset, LazyImages
 from .files import generator
@@ -69,11 +70,17 @@ def assemble(
     "The model of a configuration around given networks."
     prior = make_prior(cfg, encoder, pseudo_inputs)
     own = {k: getattr(cfg, field) for k, field in MODELS.about(cfg.model, "options", {}).items()}
-    weight = Weight(divergence_weight(cfg), cfg.warmup)
+    weight = _divergence_weight(cfg)
     model = MODELS[cfg.model](encoder, decoder, prior, likelihood, weight, **own)
     if make_term := PRIOR_OBJECTIVES[cfg.prior_objective]:
         model.batch_terms[cfg.prior_objective] = make_term(cfg)
     return model
+
+
+def _divergence_weight(cfg):
+    if cfg.constraint:
+        return Multiplier(Constraint.read(cfg.constraint), divergence_weight(cfg))
+    return Weight(divergence_weight(cfg), cfg.warmup)
 
 # %% ../nbs/09b_tasks.ipynb #092107
 def make_model(
@@ -146,7 +153,9 @@ class Validation:
         return validated(mean_terms(model, x, draws))
 
     def score(self, model: nn.Module, row: dict) -> float:
-        "Of a row of the history: what is smallest in the epoch to keep, by the full weights."
+        "Of a row of the history: what is smallest in the epoch to keep, by full weights or a constraint."
+        if self.cfg.constraint:
+            return constrained_score(Constraint.read(self.cfg.constraint), row)
         full = {k: w().item() if w.learns else w.full for k, w in model.weights.items()}
         weighed = (w * row[f"val_{k}"] for k, w in full.items())
         return row["val_reconstruction"] + sum(weighed)

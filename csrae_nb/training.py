@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['train', 'NonFiniteLoss', 'check_finite', 'train_epoch', 'place_components', 'to_be_placed', 'same_run', 'Checkpoint',
-           'is_trained', 'tidied', 'untrained', 'History', 'Training', 'warn_of_collapse']
+           'is_trained', 'tidied', 'untrained', 'History', 'Training', 'warn_of_collapse', 'warn_of_constraint']
 
 # %% ../nbs/09d_training.ipynb #094002
 import csv
@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 # %% ../nbs/09d_training.ipynb #094003
 from .config import Config, has_cs, identity, make_config, unused_fields
+from .constraint import TOLERANCE, Constraint, missed
 from .data import Dataset
 from .mixtures import Share
 from .files import generator, load_tensors, progress_bar, save_tensors, write_atomic, writing
@@ -240,6 +241,7 @@ class Checkpoint:
     def finish(self):
         "Write model.safetensors, the best weights with all that load_run needs, and drop the checkpoint."
         meta = {**self.meta, **self.task.about(self.data)}
+        warn_of_constraint(self.cfg, self.meta)
         if self.acc.is_main_process:
             with writing(self.path):
                 save_tensors(self.path / "model.safetensors", self.best, meta)
@@ -288,8 +290,9 @@ class History:
         "Add an epoch to the history, and keep weights that are the best so far; NonFiniteLoss of validation."
         m, epoch = self.meta, self.meta["epoch"] + 1
         learned = {k: w for k, w in getattr(self.model, "weights", {}).items() if w.learns}
-        learned = {f"weight_{k}": w().item() for k, w in learned.items()}
-        row = dict(epoch=epoch, weight=warmed_up(epoch, self.cfg.warmup), **learned, **row)
+        warmup = 0 if self.cfg.constraint else self.cfg.warmup
+        numbers = {f"weight_{k}": w().item() for k, w in learned.items()}
+        row = dict(epoch=epoch, weight=warmed_up(epoch, warmup), **numbers, **row)
         if not math.isfinite(row["criterion"]):
             raise NonFiniteLoss(
                 f"epoch {epoch}: validation gives reconstruction {row['val_reconstruction']:g}, "
@@ -299,6 +302,8 @@ class History:
         if m["val_loss"] is None or score < m["val_loss"]:
             m["val_loss"], m["best_epoch"] = score, epoch
             self.best = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        for w in learned.values():
+            w.validated({k.removeprefix("val_"): v for k, v in row.items() if k.startswith("val_")})
         m["history"].append(row)
         m["epoch"] = epoch
         m["seconds"] += seconds
@@ -381,6 +386,19 @@ def warn_of_collapse(t: Training) -> None:
     if len(x) >= 10 and (what := _collapse(t, x)):
         t.warned = True
         warnings.warn(f"epoch {epoch}: {what}")
+
+# %% ../nbs/09d_training.ipynb #094224
+def warn_of_constraint(cfg: Config, meta: dict) -> None:  # a checkpoint's header
+    "Warn if the epoch that is kept misses the constraint, and by how much."
+    if not cfg.constraint:
+        return
+    c = Constraint.read(cfg.constraint)
+    value = meta["history"][meta["best_epoch"] - 1][f"val_{c.term}"]
+    if missed(c, value) > TOLERANCE:
+        warnings.warn(
+            f"{c} was not met: the nearest epoch, {meta['best_epoch']}, has {c.term} {value:.4g} on "
+            "validation images. A looser bound, more epochs or another network is what can help"
+        )
 
 # %% ../nbs/09d_training.ipynb #094124
 def _collapse(t, x):

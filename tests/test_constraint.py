@@ -1,0 +1,131 @@
+"A constraint in place of a weight: met on validation images, resumed, in a fleet; and where it is none."
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from csrae_nb import Config, fit, load_run
+from csrae_nb.config import resolve, run_name
+from csrae_nb.constraint import TOLERANCE, Constraint, Multiplier, missed
+from csrae_nb.fleet import fit_fleet, fleets
+from csrae_nb.training import Training
+
+X = (np.random.default_rng(0).random((120, 6)) < 0.5).astype(np.float32)
+FIELDS = dict(
+    dataset="arrays",
+    network="pinwheel",
+    latent_dim=2,
+    components=3,
+    epochs=4,
+    kmeans_epoch=1,
+    batch_size=20,
+    constraint="divergence<=0.5",
+)
+
+
+def config(name, **fields):
+    return Config(**FIELDS | fields, name=name)
+
+
+def trained(name, **fields):
+    return fit(config(name, **fields), dict(x=X), progress=False)
+
+
+def differences(a, b):
+    a, b = a.model.state_dict(), b.model.state_dict()
+    assert a.keys() == b.keys()
+    return {k: (a[k] - b[k]).abs().max().item() for k in a}
+
+
+@pytest.mark.parametrize("text", ["divergence<=3", "reconstruction<=22"])
+@pytest.mark.parametrize("model", ["CSRAE", "VAE"])
+def test_it_is_met_on_validation_images(text, model, own_runs):
+    run = fit(Config(model=model, constraint=text, latent_dim=8, epochs=60, lr=1e-3), progress=False)
+    c, row = Constraint.read(text), run.history[run.best_epoch - 1]
+    assert missed(c, row[f"val_{c.term}"]) <= TOLERANCE
+    last = [r[f"val_{c.term}"] for r in run.history[-10:]]
+    assert sum(last) / 10 == pytest.approx(c.bound, rel=0.04)
+    lams = [r["weight_divergence"] for r in run.history]
+    assert all(math.isfinite(w) and w > 0 for w in lams) and len(set(lams)) == len(lams)
+    met = [r for r in run.history if missed(c, r[f"val_{c.term}"]) <= TOLERANCE]
+    other = "val_reconstruction" if c.term == "divergence" else "val_divergence"
+    assert row[other] == min(r[other] for r in met)
+
+
+def test_it_goes_on_where_it_was_stopped(own_runs, monkeypatch):
+    whole, epoch = trained("whole"), Training.train_and_validate
+
+    def stop(t, bar):
+        if t.meta["epoch"] == 2:
+            raise KeyboardInterrupt
+        epoch(t, bar)
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(Training, "train_and_validate", stop)
+        trained("stopped")
+    stopped = trained("stopped")
+    assert not any(differences(whole, stopped).values())
+    assert [r["weight_divergence"] for r in whole.history] == [
+        r["weight_divergence"] for r in stopped.history
+    ]
+
+
+def test_a_fleet_is_its_members_whatever_their_bounds(own_runs):
+    bounds = ("divergence<=0.5", "divergence<=0.2")
+    alone = [trained(f"alone{s}", seed=s, constraint=c) for s, c in enumerate(bounds)]
+    configs = [config(f"together{s}", seed=s, constraint=c) for s, c in enumerate(bounds)]
+    for a, b in zip(alone, fit_fleet(configs, dict(x=X), progress=False), strict=True):
+        assert max(differences(a, b).values()) < 1e-4
+        for k, v in a.history[-1].items():
+            assert k == "seconds" or b.history[-1][k] == pytest.approx(v, abs=1e-4), k
+    other = config("other", constraint="reconstruction<=4")
+    assert fleets([*configs, other], 64) == [list(map(resolve, configs))]
+
+
+def test_one_that_cannot_be_met_says_how_near_it_came(own_runs):
+    with pytest.warns(UserWarning, match=r"reconstruction<=1 was not met: the nearest epoch, \d, has"):
+        run = trained("impossible", constraint="reconstruction<=1")
+    misses = [r["val_reconstruction"] for r in run.history]
+    assert misses[run.best_epoch - 1] == min(misses)
+
+
+def test_it_is_kept_with_the_run(own_runs):
+    run = trained("kept")
+    again = load_run(run.path)
+    weight = again.model.weights["divergence"]
+    assert (
+        isinstance(weight, Multiplier) and weight.bound == 0.5 and not any(differences(run, again).values())
+    )
+    assert weight().item() == pytest.approx(run.history[run.best_epoch - 1]["weight_divergence"])
+    assert run_name(Config(constraint="divergence <= 5.0")) == run_name(Config(constraint="divergence<=5"))
+    assert run_name(Config(constraint="divergence<=5")) != run_name(Config())
+
+
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        (dict(constraint="kl<=3"), "expected divergence<=NUMBER"),
+        (dict(constraint="divergence<=-1"), "expected divergence<=NUMBER, above 0"),
+        (dict(lam=0.0), "lam=0; the multiplier of a constraint starts from a number above 0"),
+        (dict(model="VAE", beta=0.0), "beta=0; the multiplier"),
+        (dict(labels=10), "is for autoencoders without labels"),
+        (dict(model="Supervised", labels=10), "is for autoencoders without labels"),
+    ],
+)
+def test_what_cannot_be_is_refused(fields, says):
+    with pytest.raises(ValueError, match=says):
+        config("none", **fields)
+
+
+def test_the_controller_does_not_wind_up():
+    "A term that stays far from its bound for long moves λ so far and no further."
+    weight = Multiplier(Constraint("divergence", 1.0))
+    for _ in range(5000):
+        weight.update(dict(divergence=torch.tensor(100.0)))
+    high = weight().item()
+    assert math.log(high) == pytest.approx(weight.REACH + weight.NOW)
+    for _ in range(600):
+        weight.update(dict(divergence=torch.tensor(0.0)))
+    assert weight().item() < high / 1e4
