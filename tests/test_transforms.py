@@ -210,6 +210,25 @@ def compile_models():
         close(*losses, 1e-5)
 
 
+def compile_draws():
+    "Of a mixture, with gradients, by either way."
+    g = torch.Generator().manual_seed(0)
+    shapes = (5, 3), (5, 3, 2), (5, 3, 2)
+    for draw in (lambda p: p.rsample(), lambda p: p.expect(lambda z: z.square().sum(-1))):
+        torch._dynamo.reset()
+        sides = [torch.randn(*s, generator=g).div(2).requires_grad_() for s in shapes]
+
+        def value(logits, mu, logvar):
+            return draw(GMM(logits.log_softmax(-1), mu, logvar.exp())).sum()
+
+        grads = []
+        for f in (torch.compile(value, backend="eager"), value):
+            torch.manual_seed(0)
+            grads.append(torch.autograd.grad(f(*sides), sides))
+        for a, b in zip(*grads):
+            close(a, b, 1e-5)
+
+
 def test_compile():
     "In a process of its own: cold, and without the enforcement of shapes, which no compiler can see through."
     env = {k: v for k, v in os.environ.items() if k != "CSRAE_TYPECHECK"}
@@ -223,4 +242,5 @@ if __name__ == "__main__":
     for size in reversed(SIZES.values()):
         compile_the_divergence(*size)
     compile_models()
+    compile_draws()
     print("compiled")

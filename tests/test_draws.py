@@ -1,0 +1,128 @@
+"Draws with gradients from mixtures: batches, dtypes, torch's distributions, transforms, values far apart."
+
+import pytest
+import torch
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+from torch.func import grad, vmap
+
+from csrae_nb.mixtures import GMM, FullGMM, Share, rsample
+
+torch.set_num_threads(1)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def parts(*batch, N=3, D=2, dtype=torch.float64, seed=0):
+    g = generator(seed)
+    r = lambda *s: torch.randn(*batch, *s, generator=g, dtype=dtype)
+    return r(N), r(N, D), (0.3 * r(N, D)).exp()
+
+
+def mixture(logits, mu, sd):
+    return GMM(logits.log_softmax(-1), mu, sd**2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
+def test_every_draw_moves_with_the_means(batch, dtype):
+    logits, mu, sd = (t.requires_grad_() for t in parts(*batch, dtype=dtype))
+    z = mixture(logits, mu, sd).rsample(generator())
+    assert z.shape == (*batch, 2) and z.dtype == dtype
+    eps = 1e-3 if dtype == torch.float32 else 1e-9
+    for d in range(2):
+        moves, stretches = torch.autograd.grad(z[..., d].sum(), (mu, sd), retain_graph=True)
+        wanted = torch.eye(2, dtype=dtype)[d].expand(*batch, 2)
+        torch.testing.assert_close(moves.sum(-2), wanted, rtol=eps, atol=eps)
+        whole = (moves * mu + stretches * sd).sum((-1, -2))
+        torch.testing.assert_close(whole, z[..., d], rtol=eps, atol=10 * eps)
+
+
+def test_the_gradient_to_the_weights_is_that_of_the_quantile():
+    "In one dimension z is the u-quantile, which bisection finds."
+    logits, mu, sd = parts(N=3, D=1)
+    z = mixture(logits, mu, sd).rsample(generator(3))
+
+    def quantile(logits, u):
+        cdf = lambda z: (logits.softmax(-1) * Normal(mu[:, 0], sd[:, 0]).cdf(z)).sum()
+        low, high = torch.tensor([-50.0, 50.0], dtype=torch.float64)
+        for _ in range(200):
+            middle = (low + high) / 2
+            low, high = (middle, high) if cdf(middle) < u else (low, middle)
+        return low
+
+    u = (logits.softmax(-1) * Normal(mu[:, 0], sd[:, 0]).cdf(z)).sum()
+    found = grad(lambda l: mixture(l, mu, sd).rsample(generator(3)).sum())(logits)
+    for k in range(3):
+        step = 1e-5 * torch.eye(3, dtype=torch.float64)[k]
+        wanted = (quantile(logits + step, u) - quantile(logits - step, u)) / 2e-5
+        torch.testing.assert_close(found[k], wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_one_component_draws_as_ever():
+    mu, var = torch.randn(5, 3, generator=generator()), torch.rand(5, 3, generator=generator(1))
+    z = GMM.gaussian(mu, var).rsample(generator(2))
+    assert torch.equal(z, mu + var.sqrt() * torch.randn(5, 3, generator=generator(2)))
+
+
+def test_draws_have_the_moments_of_the_mixture():
+    g = mixture(*parts())
+    z = rsample(g, (200_000,), generator())
+    again = g.sample(200_000, generator(1))
+    torch.testing.assert_close(z.mean(0), g.mean, rtol=0, atol=0.02)
+    torch.testing.assert_close(z.T.cov(), again.T.cov(), rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("event", [(), (2,)])
+@pytest.mark.parametrize("batch", [(), (4,)])
+def test_mixtures_of_torch_are_drawn_from_in_their_shape(batch, event):
+    logits, mu, sd = parts(*batch, D=event[0] if event else 1)
+    if not event:
+        mu, sd = mu[..., 0], sd[..., 0]
+    logits.requires_grad_()
+    normals = Independent(Normal(mu, sd), 1) if event else Normal(mu, sd)
+    d = MixtureSameFamily(Categorical(logits=logits), normals)
+    z = rsample(d, (7,), generator())
+    assert z.shape == d.sample((7,)).shape == (7, *batch, *event)
+    assert torch.autograd.grad(z.sum(), logits)[0].abs().sum() > 0
+    with pytest.raises(NotImplementedError):
+        d.rsample()
+
+
+def test_components_far_apart_give_finite_gradients():
+    logits = torch.zeros(2, requires_grad=True)
+    mu = torch.tensor([[-1e4, 0.0], [1e4, 0.0]], requires_grad=True)
+    z = rsample(GMM(logits.log_softmax(-1), mu, torch.ones(2, 2)), (50,), generator())
+    found = torch.autograd.grad(z.sum(), (logits, mu))
+    assert all(t.isfinite().all() for t in found)
+
+
+def test_processes_share_the_draws_of_a_batch():
+    p = mixture(*parts(6))
+    whole = p.rsample(generator())
+    for i in range(3):
+        own = GMM(p.logw[i::3], p.mu[i::3], p.var[i::3]).rsample(Share(generator(), i, 3))
+        torch.testing.assert_close(own, whole[i::3])
+
+
+def test_transforms_give_what_autograd_gives():
+    logits, mu, sd = parts()
+
+    def draw(logits, mu, sd):
+        return mixture(logits, mu, sd).rsample(generator()).square().sum()
+
+    wanted = torch.autograd.grad(draw(*(t.requires_grad_() for t in (logits, mu, sd))), (logits, mu, sd))
+    found = grad(draw, (0, 1, 2))(*(t.detach() for t in (logits, mu, sd)))
+    torch.testing.assert_close(found, wanted)
+    batched = [t.detach().expand(4, *t.shape) for t in (logits, mu, sd)]
+    each = vmap(lambda *p: mixture(*p).rsample(), randomness="different")(*batched)
+    assert each.shape == (4, 2) and len(each[:, 0].unique()) == 4
+
+
+@pytest.mark.parametrize("kind", [GMM, FullGMM])
+def test_the_stratified_estimate_of_a_constant_has_no_noise(kind):
+    g = kind.of(mixture(*parts(4))) if kind is FullGMM else mixture(*parts(4))
+    torch.testing.assert_close(
+        g.expect(lambda z: 0 * z[..., 0] + 5, generator()), torch.full((4,), 5.0).double()
+    )
