@@ -104,6 +104,37 @@ def test_a_fold_without_labels_for_an_answer(drawn):
     assert metrics["f1_AU6"] is None and metrics["f1_AU4"] is not None and 0 <= metrics["f1"] <= 100
 
 
+@pytest.mark.filterwarnings("ignore:fold . of .* has no frame")
+def test_thresholds_are_those_of_validation_subjects():
+    "Found again by trying each probability; test labels have no part in them; the table has them."
+    cfg = dataclasses.replace(
+        CFG, model="Supervised", labels=1.0, validation="subjects", epochs=3, batch_size=20, fid_layer=0
+    )
+    metrics = complete_run(cfg, progress=False)
+    run = load_run(runs_folder() / run_name(cfg))
+    data = load_faces("faces_demo", image_size=32, progress=False, validation="subjects")
+    p, y = (run.model.predict(data.fixed("val")).double().sigmoid(), data.y_val)
+    q = run.model.predict(data.fixed("test")).double().sigmoid()
+    for a, name in enumerate(data.answers):
+        t = metrics[f"threshold_{name}"]
+        best = max(f1(p[:, a] > c, y[:, a]) for c in (0.5, *p[:, a].tolist(), 0))
+        assert f1(p[:, a] > t, y[:, a]) == pytest.approx(best) and (t == 0.5 or y[:, a].any())
+        there = metrics[f"tuned_f1_{name}"]
+        assert there == (
+            pytest.approx(f1(q[:, a] > t, data.y_test[:, a])) if data.y_test[:, a].any() else None
+        )
+    other = dataclasses.replace(data, y_test=1 - data.y_test)
+    assert all(v == metrics[k] for k, v in run.task.metrics(run.model, other).items() if "threshold" in k)
+    (row,) = results_table([run.path])
+    assert row["tuned_f1_mean"] == metrics["tuned_f1"] and row["threshold_AU25_mean"] is not None
+    assert row["tp_AU25_mean"] + row["fn_AU25_mean"] == data.y_test[:, data.answers.index("AU25")].sum()
+
+
+def f1(guess, y):
+    "In percent, 0 where there is nothing to find."
+    return 200 * (guess & (y == 1)).sum().item() / max(1, (guess.sum() + y.sum()).item())
+
+
 def interrupted(cfg, data, monkeypatch, phase, epoch):
     "Fit, stopped at the beginning of an epoch of a phase."
     run_epoch = training.Training.train_and_validate
