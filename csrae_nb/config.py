@@ -74,6 +74,7 @@ class Config(ModelConfig):
     fold: int = 0  # of a data set of faces: whose subjects are the test, 0 to 2
     image_size: int | None = None  # of faces: pixels of a side, 32, 96, 160, 224, …
     validation: str = "frames"  # of faces: frames, or subjects, that are kept from training to validate on
+    answers: str = "presence"  # of faces: presence of action units, or their intensity, 0 to 5
     ll_samples: int | None = None  # S of Eq. (28) in the evaluation; 0: leave it out
     fid_layer: int | None = None  # Inception features of the FID: 64, 192, 768 or 2048; 0: leave it out
     fid_images: int = 10_000  # images of each kind in a Fréchet distance, at most
@@ -175,6 +176,8 @@ def _check_effects(c):
     with_labels = preset(c.dataset)["labels"] if c.labels is None else c.labels
     if c.pretrain and not with_labels:
         raise ValueError(f"pretrain={c.pretrain} has no effect without labels; set labels, or epochs")
+    if c.answers != Config.answers and not with_labels:
+        raise ValueError(f"answers={c.answers!r} has no effect without labels; set labels")
     ignored, other = ("beta", "lam") if has_cs(c) else ("lam", "beta")
     if getattr(c, ignored) != 1 and not (with_labels and ignored == "beta"):
         raise ValueError(f"{ignored}={getattr(c, ignored)} has no effect on {c.model}; set {other}")
@@ -264,7 +267,9 @@ _of_parts = (  # fields that some models, priors, tasks or data sets use
     "fold",
     "image_size",
     "validation",
+    "answers",
 )
+_later = ("validation", "answers")  # that runs of before they were there do not have
 
 # %% ../nbs/09_config.ipynb #090121
 def task_class(cfg: Config) -> type:  # an entry of TASKS
@@ -288,8 +293,8 @@ def used_fields(cfg: Config) -> set[str]:  # of those that belong to parts
 
 
 def unused_fields(cfg: Config) -> list[str]:
-    "The fields that a configuration's parts do not look at, and `validation` as before runs had it."
-    used = used_fields(cfg) - ({"validation"} if cfg.validation == Config.validation else set())
+    "The fields that a configuration's parts do not look at, and later ones as before runs had them."
+    used = used_fields(cfg) - {f for f in _later if getattr(cfg, f) == getattr(Config, f)}
     return [f for f in _of_parts if f not in used]
 
 

@@ -306,9 +306,9 @@ DIAGNOSTICS = (
     *(f"{share}_{s}" for s in DRAWN for share in SHARES),
 )
 # of runs whose task measures them, and of each answer, with its name
-OF_TASKS = ("error", "error_val", "f1", "f1_val", "tuned_f1")
+OF_TASKS = ("error", "error_val", "f1", "f1_val", "tuned_f1", "icc", "pcc", "mae")
 _counts = ("tp", "fp", "fn")
-OF_ANSWERS = ("f1", "tuned_f1", "threshold", *_counts, *(f"tuned_{c}" for c in _counts))
+OF_ANSWERS = ("f1", "tuned_f1", "threshold", *_counts, *(f"tuned_{c}" for c in _counts), "icc", "pcc", "mae")
 
 # %% ../nbs/10b_evaluation.ipynb #100238
 def _frechet(run, data, sources, progress):
@@ -516,7 +516,15 @@ def _row_key(c):
 
 def _settings(c):
     "Fields of the model that no column says and that are not at their defaults: field=value field=value."
-    fields = ("objective", "prior_network", "learned_weights", "prior_objective", "queue", "kmeans_epoch")
+    fields = (
+        "objective",
+        "prior_network",
+        "learned_weights",
+        "prior_objective",
+        "queue",
+        "kmeans_epoch",
+        "answers",
+    )
     default, used = Config(), identity(c)
     values = {k: used[k] for k in fields if k in used and used[k] != getattr(default, k)}
     return " ".join(f"{k}={v}" for k, v in values.items())
