@@ -68,6 +68,7 @@ class Config(ModelConfig):
     pretrain: int | None = None  # epochs without labels, in a run of their own, before those with labels
     labelled_batch: int | None = None  # of a batch, images with labels
     alpha: float | None = None  # α, weight of the classification term of Eq. (27)
+    balance: str = "batches"  # how rare answers are made up for: batches, weights, asymmetric, none
     lr: float = 5e-4  # Adam's learning rate
     seed: int = 0  # weights, batches, draws of z, binarisation
     split_seed: int = 0  # split of data that come unsplit
@@ -126,6 +127,7 @@ def _choices(c):
         likelihood=LIKELIHOODS,
         network=NETWORKS,
         device=("auto", "cpu"),
+        balance=("batches", "weights", "asymmetric", "none"),
         precision=("no", "bf16"),
         fid_layer=(0, 64, 192, 768, 2048),
         tracker=_TRACKERS,
@@ -176,8 +178,9 @@ def _check_effects(c):
     with_labels = preset(c.dataset)["labels"] if c.labels is None else c.labels
     if c.pretrain and not with_labels:
         raise ValueError(f"pretrain={c.pretrain} has no effect without labels; set labels, or epochs")
-    if c.answers != Config.answers and not with_labels:
-        raise ValueError(f"answers={c.answers!r} has no effect without labels; set labels")
+    for field in ("answers", "balance"):
+        if getattr(c, field) != getattr(Config, field) and not with_labels:
+            raise ValueError(f"{field}={getattr(c, field)!r} has no effect without labels; set labels")
     ignored, other = ("beta", "lam") if has_cs(c) else ("lam", "beta")
     if getattr(c, ignored) != 1 and not (with_labels and ignored == "beta"):
         raise ValueError(f"{ignored}={getattr(c, ignored)} has no effect on {c.model}; set {other}")
@@ -264,12 +267,13 @@ _of_parts = (  # fields that some models, priors, tasks or data sets use
     "pretrain",
     "labelled_batch",
     "alpha",
+    "balance",
     "fold",
     "image_size",
     "validation",
     "answers",
 )
-_later = ("validation", "answers")  # that runs of before they were there do not have
+_later = ("validation", "answers", "balance")  # that runs of before they were there do not have
 
 # %% ../nbs/09_config.ipynb #090121
 def task_class(cfg: Config) -> type:  # an entry of TASKS

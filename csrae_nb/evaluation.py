@@ -524,6 +524,7 @@ def _settings(c):
         "queue",
         "kmeans_epoch",
         "answers",
+        "balance",
     )
     default, used = Config(), identity(c)
     values = {k: used[k] for k in fields if k in used and used[k] != getattr(default, k)}

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['MOST_LABELS', 'LABEL_NETWORKS', 'RARE', 'OneLabel', 'ManyLabels', 'every_answer', 'f1_of_answers', 'best_threshold',
            'counts_of_answers', 'tuned_answers', 'cycled', 'balanced', 'Cutpoints', 'Intensities', 'agreement',
-           'Joined', 'LabelNetwork', 'label_features', 'LabelClassifier', 'LabelEncoder', 'LabelDecoder',
-           'SemiSupervised', 'how_many', 'labelled_images', 'temperature', 'summed', 'label_kind', 'kind_from',
-           'LabelTask', 'Supervised', 'SupervisedTask', 'first_phase', 'take_over', 'plot_classes']
+           'class_weights', 'classification', 'Joined', 'LabelNetwork', 'label_features', 'LabelClassifier',
+           'LabelEncoder', 'LabelDecoder', 'SemiSupervised', 'how_many', 'labelled_images', 'temperature', 'summed',
+           'label_kind', 'kind_from', 'LabelTask', 'Supervised', 'SupervisedTask', 'first_phase', 'take_over',
+           'plot_classes']
 
 # %% ../nbs/14_semi_supervised.ipynb #140002
 import math
@@ -93,7 +94,11 @@ class _Sigmoids:
         return (q * yes + (1 - q) * no).sum(-1)
 
     def cross_entropy(self, logits: Float[Tensor, "n L"], y: Int[Tensor, "n L"]) -> Float[Tensor, "n"]:
-        return F.binary_cross_entropy_with_logits(logits, y.float(), reduction="none").sum(-1)
+        return self.each(logits, y).sum(-1)
+
+    def each(self, logits: Float[Tensor, "n L"], y: Int[Tensor, "n L"]) -> Float[Tensor, "n L"]:
+        "−log q(y) of each answer."
+        return F.binary_cross_entropy_with_logits(logits, y.float(), reduction="none")
 
 # %% ../nbs/14_semi_supervised.ipynb #140207
 @dataclass(frozen=True)
@@ -381,8 +386,9 @@ class _InOrder(_Answers):
         log_q = self.log_levels(logits)
         return (log_q.exp() * (log_q - self.log_levels(prior))).sum((-1, -2))
 
-    def cross_entropy(self, logits: Float[Tensor, "n C"], y: Int[Tensor, "n L"]) -> Float[Tensor, "n"]:
-        return -self.log_levels(logits).gather(-1, y[..., None]).sum((-1, -2))
+    def each(self, logits: Float[Tensor, "n C"], y: Int[Tensor, "n L"]) -> Float[Tensor, "n L"]:
+        "−log q(y) of each answer."
+        return -self.log_levels(logits).gather(-1, y[..., None])[..., 0]
 
 # %% ../nbs/14_semi_supervised.ipynb #140617
 @dataclass(frozen=True)
@@ -450,6 +456,31 @@ def agreement(
         known = [v for v in each.values() if v is not None]
         out |= {m: sum(known) / len(known) if known else None, **each}
     return out
+
+# %% ../nbs/14_semi_supervised.ipynb #141117
+def class_weights(
+    rate: Float[Tensor, "L"],  # shares of yes
+    y: Int[Tensor, "n L"],  # 1: yes, 0: no
+) -> Float[Tensor, "n L"]:
+    "The weight of each answer that makes all the yes to a question weigh as much as all the no."
+    return torch.where(y > 0, 0.5 / rate, 0.5 / (1 - rate))
+
+
+def classification(
+    kind: OneLabel | ManyLabels,
+    balance: str,  # as in Config
+    prior: Float[Tensor, "C"],  # logits of p(y)
+    logits: Float[Tensor, "n C"],
+    y: Int[Tensor, "n *L"],
+) -> Float[Tensor, "n"]:
+    "What teaches q(y|x): −log q(y|x), weighed where `balance` says so."
+    if balance in ("batches", "none"):
+        return kind.cross_entropy(logits, y)
+    yes, rate = kind.truth(y), kind.yes(prior).sigmoid()
+    if balance == "weights":
+        return (class_weights(rate, yes) * kind.each(logits, y)).sum(-1)
+    easy_no = torch.where(yes > 0, 1.0, logits.sigmoid())
+    return (easy_no * kind.each(logits, y) * (1 / rate) / (1 / rate).mean()).sum(-1)
 
 # %% ../nbs/14_semi_supervised.ipynb #140011
 class Joined(nn.Module):
@@ -625,7 +656,8 @@ class _Objective(Autoencoder):
         n, size = len(known), len(known) + len(unknown)
         f = n / size
         labelled = known + self.kind.cross_entropy(self.label_prior.expand(n, -1), y)  # −log p(y)
-        loss = self.share / f * labelled.sum() + self.alpha / f * self.kind.cross_entropy(logits, y).sum()
+        taught = classification(self.kind, self.balance, self.label_prior, logits, y)
+        loss = self.share / f * labelled.sum() + self.alpha / f * taught.sum()
         if f < 1:
             loss = loss + (1 - self.share) / (1 - f) * unknown.sum()
         return loss / size
@@ -782,6 +814,7 @@ class SemiSupervised(_Objective, _Trials, _Picturing, _LabelByLabel):
         alpha: float = 1.0,  # α, weight of the classification
         beta: float = 1.0,  # β, weight of KL(q(y|x)‖p(y))
         temperature: float | None = None,  # of a softened draw of y; None: sum over all y
+        balance: str = "batches",  # as in Config
     ):
         super().__init__(inner.encoder, inner.decoder, inner.prior, inner.likelihood, inner.lam)
         if not 0 < share <= 1:
@@ -793,6 +826,7 @@ class SemiSupervised(_Objective, _Trials, _Picturing, _LabelByLabel):
             )
         self.kind, self.divergence = inner.encoder.kind, inner.divergence
         self.share, self.alpha, self.beta, self.temperature = share, alpha, beta, temperature
+        self.balance = balance
         self.warmup, self.trust = inner.weights["divergence"].warmup, 1.0
         self.register_buffer("label_prior", prior.clone())
 
@@ -898,7 +932,10 @@ class _LabelledBatches(Task):
         y, labelled = data.y_train.cpu(), self.labelled(data)
         others = _others(len(y), labelled, B - n)
         steps = len(y) // B if n == B else len(others) // (B - n)
-        first = labelled[label_kind(data).batches(y[labelled], steps, n, g)]
+        if self.cfg.balance == "batches":
+            first = labelled[label_kind(data).batches(y[labelled], steps, n, g)]
+        else:
+            first = cycled(labelled, steps, n, g)
         return first if n == B else torch.cat([first, cycled(others, steps, B - n, g)], 1)
 
     def arguments(self, data, rows):
@@ -951,7 +988,7 @@ class _MadeWithLabels(Task):
         first = torch.zeros(c.components, *x_shape) if pseudo_inputs is None else lik.inputs(pseudo_inputs)
         inner, prior = assemble(c, encoder, decoder, lik, first), torch.tensor(about["label_prior"])
         last = None if summed(kind) else temperature(c.epochs, c.epochs)
-        return SemiSupervised(inner, prior, about["share"], c.alpha, c.beta, last)
+        return SemiSupervised(inner, prior, about["share"], c.alpha, c.beta, last, c.balance)
 
     def begin(self, model, epoch):
         super().begin(model, epoch)
@@ -964,7 +1001,7 @@ class _MadeWithLabels(Task):
 class LabelTask(_LabelledBatches, _ChosenByLabels, _MadeWithLabels):
     "Training with labels for some images, Eqs. (25)–(27)."
 
-    uses = ("labelled_batch", "alpha", "beta")
+    uses = ("labelled_batch", "alpha", "beta", "balance")
 
     @staticmethod
     def serves(cfg):
@@ -987,6 +1024,13 @@ class LabelTask(_LabelledBatches, _ChosenByLabels, _MadeWithLabels):
         if not len(labelled_rows(data, "train")):
             none = "no labels of its training images (or no image with all answers)"
             raise ValueError(f"labels={c.labels:g}, but {data.name} has {none}")
+        kind = label_kind(data)
+        if c.balance != "batches" and isinstance(kind, OneLabel):
+            raise ValueError(
+                f"balance={c.balance!r} is for rows of answers; the labels of {data.name} are classes"
+            )
+        if c.balance == "asymmetric" and isinstance(kind, Intensities):
+            raise ValueError("balance='asymmetric' is for answers yes or no; of intensities use 'weights'")
         if c.labelled_batch >= c.batch_size:
             no_room = f"leaves no room for others in batch_size={c.batch_size}"
             raise ValueError(f"labelled_batch={c.labelled_batch} {no_room}")
@@ -1006,15 +1050,20 @@ class Supervised(_Classifying, nn.Module):
         self,
         encoder: LabelClassifier,
         likelihood: Likelihood = Likelihood(),  # knows the units of x
+        prior: Float[Tensor, "C"] | None = None,  # logits of p(y), which a balance goes by
+        balance: str = "batches",  # as in Config
     ):
         super().__init__()
         self.encoder, self.kind, self.likelihood = encoder, encoder.kind, likelihood
+        self.balance = balance
+        self.register_buffer("label_prior", prior, persistent=False)
 
     def begin(self, epoch):
         "Nothing changes from epoch to epoch."
 
     def forward(self, x, generator=None, y=None) -> Terms:  # the reconstruction is of the label
-        wrong = self.kind.cross_entropy(self.encoder.classify(self._features(x)), y)  # −log q(y|x)
+        logits = self.encoder.classify(self._features(x))
+        wrong = classification(self.kind, self.balance, self.label_prior, logits, y)
         return Terms(wrong.mean(), dict(reconstruction=wrong, divergence=torch.zeros_like(wrong)))
 
 # %% ../nbs/14_semi_supervised.ipynb #140234
@@ -1024,7 +1073,7 @@ class SupervisedTask(LabelTask):
     "Training a classifier on the labelled images only; an epoch has as many steps as with all images."
 
     models = (SUPERVISED,)
-    uses = ()
+    uses = ("balance",)
 
     @staticmethod
     def serves(cfg):
@@ -1044,7 +1093,8 @@ class SupervisedTask(LabelTask):
     def make_model(self, about, pseudo_inputs=None):
         net, g = LABEL_NETWORKS[self.cfg.network], generator(self.cfg.seed, "weights")
         encoder = LabelClassifier(tuple(about["x_shape"]), kind_from(about), net, g)
-        return Supervised(encoder, make_likelihood(about["likelihood"], Units.read(about.get("units"))))
+        likelihood = make_likelihood(about["likelihood"], Units.read(about.get("units")))
+        return Supervised(encoder, likelihood, torch.tensor(about["label_prior"]), self.cfg.balance)
 
     def start(self, model, run_first):
         "There is no phase without labels."
@@ -1060,7 +1110,7 @@ def first_phase(cfg: Config) -> Config:  # resolved
     "The run without labels that a run with labels starts from."
     beta = 1.0 if has_cs(cfg) else cfg.beta
     name = cfg.name and f"{cfg.name}-pretrained"
-    off = dict(labels=0.0, pretrain=0, answers=Config.answers)
+    off = dict(labels=0.0, pretrain=0, answers=Config.answers, balance=Config.balance)
     without = replace(cfg, **off, epochs=cfg.pretrain, warmup=None, beta=beta, name=name)
     return resolve(without)
 
