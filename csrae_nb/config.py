@@ -52,6 +52,7 @@ class ModelConfig:
     kmeans_epoch: int = 3  # epoch after which free mog components are set by k-means on the codes; 0: never
     likelihood: str | None = None  # bernoulli, gaussian, discretized_logistic; None: what the data call for
     network: str | None = None  # a row of Table 6: mlp, pinwheel, residual, faces; or resnet18
+    encoder_weights: str | None = None  # of resnet18: a file of torchvision's weights to begin with
 
 # %% ../nbs/09_config.ipynb #090008
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +113,7 @@ def has_cs(
     "Whether the divergence of a model is weighed by lam."
     return cfg.model in MODELS and MODELS.about(cfg.model, "weight") == "lam"
 
-
+# %% ../nbs/09_config.ipynb #090112
 _TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 
 
@@ -181,6 +182,9 @@ def _check_effects(c):
     for field in ("answers", "balance"):
         if getattr(c, field) != getattr(Config, field) and not with_labels:
             raise ValueError(f"{field}={getattr(c, field)!r} has no effect without labels; set labels")
+    network = c.network or preset(c.dataset)["network"]
+    if c.encoder_weights and network != "resnet18":
+        raise ValueError(f"encoder_weights are of network resnet18; this one is {network}")
     ignored, other = ("beta", "lam") if has_cs(c) else ("lam", "beta")
     if getattr(c, ignored) != 1 and not (with_labels and ignored == "beta"):
         raise ValueError(f"{ignored}={getattr(c, ignored)} has no effect on {c.model}; set {other}")
@@ -249,31 +253,16 @@ def divergence_weight(cfg: Config) -> float:  # λ or β
 # fields that say how a run is evaluated
 EVALUATION = ("ll_samples", "fid_layer", "fid_images", "expost_components")
 _not_identity = ("name", "device", "threads", "tracker", *EVALUATION)
-_of_parts = (  # fields that some models, priors, tasks or data sets use
-    "latent_dim",
-    "prior",
-    "components",
-    "importance_samples",
-    "kl_samples",
-    "lam",
-    "beta",
-    "objective",
-    "prior_network",
-    "learned_weights",
-    "prior_objective",
-    "queue",
-    "kmeans_epoch",
-    "warmup",
-    "pretrain",
-    "labelled_batch",
-    "alpha",
-    "balance",
-    "fold",
-    "image_size",
+# fields that some models, priors, tasks or data sets use
+_of_parts = "latent_dim prior components importance_samples kl_samples lam beta objective prior_network"
+_of_parts += " learned_weights prior_objective queue kmeans_epoch warmup pretrain labelled_batch alpha"
+_of_parts += " balance encoder_weights fold image_size validation answers"
+_later = (
     "validation",
     "answers",
-)
-_later = ("validation", "answers", "balance")  # that runs of before they were there do not have
+    "balance",
+    "encoder_weights",
+)  # that runs of before they were there do not have
 
 # %% ../nbs/09_config.ipynb #090121
 def task_class(cfg: Config) -> type:  # an entry of TASKS
@@ -283,7 +272,7 @@ def task_class(cfg: Config) -> type:  # an entry of TASKS
 # %% ../nbs/09_config.ipynb #090022
 def used_fields(cfg: Config) -> set[str]:  # of those that belong to parts
     "The fields that the parts of a configuration use."
-    out = set(task_class(cfg).uses)
+    out = {*task_class(cfg).uses, "encoder_weights"}
     if (name := dataset_name(cfg.dataset)) in DATASETS:
         out |= set(DATASETS.about(name, "uses", ()))
     if cfg.model not in MODELS:
@@ -299,7 +288,7 @@ def used_fields(cfg: Config) -> set[str]:  # of those that belong to parts
 def unused_fields(cfg: Config) -> list[str]:
     "The fields that a configuration's parts do not look at, and later ones as before runs had them."
     used = used_fields(cfg) - {f for f in _later if getattr(cfg, f) == getattr(Config, f)}
-    return [f for f in _of_parts if f not in used]
+    return [f for f in _of_parts.split() if f not in used]
 
 
 def identity(cfg: Config) -> dict:  # field: value

@@ -481,6 +481,17 @@ for _name in FACES:
     _fields |= dict(choices=dict(validation=VALIDATION, answers=ANSWERS))
     DATASETS.add(_name, _loader(_name), preset=_preset, **_fields)
 
+# %% ../nbs/15c_faces.ipynb #150499
+def _check_faces(name, likelihood, answers):
+    "ValueError for faces that are not known, or not like this."
+    if likelihood not in ("discretized_logistic", "gaussian"):
+        call = "the values of faces, from -0.5 to 0.5, call for discretized_logistic or gaussian"
+        raise ValueError(f"likelihood={likelihood!r}; {call}")
+    if name not in FACES:
+        raise ValueError(f"unknown faces {name!r}; expected one of {', '.join(FACES)}")
+    if answers not in ANSWERS:
+        raise ValueError(f"answers={answers!r}; expected one of {', '.join(ANSWERS)}")
+
 # %% ../nbs/15c_faces.ipynb #150449
 def load_faces(
     name: str,  # a key of FACES
@@ -495,13 +506,7 @@ def load_faces(
 ) -> FaceData:
     """A fold of a data set of faces, prepared at the first time.
     FileNotFoundError for what is missing, ValueError for a fold without frames."""
-    if likelihood not in ("discretized_logistic", "gaussian"):
-        call = "the values of faces, from -0.5 to 0.5, call for discretized_logistic or gaussian"
-        raise ValueError(f"likelihood={likelihood!r}; {call}")
-    if name not in FACES:
-        raise ValueError(f"unknown faces {name!r}; expected one of {', '.join(FACES)}")
-    if answers not in ANSWERS:
-        raise ValueError(f"answers={answers!r}; expected one of {', '.join(ANSWERS)}")
+    _check_faces(name, likelihood, answers)
     size = round(image_size * 256 / 224)
     folder = _prepared_folder(name, size, eyes)
     if _to_prepare(name, folder):

@@ -1041,6 +1041,8 @@ class LabelTask(_LabelledBatches, _ChosenByLabels, _MadeWithLabels):
     def start(self, model, run_first):
         if self.cfg.pretrain:
             take_over(model, _waited_for(run_first, first_phase(self.cfg)).model.state_dict())
+        else:
+            super().start(model, run_first)
 
 # %% ../nbs/14_semi_supervised.ipynb #140034
 class Supervised(_Classifying, nn.Module):
@@ -1098,6 +1100,7 @@ class SupervisedTask(LabelTask):
 
     def start(self, model, run_first):
         "There is no phase without labels."
+        Task.start(self, model, run_first)
 
     def validate(self, model, data, x):
         logits, name, rows = model.predict(x), model.kind.measure, labelled_rows(data, "val")

@@ -1,6 +1,7 @@
 "Two phases, many answers and classifiers alone: what fit makes of them, and what is refused."
 
 import dataclasses
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from csrae_nb.catalogue import load_data
 from csrae_nb.drawings import write_disfa, write_fera2015
 from csrae_nb.evaluation import complete_run, results_table
 from csrae_nb.faces import load_faces
+from csrae_nb.networks import torchvision_module
 from csrae_nb.semisup import Intensities, LabelTask, first_phase, take_over
 from csrae_nb.config import Config, command, identity, resolve, run_name
 from csrae_nb.files import runs_folder
@@ -327,3 +329,28 @@ def test_fields_that_came_later_leave_names_alone():
 def test_answers_and_balances_that_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         fit(Config(**dict(dataset="faces_demo", image_size=32) | changes), progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*left out|fold . of .* has no frame")
+@pytest.mark.skipif(not find_spec("torchvision"), reason="ResNet18 is torchvision's")
+def test_resnet18_under_every_objective_and_from_a_file(tmp_path):
+    "With labels, in both phases; weights of a file are those that training begins with."
+    cfg = dataclasses.replace(CFG, network="resnet18", fid_layer=0)
+    assert 0 <= complete_run(cfg, progress=False)["f1"] <= 100
+    theirs = torchvision_module("torchvision.models").resnet18(weights=None).state_dict()
+    torch.save(theirs, tmp_path / "theirs.pth")
+    cfg = dataclasses.replace(cfg, encoder_weights=str(tmp_path / "theirs.pth"), pretrain=0)
+    data = load_faces("faces_demo", image_size=32, progress=False)
+    for of in (dict(), dict(labels=0.0, pretrain=0), dict(model="Supervised")):
+        task = tasks.task_of(resolve(dataclasses.replace(cfg, **of)))
+        model = task.make_model(task.about(data))
+        task.start(model, None)
+        (name,) = [k for k in model.encoder.state_dict() if k.endswith("layer1.0.conv1.weight")]
+        assert model.encoder.state_dict()[name].equal(theirs["layer1.0.conv1.weight"])
+    assert "encoder_weights" not in identity(CFG) and run_name(cfg) != run_name(
+        dataclasses.replace(cfg, encoder_weights=None)
+    )
+    with pytest.raises(ValueError, match="are of network resnet18; this one is faces"):
+        dataclasses.replace(cfg, network=None)
+    with pytest.raises(FileNotFoundError, match="put torchvision's file of ResNet18 there"):
+        fit(dataclasses.replace(cfg, encoder_weights=str(tmp_path / "none.pth")), data, progress=False)
