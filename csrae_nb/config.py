@@ -45,9 +45,7 @@ class ModelConfig:
     kl_samples: int = 1  # draws for the KL to a mixture, of MixtureVAE and VampPriorVAE
     lam: float = 1.0  # λ, weight of D_CS
     beta: float = 1.0  # β, weight of the KL, of what WAE, CWAE and RAE have for it, and of the labels' KL
-    constraint: str | None = (
-        None  # divergence<=5 or reconstruction<=80, in nats: λ or β follows, from lam or beta
-    )
+    constraint: str | None = None  # divergence<=5 or reconstruction<=80: λ or β follows, from lam or beta on
     objective: str = "cs"  # "cs": Eq. (2); "paper_eq21": as printed, wrong
     prior_network: bool = False  # mog by Table 6's network from one-hot codes, in place of free parameters
     learned_weights: bool = False  # mog with learned weights, in place of 1/K
@@ -56,6 +54,7 @@ class ModelConfig:
     kmeans_epoch: int = 3  # epoch after which free mog components are set by k-means on the codes; 0: never
     likelihood: str | None = None  # bernoulli, gaussian, discretized_logistic; None: what the data call for
     network: str | None = None  # a row of Table 6: mlp, pinwheel, residual, faces; or resnet18
+    encoder_weights: str | None = None  # of resnet18: a file of torchvision's weights to begin with
 
 # %% ../nbs/09_config.ipynb #090008
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +71,14 @@ class Config(ModelConfig):
     pretrain: int | None = None  # epochs without labels, in a run of their own, before those with labels
     labelled_batch: int | None = None  # of a batch, images with labels
     alpha: float | None = None  # α, weight of the classification term of Eq. (27)
+    balance: str = "batches"  # how rare answers are made up for: batches, weights, asymmetric, none
     lr: float = 5e-4  # Adam's learning rate
     seed: int = 0  # weights, batches, draws of z, binarisation
     split_seed: int = 0  # split of data that come unsplit
     fold: int = 0  # of a data set of faces: whose subjects are the test, 0 to 2
     image_size: int | None = None  # of faces: pixels of a side, 32, 96, 160, 224, …
     validation: str = "frames"  # of faces: frames, or subjects, that are kept from training to validate on
+    answers: str = "presence"  # of faces: presence of action units, or their intensity, 0 to 5
     ll_samples: int | None = None  # S of Eq. (28) in the evaluation; 0: leave it out
     fid_layer: int | None = None  # Inception features of the FID: 64, 192, 768 or 2048; 0: leave it out
     fid_images: int = 10_000  # images of each kind in a Fréchet distance, at most
@@ -114,7 +115,7 @@ def has_cs(
     "Whether the divergence of a model is weighed by lam."
     return cfg.model in MODELS and MODELS.about(cfg.model, "weight") == "lam"
 
-
+# %% ../nbs/09_config.ipynb #090112
 _TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 
 
@@ -129,6 +130,7 @@ def _choices(c):
         likelihood=LIKELIHOODS,
         network=NETWORKS,
         device=("auto", "cpu"),
+        balance=("batches", "weights", "asymmetric", "none"),
         precision=("no", "bf16"),
         fid_layer=(0, 64, 192, 768, 2048),
         tracker=_TRACKERS,
@@ -179,6 +181,12 @@ def _check_effects(c):
     with_labels = _with_labels(c)
     if c.pretrain and not with_labels:
         raise ValueError(f"pretrain={c.pretrain} has no effect without labels; set labels, or epochs")
+    for field in ("answers", "balance"):
+        if getattr(c, field) != getattr(Config, field) and not with_labels:
+            raise ValueError(f"{field}={getattr(c, field)!r} has no effect without labels; set labels")
+    network = c.network or preset(c.dataset)["network"]
+    if c.encoder_weights and network != "resnet18":
+        raise ValueError(f"encoder_weights are of network resnet18; this one is {network}")
     ignored, other = ("beta", "lam") if has_cs(c) else ("lam", "beta")
     if getattr(c, ignored) != 1 and not (with_labels and ignored == "beta"):
         raise ValueError(f"{ignored}={getattr(c, ignored)} has no effect on {c.model}; set {other}")
@@ -267,31 +275,14 @@ def divergence_weight(cfg: Config) -> float:  # λ or β
 # fields that say how a run is evaluated
 EVALUATION = ("ll_samples", "fid_layer", "fid_images", "expost_components")
 _not_identity = ("name", "device", "threads", "tracker", *EVALUATION)
-
-# %% ../nbs/09_config.ipynb #090221
-_of_parts = (  # fields that some models, priors, tasks or data sets use
-    "latent_dim",
-    "prior",
-    "components",
-    "importance_samples",
-    "kl_samples",
-    "lam",
-    "beta",
-    "constraint",
-    "objective",
-    "prior_network",
-    "learned_weights",
-    "prior_objective",
-    "queue",
-    "kmeans_epoch",
-    "warmup",
-    "pretrain",
-    "labelled_batch",
-    "alpha",
-    "fold",
-    "image_size",
-    "validation",
+# fields that some models, priors, tasks or data sets use
+_of_parts = "latent_dim prior components importance_samples kl_samples lam beta constraint objective"
+_of_parts += (
+    " prior_network learned_weights prior_objective queue kmeans_epoch warmup pretrain labelled_batch alpha"
 )
+_of_parts += " balance encoder_weights fold image_size validation answers"
+# that runs of before they were there do not have
+_later = ("validation", "answers", "balance", "encoder_weights")
 
 # %% ../nbs/09_config.ipynb #090121
 def task_class(cfg: Config) -> type:  # an entry of TASKS
@@ -301,7 +292,7 @@ def task_class(cfg: Config) -> type:  # an entry of TASKS
 # %% ../nbs/09_config.ipynb #090022
 def used_fields(cfg: Config) -> set[str]:  # of those that belong to parts
     "The fields that the parts of a configuration use."
-    out = set(task_class(cfg).uses)
+    out = {*task_class(cfg).uses, "encoder_weights"}
     if (name := dataset_name(cfg.dataset)) in DATASETS:
         out |= set(DATASETS.about(name, "uses", ()))
     if cfg.model not in MODELS:
@@ -316,9 +307,9 @@ def used_fields(cfg: Config) -> set[str]:  # of those that belong to parts
 
 
 def unused_fields(cfg: Config) -> list[str]:
-    "The fields that a configuration's parts do not look at, and `validation` as before runs had it."
-    used = used_fields(cfg) - ({"validation"} if cfg.validation == Config.validation else set())
-    return [f for f in _of_parts if f not in used]
+    "The fields that a configuration's parts do not look at, and later ones as before runs had them."
+    used = used_fields(cfg) - {f for f in _later if getattr(cfg, f) == getattr(Config, f)}
+    return [f for f in _of_parts.split() if f not in used]
 
 
 def identity(cfg: Config) -> dict:  # field: value

@@ -75,6 +75,7 @@ class Dataset:
     sha256: dict[str, str]  # what was read: name of a file or an array -> its SHA-256
     classes: tuple[str, ...] = field(default=(), kw_only=True)  # names of the classes, by number
     units: Units | None = field(default=None, kw_only=True)  # of the networks; None: those of x
+    levels: int = field(default=2, kw_only=True)  # of an answer: no and yes, or intensities 0, 1, …
     columns: tuple[str, ...] = field(default=(), kw_only=True)  # names of a table's columns
 
     @property

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['drawn_from', 'EM_STEPS', 'SETS', 'METRICS', 'TEMPERATURES', 'DRAWN', 'SHARES', 'DIAGNOSTICS', 'OF_TASKS',
-           'WITH_LABELS', 'run_codes', 'mean_log_likelihood', 'real_images', 'expost_mixture', 'sample_sources',
-           'frechet_distances', 'at_temperature', 'sample_quality', 'evaluate', 'provenance', 'write_metrics',
-           'finished_metrics', 'measure', 'complete_run', 'results_table', 'write_table']
+           'OF_ANSWERS', 'WITH_LABELS', 'run_codes', 'mean_log_likelihood', 'real_images', 'expost_mixture',
+           'sample_sources', 'frechet_distances', 'at_temperature', 'sample_quality', 'evaluate', 'provenance',
+           'write_metrics', 'finished_metrics', 'measure', 'complete_run', 'results_table', 'write_table']
 
 # %% ../nbs/10b_evaluation.ipynb #100002
 import csv
@@ -305,8 +305,10 @@ DIAGNOSTICS = (
     *(f"frechet_classifier_{s}_t{round(100 * t)}" for s in DRAWN for t in TEMPERATURES),
     *(f"{share}_{s}" for s in DRAWN for share in SHARES),
 )
-# of runs whose task measures them; and f1_ with the name of each answer
-OF_TASKS = ("error", "error_val", "f1", "f1_val")
+# of runs whose task measures them, and of each answer, with its name
+OF_TASKS = ("error", "error_val", "f1", "f1_val", "tuned_f1", "icc", "pcc", "mae")
+_counts = ("tp", "fp", "fn")
+OF_ANSWERS = ("f1", "tuned_f1", "threshold", *_counts, *(f"tuned_{c}" for c in _counts), "icc", "pcc", "mae")
 
 # %% ../nbs/10b_evaluation.ipynb #100238
 def _frechet(run, data, sources, progress):
@@ -514,7 +516,16 @@ def _row_key(c):
 
 def _settings(c):
     "Fields of the model that no column says and that are not at their defaults: field=value field=value."
-    fields = ("objective", "prior_network", "learned_weights", "prior_objective", "queue", "kmeans_epoch")
+    fields = (
+        "objective",
+        "prior_network",
+        "learned_weights",
+        "prior_objective",
+        "queue",
+        "kmeans_epoch",
+        "answers",
+        "balance",
+    )
     default, used = Config(), identity(c)
     values = {k: used[k] for k in fields if k in used and used[k] != getattr(default, k)}
     return " ".join(f"{k}={v}" for k, v in values.items())
@@ -553,7 +564,8 @@ def results_table(
         same = {**identity(make_config(r["config"])), "seed": None}
         groups.setdefault(json.dumps(same, sort_keys=True), []).append(r)
     found = dict.fromkeys(m for g in groups.values() for r in g for m in r["metrics"])
-    answers = [m for m in found if m.startswith("f1_") and m not in OF_TASKS]
+    of_answers = tuple(f"{m}_" for m in OF_ANSWERS)
+    answers = [m for m in found if m.startswith(of_answers) and m not in OF_TASKS]
     all_metrics = [*METRICS, *DIAGNOSTICS, *OF_TASKS, *answers]
     rows = [_row(sorted(g, key=lambda r: r["config"]["seed"]), all_metrics) for g in groups.values()]
     never = {m for m in all_metrics if all(row[f"{m}_mean"] is None for row in rows)}

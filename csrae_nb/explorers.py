@@ -856,7 +856,7 @@ def _newest():
 
 
 def _data_key(c):
-    return c.dataset, c.likelihood, c.split_seed, c.fold, c.image_size, c.validation
+    return c.dataset, c.likelihood, c.split_seed, c.fold, c.image_size, c.validation, c.answers
 
 # %% ../nbs/22_explorers.ipynb #220054
 def _tabs(parts, guard):

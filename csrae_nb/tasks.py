@@ -23,7 +23,7 @@ from .files import generator
 from .likelihoods import Likelihood, Units, make_likelihood
 from .mixtures import GMM
 from .models import MODELS, Autoencoder, BatchTerm, Weight, in_eval_mode, rows_at_once
-from .networks import make_networks, prior_network
+from .networks import load_resnet18, make_networks, prior_network
 from .priors import PRIORS, MoGPrior, Prior, StandardNormal, VampPrior
 
 # %% ../nbs/09b_tasks.ipynb #092006
@@ -227,7 +227,9 @@ class Task(Epochs, Validation):
         return make_model(self.cfg, tuple(about["x_shape"]), about["likelihood"], pseudo_inputs, units)
 
     def start(self, model: nn.Module, run_first: Callable[[Config], Any] | None) -> None:
-        "Before the first epoch: weights from elsewhere than the seed, such as a run that is fitted first."
+        "Before the first epoch: weights from elsewhere than the seed, a file or a run that is fitted first."
+        if self.cfg.encoder_weights:
+            load_resnet18(model.encoder, self.cfg.encoder_weights)
 
 # %% ../nbs/09b_tasks.ipynb #092017
 def task_of(cfg: Config) -> Task:  # cfg: resolved

@@ -1,6 +1,7 @@
 "Two phases, many answers and classifiers alone: what fit makes of them, and what is refused."
 
 import dataclasses
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from csrae_nb.catalogue import load_data
 from csrae_nb.drawings import write_disfa, write_fera2015
 from csrae_nb.evaluation import complete_run, results_table
 from csrae_nb.faces import load_faces
-from csrae_nb.semisup import LabelTask, first_phase, take_over
-from csrae_nb.config import Config, command, resolve, run_name
+from csrae_nb.networks import torchvision_module
+from csrae_nb.semisup import Intensities, LabelTask, first_phase, take_over
+from csrae_nb.config import Config, command, identity, resolve, run_name
 from csrae_nb.files import runs_folder
 from csrae_nb.runs import fit, load_run
+from csrae_nb.trained import Examples, encode_examples
 
 pytestmark = pytest.mark.usefixtures("own_cache")  # faces are prepared beside the data
 
@@ -102,6 +105,37 @@ def test_a_fold_without_labels_for_an_answer(drawn):
         data,
     )
     assert metrics["f1_AU6"] is None and metrics["f1_AU4"] is not None and 0 <= metrics["f1"] <= 100
+
+
+@pytest.mark.filterwarnings("ignore:fold . of .* has no frame")
+def test_thresholds_are_those_of_validation_subjects():
+    "Found again by trying each probability; test labels have no part in them; the table has them."
+    cfg = dataclasses.replace(
+        CFG, model="Supervised", labels=1.0, validation="subjects", epochs=3, batch_size=20, fid_layer=0
+    )
+    metrics = complete_run(cfg, progress=False)
+    run = load_run(runs_folder() / run_name(cfg))
+    data = load_faces("faces_demo", image_size=32, progress=False, validation="subjects")
+    p, y = (run.model.predict(data.fixed("val")).double().sigmoid(), data.y_val)
+    q = run.model.predict(data.fixed("test")).double().sigmoid()
+    for a, name in enumerate(data.answers):
+        t = metrics[f"threshold_{name}"]
+        best = max(f1(p[:, a] > c, y[:, a]) for c in (0.5, *p[:, a].tolist(), 0))
+        assert f1(p[:, a] > t, y[:, a]) == pytest.approx(best) and (t == 0.5 or y[:, a].any())
+        there = metrics[f"tuned_f1_{name}"]
+        assert there == (
+            pytest.approx(f1(q[:, a] > t, data.y_test[:, a])) if data.y_test[:, a].any() else None
+        )
+    other = dataclasses.replace(data, y_test=1 - data.y_test)
+    assert all(v == metrics[k] for k, v in run.task.metrics(run.model, other).items() if "threshold" in k)
+    (row,) = results_table([run.path])
+    assert row["tuned_f1_mean"] == metrics["tuned_f1"] and row["threshold_AU25_mean"] is not None
+    assert row["tp_AU25_mean"] + row["fn_AU25_mean"] == data.y_test[:, data.answers.index("AU25")].sum()
+
+
+def f1(guess, y):
+    "In percent, 0 where there is nothing to find."
+    return 200 * (guess & (y == 1)).sum().item() / max(1, (guess.sum() + y.sum()).item())
 
 
 def interrupted(cfg, data, monkeypatch, phase, epoch):
@@ -210,3 +244,113 @@ def test_what_is_refused(digits, changes, message):
     with pytest.raises(ValueError, match=message):
         fit(Config(**changes), digits, progress=False)
     assert not runs_folder().exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*left out|fold . of .* has no frame|F1 of")
+@pytest.mark.parametrize("model", ["MixtureCSRAE", "Supervised"])
+def test_intensities_are_learned(model):
+    "In order, from the same first phase as answers, and judged by agreement beside F1 from 2 on."
+    cfg = dataclasses.replace(
+        CFG, model=model, answers="intensity", fid_layer=0, pretrain=2 * (model[0] == "M")
+    )
+    metrics = complete_run(cfg, progress=False)
+    run, data = (
+        load_run(runs_folder() / run_name(cfg)),
+        load_faces("faces_demo", image_size=32, progress=False),
+    )
+    assert run.model.kind == Intensities(40, data.answers)
+    assert {"icc", "pcc_AU25", "mae_AU25", "f1_AU25", "threshold_AU25"} <= metrics.keys()
+    coded = load_faces("faces_demo", image_size=32, progress=False, answers="intensity")
+    guess = run.model.kind.expected(run.model.predict(coded.fixed("test")))[:, 6]
+    corr = torch.stack([guess, coded.y_test[:, 6]]).corrcoef()[0, 1].item()
+    assert metrics["mae_AU25"] == pytest.approx((guess - coded.y_test[:, 6]).abs().mean().item(), abs=1e-5)
+    assert metrics["pcc_AU25"] == pytest.approx(corr, abs=1e-4)
+    (row,) = results_table([run.path])
+    assert "answers=intensity" in row["settings"] and row["icc_mean"] == metrics["icc"]
+    if model == "MixtureCSRAE":
+        presence = dataclasses.replace(cfg, answers="presence")
+        assert run_name(first_phase(resolve(cfg))) == run_name(first_phase(resolve(presence)))
+        assert run.model.sample(2).shape == (2, 3, 32, 32)
+        said = next(iter(encode_examples(run, Examples(data.fixed("test")[:9], tuple("abcdefghi")))))["label"]
+        assert all(s == "none" or all("=" in part for part in s.split()) for s in said)
+
+
+def test_gradients_of_intensities_are_those_of_the_formula():
+    kind, g = Intensities(6, levels=4), torch.Generator().manual_seed(0)
+    fall = -torch.rand(5, 2, 3, generator=g, dtype=torch.float64).cumsum(-1) * 2 + 2
+    logits, prior = fall[:4].flatten(1).requires_grad_(), fall[4].flatten()
+    y, normal = torch.randint(4, (4, 2), generator=g), torch.randn(4, 6, generator=g, dtype=torch.float64)
+    for f in (
+        lambda a: kind.kl(a, prior),
+        lambda a: kind.cross_entropy(a, y),
+        lambda a: kind.relax(a, 0.7, normal),
+    ):
+        assert torch.autograd.gradcheck(f, logits)
+
+
+@pytest.mark.parametrize("balance", ["weights", "asymmetric", "none"])
+def test_other_balances_leave_the_batches_alone(balance):
+    "Every labelled image comes equally often; the run has a name of its own."
+    cfg = dataclasses.replace(CFG, model="Supervised", labels=1.0, balance=balance, pretrain=0, batch_size=20)
+    data = load_faces("faces_demo", image_size=32, progress=False)
+    rows = tasks.task_of(resolve(cfg)).rows(data, 1)
+    assert rows.unique().numel() == rows.numel() > len(data.x_train) - 20
+    run = fit(cfg, data, progress=False)
+    usual = dataclasses.replace(cfg, balance="batches")
+    assert run.path.name != run_name(usual) and f"-p balance {balance}" in command(cfg)
+    assert run.history != fit(usual, data, progress=False).history
+
+
+def test_fields_that_came_later_leave_names_alone():
+    old = Config(dataset="faces_demo", model="Supervised")
+    assert not {"answers", "balance"} & identity(old).keys()
+    for later in (dict(answers="intensity"), dict(balance="weights")):
+        assert identity(dataclasses.replace(old, **later)) == identity(old) | later
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            dict(dataset="digits", image_size=None, labels=10.0, balance="weights"),
+            "labels of digits are classes",
+        ),
+        (dict(answers="intensity", balance="asymmetric"), "of intensities use 'weights'"),
+        (dict(labels=0.0, answers="intensity"), "answers='intensity' has no effect without labels"),
+        (dict(labels=0.0, balance="none"), "balance='none' has no effect without labels"),
+        (
+            dict(dataset="digits", image_size=None, labels=10.0, answers="intensity"),
+            "answers='intensity' is for disfa, fera2015, faces_demo",
+        ),
+        (dict(balance="focal"), "expected one of batches, weights, asymmetric, none"),
+        (dict(answers="valence"), "expected one of presence, intensity"),
+    ],
+)
+def test_answers_and_balances_that_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        fit(Config(**dict(dataset="faces_demo", image_size=32) | changes), progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*left out|fold . of .* has no frame")
+@pytest.mark.skipif(not find_spec("torchvision"), reason="ResNet18 is torchvision's")
+def test_resnet18_under_every_objective_and_from_a_file(tmp_path):
+    "With labels, in both phases; weights of a file are those that training begins with."
+    cfg = dataclasses.replace(CFG, network="resnet18", fid_layer=0)
+    assert 0 <= complete_run(cfg, progress=False)["f1"] <= 100
+    theirs = torchvision_module("torchvision.models").resnet18(weights=None).state_dict()
+    torch.save(theirs, tmp_path / "theirs.pth")
+    cfg = dataclasses.replace(cfg, encoder_weights=str(tmp_path / "theirs.pth"), pretrain=0)
+    data = load_faces("faces_demo", image_size=32, progress=False)
+    for of in (dict(), dict(labels=0.0, pretrain=0), dict(model="Supervised")):
+        task = tasks.task_of(resolve(dataclasses.replace(cfg, **of)))
+        model = task.make_model(task.about(data))
+        task.start(model, None)
+        (name,) = [k for k in model.encoder.state_dict() if k.endswith("layer1.0.conv1.weight")]
+        assert model.encoder.state_dict()[name].equal(theirs["layer1.0.conv1.weight"])
+    assert "encoder_weights" not in identity(CFG) and run_name(cfg) != run_name(
+        dataclasses.replace(cfg, encoder_weights=None)
+    )
+    with pytest.raises(ValueError, match="are of network resnet18; this one is faces"):
+        dataclasses.replace(cfg, network=None)
+    with pytest.raises(FileNotFoundError, match="put torchvision's file of ResNet18 there"):
+        fit(dataclasses.replace(cfg, encoder_weights=str(tmp_path / "none.pth")), data, progress=False)
