@@ -277,10 +277,8 @@ EVALUATION = ("ll_samples", "fid_layer", "fid_images", "expost_components")
 _not_identity = ("name", "device", "threads", "tracker", *EVALUATION)
 # fields that some models, priors, tasks or data sets use
 _of_parts = "latent_dim prior components importance_samples kl_samples lam beta constraint objective"
-_of_parts += (
-    " prior_network learned_weights prior_objective queue kmeans_epoch warmup pretrain labelled_batch alpha"
-)
-_of_parts += " balance encoder_weights fold image_size validation answers"
+_of_parts += " prior_network learned_weights prior_objective queue kmeans_epoch warmup pretrain"
+_of_parts += " labelled_batch alpha balance encoder_weights fold image_size validation answers"
 # that runs of before they were there do not have
 _later = ("validation", "answers", "balance", "encoder_weights")
 
