@@ -45,6 +45,10 @@ class ModelConfig:
     kl_samples: int = 1  # draws for the KL to a mixture, of MixtureVAE and VampPriorVAE
     lam: float = 1.0  # λ, weight of D_CS
     beta: float = 1.0  # β, weight of the KL, of what WAE, CWAE and RAE have for it, and of the labels' KL
+    posterior_components: int = 1  # N, Gaussians of q(z|x)
+    posterior_draws: str = (
+        "stratified"  # of a mixture q(z|x): a draw of each Gaussian, or "implicit": one of all
+    )
     constraint: str | None = None  # divergence<=5 or reconstruction<=80: λ or β follows, from lam or beta on
     objective: str = "cs"  # "cs": Eq. (2); "paper_eq21": as printed, wrong
     prior_network: bool = False  # mog by Table 6's network from one-hot codes, in place of free parameters
@@ -126,6 +130,7 @@ def _choices(c):
     return dict(
         prior=priors,
         objective=list(DIVERGENCES),
+        posterior_draws=("stratified", "implicit"),
         prior_objective=list(PRIOR_OBJECTIVES),
         likelihood=LIKELIHOODS,
         network=NETWORKS,
@@ -138,7 +143,9 @@ def _choices(c):
     )
 
 # %% ../nbs/09_config.ipynb #090013
-_of_one = "latent_dim components importance_samples kl_samples epochs patience batch_size"
+_of_one = (
+    "latent_dim components posterior_components importance_samples kl_samples epochs patience batch_size"
+)
 _of_one += " expost_components threads labelled_batch"
 _of_zero = "queue kmeans_epoch warmup seed split_seed fold ll_samples lam beta labels pretrain alpha"
 _least = dict(
@@ -207,6 +214,22 @@ def _with_labels(c):
     return preset(c.dataset)["labels"] if c.labels is None else c.labels
 
 
+def _check_posterior(c):
+    "ValueError for a mixture posterior that cannot be."
+    if c.posterior_components == 1:
+        if c.posterior_draws != Config.posterior_draws:
+            raise ValueError(f"posterior_draws={c.posterior_draws!r} is for posterior_components above 1")
+        return
+    if c.model not in MODELS or MODELS.about(c.model, "points") or _with_labels(c):
+        what = f"posterior_components={c.posterior_components}"
+        raise ValueError(f"{what} is for models of Gaussian codes without labels, not for this {c.model}")
+    if c.queue or c.objective == "paper_eq21":
+        field = "queue" if c.queue else "objective"
+        raise ValueError(
+            f"{field}={getattr(c, field)!r} takes posteriors of one Gaussian; posterior_components=1"
+        )
+
+
 def _check_constraint(c):
     "ValueError for a constraint that cannot be."
     if c.constraint is None:
@@ -234,6 +257,7 @@ def _check_config(c):
     "ValueError for the first field of c that cannot be, or has no effect."
     _check_types(c)
     _check_values(c)
+    _check_posterior(c)
     _check_constraint(c)
     _check_effects(c)
 
@@ -276,9 +300,10 @@ def divergence_weight(cfg: Config) -> float:  # λ or β
 EVALUATION = ("ll_samples", "fid_layer", "fid_images", "expost_components")
 _not_identity = ("name", "device", "threads", "tracker", *EVALUATION)
 # fields that some models, priors, tasks or data sets use
-_of_parts = "latent_dim prior components importance_samples kl_samples lam beta constraint objective"
-_of_parts += " prior_network learned_weights prior_objective queue kmeans_epoch warmup pretrain"
-_of_parts += " labelled_batch alpha balance encoder_weights fold image_size validation answers"
+_of_parts = "latent_dim prior components importance_samples kl_samples lam beta posterior_components"
+_of_parts += " posterior_draws constraint objective prior_network learned_weights prior_objective queue"
+_of_parts += " kmeans_epoch warmup pretrain labelled_batch alpha balance encoder_weights"
+_of_parts += " fold image_size validation answers"
 # that runs of before they were there do not have
 _later = ("validation", "answers", "balance", "encoder_weights")
 
@@ -298,6 +323,7 @@ def used_fields(cfg: Config) -> set[str]:  # of those that belong to parts
     own = MODELS.about(cfg.model, "options", {}).values()
     out |= {"latent_dim", "pretrain", MODELS.about(cfg.model, "weight"), *own}
     out.add("constraint" if cfg.constraint else "warmup")
+    out |= {"posterior_components", "posterior_draws"} if cfg.posterior_components > 1 else set()
     if MODELS.about(cfg.model, "prior") is None:
         out.add("prior")
     uses = PRIORS.about(prior_kind(cfg), "uses", ())

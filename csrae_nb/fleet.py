@@ -372,6 +372,7 @@ def stackable(cfg: Config) -> bool:  # resolved
     plain_loss = (
         MODELS[cfg.model] in (VAE, MixtureVAE, VampPriorVAE, CSRAE, MixtureCSRAE) and cfg.objective == "cs"
     )
+    plain_loss &= cfg.posterior_components == 1
     return plain_prior and plain_loss and cfg.network in ("mlp", "pinwheel")
 
 

@@ -204,7 +204,7 @@ class _Diagonal(Mixture):
                 at = _choice(logw, generator)[..., None, None].expand(*mu.shape[:-2], 1, mu.shape[-1])
                 one = GMM.gaussian(mu.gather(-2, at)[..., 0, :], var.gather(-2, at)[..., 0, :])
                 z = one.rsample(generator)
-            return _moved(logw, mu, var, z)
+            return _moved(logw, mu, var, z) if torch.is_grad_enabled() else z
         mu, var = torch.broadcast_tensors(self.mu[..., 0, :], self.var[..., 0, :])
         return mu + var.sqrt() * _standard_normal(mu, generator)
 

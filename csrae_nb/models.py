@@ -245,6 +245,7 @@ class Autoencoder(Objective, Pictures, LogLikelihood):
     "An encoder, a decoder, a prior and a likelihood, trained by −E log p(x|z) + λ D(q‖p), Eq. (13)."
 
     has_likelihood = True  # whether log p(x) can be estimated
+    stratified = True  # whether a mixture q(z|x) is decoded at a draw of each of its components
 
     def __init__(
         self,
@@ -273,10 +274,18 @@ class Autoencoder(Objective, Pictures, LogLikelihood):
         "Eq. (13), negated: one draw of z for each x."
         q, p = self.prior.jointly(self.posterior, self.likelihood.inputs(x))
         z = q.rsample(generator)
-        rec = -self.likelihood.log_prob(x, self.decode(z))
+        rec = self.error(x, q, z, generator)
         each = dict(reconstruction=rec, divergence=self.divergence(q, self.held(p), z, generator))
         whole = self.of_batch(q, p)
         return Terms(self.total(each, whole), each, whole, q, p)
+
+    def error(self, x, q: GMM, z: Float[Tensor, "B D"], generator) -> Float[Tensor, "B"]:
+        "−E log p(x|z) of each example: at the draw z, or of a mixture stratified, at one of each component."
+        if not self.stratified or (N := q.mu.shape[-2]) == 1:
+            return -self.likelihood.log_prob(x, self.decode(z))
+        xs = x.repeat_interleave(N, 0)
+        errors = lambda z: -self.likelihood.log_prob(xs, self.decode(z.flatten(0, 1))).view(-1, N)
+        return q.expect(errors, generator)
 
     def forward(self, x, generator=None) -> Terms:
         return self.loss(x, generator)

@@ -73,23 +73,28 @@ def side_by_side(
 
 # %% ../nbs/05_networks.ipynb #050009
 class Encoder(nn.Module):
-    "x → q(z|x): one Gaussian with diagonal covariance, Eq. (17); ValueError for another shape of x."
+    "x → q(z|x): one diagonal Gaussian, Eq. (17), or a mixture of some; ValueError for another shape of x."
 
     def __init__(
         self,
         x_shape: tuple[int, ...],  # shape of one x
-        net: nn.Module,  # x as a row of numbers to (μ, log σ²), a row of 2D
+        net: nn.Module,  # x as a row of numbers to (μ, log σ²), a row of 2D; of a mixture, N logits and 2ND
+        components: int = 1,  # N
     ):
         super().__init__()
-        self.x_shape, self.net = tuple(x_shape), net
+        self.x_shape, self.net, self.components = tuple(x_shape), net, components
 
-    def forward(self, x: Float[Tensor, "B *X"]) -> GMM:  # batch B, one component
+    def forward(self, x: Float[Tensor, "B *X"]) -> GMM:  # batch B
         if tuple(x.shape[1:]) != self.x_shape:
             batch = f"(B, {', '.join(map(str, self.x_shape))})"
             raise ValueError(f"got x of shape {tuple(x.shape)}; expected a batch of {self.x_shape}: {batch}")
         h = self.net(within(x).flatten(1))
-        mu, logvar = h.to(torch.promote_types(h.dtype, torch.float32)).chunk(2, -1)
-        return GMM.gaussian(within(mu), variance(logvar))
+        h, N = h.to(torch.promote_types(h.dtype, torch.float32)), self.components
+        if N == 1:
+            mu, logvar = h.chunk(2, -1)
+            return GMM.gaussian(within(mu), variance(logvar))
+        mu, logvar = h[:, N:].unflatten(-1, (2, N, -1)).unbind(1)
+        return GMM(within(h[:, :N]).log_softmax(-1), within(mu), variance(logvar))
 
 # %% ../nbs/05_networks.ipynb #050010
 class Decoder(nn.Module):
@@ -407,14 +412,16 @@ def make_networks(
     latent_dim: int,  # D
     n_params: int,  # P, the likelihood's n_params
     generator: torch.Generator | None = None,  # draws the weights, the encoder's first
+    components: int = 1,  # N, of q(z|x)
 ) -> tuple[Encoder, Decoder]:
     """Encoder and decoder of Table 6's row `name`; ValueError that lists the known names, or for x that do
     not suit the network."""
     if latent_dim < 1:
         raise ValueError(f"latent_dim={latent_dim}; expected at least 1")
     row, out_shape = _row(name), (n_params, *x_shape)
+    outputs = 2 * latent_dim if components == 1 else components * (1 + 2 * latent_dim)
     return (
-        Encoder(x_shape, row.encoder(x_shape, 2 * latent_dim, generator)),
+        Encoder(x_shape, row.encoder(x_shape, outputs, generator), components),
         Decoder(row.decoder(latent_dim, out_shape, generator), out_shape),
     )
 

@@ -79,7 +79,7 @@ class MMD(BatchTerm):
         return among - 2 * to_prior.mean() + (1 + 4 * a).pow(-D / 2) @ self.w
 
 # %% ../nbs/06c_rivals.ipynb #062014
-@MODELS.register(weight="beta", prior="normal")
+@MODELS.register(weight="beta", prior="normal", points=True)
 class WAE(MatchedPoints):
     "Wasserstein autoencoder with MMD: `lam` weighs the discrepancy of a batch."
 
@@ -100,7 +100,7 @@ class CramerWold(BatchTerm):
         return ((among + (1 + gamma) ** -0.5 - 2 * to_prior) / (2 * math.sqrt(math.pi))).log()
 
 # %% ../nbs/06c_rivals.ipynb #062024
-@MODELS.register(weight="beta", prior="normal")
+@MODELS.register(weight="beta", prior="normal", points=True)
 class CWAE(MatchedPoints):
     "Cramér–Wold autoencoder: `lam` weighs the logarithm of the distance of a batch; D ≥ 2."
 
@@ -122,7 +122,7 @@ class SmallWeights(BatchTerm):
         return 0.5 * OF_WEIGHTS * torch.stack(squares).sum()
 
 # %% ../nbs/06c_rivals.ipynb #062034
-@MODELS.register(weight="beta", prior="normal")
+@MODELS.register(weight="beta", prior="normal", points=True)
 class RAE(PointAutoencoder):
     "Regularised autoencoder, L2: `lam` weighs ½‖z‖² of each image; draw from a mixture fitted afterwards."
 
