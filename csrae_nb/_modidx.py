@@ -919,6 +919,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'csrae_nb.pictures.plot_samples': ('nbs/samples.html#plot_samples', 'csrae_nb/pictures.py'),
                                    'csrae_nb.pictures.show_examples': ('nbs/samples.html#show_examples', 'csrae_nb/pictures.py')},
             'csrae_nb.pinwheel': {'csrae_nb.pinwheel.make_pinwheel': ('nbs/pinwheel.html#make_pinwheel', 'csrae_nb/pinwheel.py')},
+            'csrae_nb.posterior': {'csrae_nb.posterior.cs_each': ('nbs/posterior.html#cs_each', 'csrae_nb/posterior.py')},
             'csrae_nb.pressure': { 'csrae_nb.pressure.Comparison': ('nbs/equal_pressure.html#comparison', 'csrae_nb/pressure.py'),
                                    'csrae_nb.pressure.Comparison.change': ( 'nbs/equal_pressure.html#comparison.change',
                                                                             'csrae_nb/pressure.py'),

@@ -229,7 +229,7 @@ def _check_posterior(c):
             f"{field}={getattr(c, field)!r} takes posteriors of one Gaussian; posterior_components=1"
         )
 
-
+# %% ../nbs/09_config.ipynb #090315
 def _check_constraint(c):
     "ValueError for a constraint that cannot be."
     if c.constraint is None:

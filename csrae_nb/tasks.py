@@ -7,6 +7,7 @@ __all__ = ['make_prior', 'assemble', 'make_model', 'mean_terms', 'draw_codes', '
            'Validation', 'validated', 'Epochs', 'Task', 'task_of']
 
 # %% ../nbs/09b_tasks.ipynb #092002
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -72,6 +73,11 @@ def assemble(
     own = {k: getattr(cfg, field) for k, field in MODELS.about(cfg.model, "options", {}).items()}
     weight = _divergence_weight(cfg)
     model = MODELS[cfg.model](encoder, decoder, prior, likelihood, weight, **own)
+    if cfg.posterior_components > 1 and own.get("objective") == "cs":
+        warnings.warn(
+            "D_CS of a mixture posterior is satisfied by a small part of it, while the rest goes where it "
+            "likes; objective='cs_each' asks each of its Gaussians"
+        )
     model.stratified = cfg.posterior_draws == "stratified"
     if make_term := PRIOR_OBJECTIVES[cfg.prior_objective]:
         model.batch_terms[cfg.prior_objective] = make_term(cfg)

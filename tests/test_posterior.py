@@ -1,5 +1,7 @@
 "Posteriors of several Gaussians: every model learns with them, goes on where it stopped, and is measured."
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -78,6 +80,15 @@ def test_it_is_evaluated_as_any_other(own_runs):
     run = trained("run", ll_samples=10, fid_layer=0)
     found = evaluate(run, load_data(dict(x=X)), progress=False)
     assert np.isfinite(found["ll"]) and np.isfinite(found["divergence"])
+
+
+def test_the_divergence_of_the_whole_mixture_warns(own_runs):
+    with pytest.warns(UserWarning, match="objective='cs_each' asks each of its Gaussians"):
+        trained("whole", model="CSRAE", epochs=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run = trained("each", model="CSRAE", epochs=1, objective="cs_each")
+    assert run.cfg.objective == "cs_each"
 
 
 def test_names_and_groups():
