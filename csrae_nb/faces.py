@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FACES', 'VALIDATION', 'PLACES', 'BYTES', 'FaceSet', 'fold_rows', 'mean_eyes', 'prepare_faces', 'FrameStore',
-           'centred', 'augmented', 'FaceData', 'load_faces', 'plot_activations']
+           'prepared_size', 'centred', 'augmented', 'FaceData', 'load_faces', 'plot_activations']
 
 # %% ../nbs/15c_faces.ipynb #150002
 import hashlib
@@ -311,6 +311,13 @@ def _decoded(jpeg, size, file):
     return np.ascontiguousarray(image[..., ::-1].transpose(2, 0, 1))
 
 # %% ../nbs/15c_faces.ipynb #150045
+def prepared_size(
+    image_size: int,  # pixels of a side that a model sees
+) -> int:
+    "Pixels of a side of the pictures that are prepared for it, 256 for 224."
+    return round(image_size * 256 / 224)
+
+
 def centred(
     x: UInt8[Tensor, "B 3 S S"],
     crop: int,  # s, pixels kept
@@ -492,7 +499,7 @@ def load_faces(
         raise ValueError(f"likelihood={likelihood!r}; {call}")
     if name not in FACES:
         raise ValueError(f"unknown faces {name!r}; expected one of {', '.join(FACES)}")
-    size = round(image_size * 256 / 224)
+    size = prepared_size(image_size)
     folder = _prepared_folder(name, size, eyes)
     if _to_prepare(name, folder):
         prepare_faces(name, _find(name), folder, size, progress=progress, eyes=eyes)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from csrae_nb.detection import REACH, Face, check_found, face_picture, make_detector, quarter_turns
-from csrae_nb.detection import mtcnn as make_alone
 from csrae_nb.detection import smoothed, tracked, turned, video_faces, video_frames, yunet_file
 from csrae_nb.drawings import DISFA_AUS, some_frames
 
@@ -44,17 +43,9 @@ def turned_picture(image, degrees):
 
 def test_the_eyes_of_a_photograph(mtcnn, astronaut):
     face = mtcnn(astronaut)
-    assert np.abs(face.eyes - [[204, 102.5], [246.5, 105.5]]).max() < 1 and face.quality > 0.99
-    mirrored = mtcnn(astronaut[:, ::-1].copy())
-    assert np.abs(mirrored.eyes - (face.eyes[::-1] * (-1, 1) + (511, 0))).max() < 1  # left is left again
-
-
-def test_the_networks_alone_are_to_the_right_in_a_picture_and_in_its_mirror(mtcnn, astronaut):
-    "This is why both are looked at: their mean is neither."
-    alone, here = make_alone(both=False), mtcnn(astronaut).eyes
-    right = alone(astronaut).eyes - here
-    left = alone(astronaut[:, ::-1].copy()).eyes[::-1] * (-1, 1) + (511, 0) - here
-    assert right[:, 0].min() > 1.5 and left[:, 0].max() < -1.5 and np.abs(right + left).max() < 1e-9
+    assert np.abs(face.eyes - [[204, 102], [247, 104]]).max() < 2 and face.quality > 0.99
+    mirrored = mtcnn(astronaut[:, ::-1].copy())  # left is left again, and nothing pulls to one side
+    assert np.abs(mirrored.eyes - (face.eyes[::-1] * (-1, 1) + (511, 0))).max() < 3  # of 42
 
 
 @pytest.mark.parametrize("degrees", [-15, 15])
@@ -73,7 +64,7 @@ def test_a_mirrored_photograph_aligns_to_the_mirrored_crop(mtcnn, astronaut):
     crop = face_picture(astronaut, mtcnn(astronaut).eyes, 96).astype(float)
     mirrored = astronaut[:, ::-1].copy()
     again = face_picture(mirrored, mtcnn(mirrored).eyes, 96).astype(float)
-    assert np.abs(crop[:, ::-1] - again).mean() < 12 < 24 < np.abs(crop - again).mean()
+    assert np.abs(crop[:, ::-1] - again).mean() < 28 < 50 < np.abs(crop - again).mean()
 
 
 @pytest.mark.parametrize("quarters", range(4))
@@ -98,6 +89,13 @@ def test_small_photographs_with_and_without_faces(mtcnn):
 
     found = [mtcnn(enlarged(x)) is not None for x in grey]
     assert sum(found[:100]) > 90 and sum(found[100:]) <= 2
+
+
+def test_hundreds_of_frames_with_any_number_of_candidates(mtcnn):
+    "Networks whose input changes its shape crash OpenCV 5's classic engine; these subjects did it."
+    for name in ("SN010", "SN016", "SN003"):
+        images = [f[0][..., ::-1] for f in some_frames(name, 94, DISFA_AUS, 0)]
+        assert sum(mtcnn(np.ascontiguousarray(image)) is not None for image in images) >= 85
 
 
 def test_the_largest_face_is_taken(mtcnn, astronaut):
