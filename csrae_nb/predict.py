@@ -58,7 +58,7 @@ def answers_of(run: Run) -> tuple[str, ...]:
         )
     return kind.names or tuple(map(str, range(kind.outputs)))
 
-
+# %% ../nbs/23a_predict.ipynb #232105
 @torch.no_grad()
 def predict_examples(
     run: Run,
@@ -370,7 +370,7 @@ def _write_frames(run, clips, out, job, jobs, progress):
             if not {f.name for f in job.parts.iterdir()} - {".lock"}:
                 shutil.rmtree(job.parts)
 
-
+# %% ../nbs/23a_predict.ipynb #232123
 def _are_examples(run, source):
     "Whether a source holds examples, not clips; ValueError for videos and a run that is not on faces."
     path = Path(source).expanduser() if isinstance(source, (str, Path)) else None
