@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FACES', 'VALIDATION', 'ANSWERS', 'PLACES', 'BYTES', 'FaceSet', 'fold_rows', 'mean_eyes', 'prepare_faces',
-           'FrameStore', 'centred', 'augmented', 'FaceData', 'load_faces', 'plot_activations']
+           'FrameStore', 'prepared_size', 'centred', 'augmented', 'FaceData', 'load_faces', 'plot_activations']
 
 # %% ../nbs/15c_faces.ipynb #150002
 import hashlib
@@ -312,6 +312,13 @@ def _decoded(jpeg, size, file):
     return np.ascontiguousarray(image[..., ::-1].transpose(2, 0, 1))
 
 # %% ../nbs/15c_faces.ipynb #150045
+def prepared_size(
+    image_size: int,  # pixels of a side that a model sees
+) -> int:
+    "Pixels of a side of the pictures that are prepared for it, 256 for 224."
+    return round(image_size * 256 / 224)
+
+
 def centred(
     x: UInt8[Tensor, "B 3 S S"],
     crop: int,  # s, pixels kept
@@ -507,7 +514,7 @@ def load_faces(
     """A fold of a data set of faces, prepared at the first time.
     FileNotFoundError for what is missing, ValueError for a fold without frames."""
     _check_faces(name, likelihood, answers)
-    size = round(image_size * 256 / 224)
+    size = prepared_size(image_size)
     folder = _prepared_folder(name, size, eyes)
     if _to_prepare(name, folder):
         prepare_faces(name, _find(name), folder, size, progress=progress, eyes=eyes)

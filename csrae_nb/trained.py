@@ -52,12 +52,13 @@ from .sharing import Pretrained
 def open_run(
     where: Path | str,  # folder of a run or of a saved model, name of a run, or name of a model on the Hub
     device: torch.device | str = "cpu",  # where the model goes
+    codes: bool = True,  # whether it must have codes, as all but classifiers alone have
 ) -> Run:
-    "A finished run that has codes. ValueError for a damaged or unfinished one, FileNotFoundError for none."
+    "A finished run. ValueError for a damaged, unfinished or codeless one, FileNotFoundError for none."
     folder = next((p for p in (Path(where).expanduser(), runs_folder() / where) if p.is_dir()), None)
     run = load_run(folder) if folder else Pretrained.from_pretrained(str(where)).run
     run.model.to(device)
-    if not isinstance(run.model, Autoencoder):
+    if codes and not isinstance(run.model, Autoencoder):
         raise ValueError(f"{run.path.name} is a classifier alone: it has no codes")
     return run
 

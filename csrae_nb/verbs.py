@@ -19,7 +19,9 @@ import torch
 from . import sweeps
 from .evaluation import complete_run, write_table
 from .files import RunLocked, write_atomic
+from .detection import DETECTORS
 from .grids import read_words, run_folder
+from .predict import write_predictions
 from csrae_nb.trained import (
     check_output,
     cluster_table,
@@ -63,6 +65,15 @@ def _score(o):
         print("  ".join(f"{v:12.6g}" if isinstance(v, float) else f"{v!s:>12}" for v in row))
     if o.out:
         write_table(o.out, rows)
+
+# %% ../nbs/23b_csrae.ipynb #235205
+def _predict(o):
+    how = dict(detector=o.detector, model=o.model, jobs=o.jobs, overlay=o.overlay, every=o.every)
+    check_output(o.out, (".csv",), o.force)
+    run = open_run(o.run, o.device, codes=False)
+    write_predictions(run, o.data, o.out, **how, force=o.force)
+    with open(o.out, encoding="utf-8") as f:
+        print(f"{o.out}: {sum(1 for _ in f) - 1:,} rows")
 
 # %% ../nbs/23b_csrae.ipynb #235006
 PICTURES = (".png", ".pdf", ".svg")
@@ -134,12 +145,24 @@ def _parser():
     score.add_argument("--top", type=int, default=20, help="how many to print (20)")
     for one in (encode, score):
         one.add_argument("--ll-samples", type=int, default=0, help="draws for log p(x); 0: leave it out (0)")
+    _add_predict(verbs)
     _add_pictures(verbs)
     clusters = _on_data(verbs, "clusters", "the prior's components, joined into clusters", nargs="?")
     clusters.add_argument("--clusters", type=int, help="how many (as their graph suggests)")
     _with_output(clusters, "table of components, .csv")
     _with_output(_on_run(verbs, "report", "a page about a run, which needs no other file"), "page, .html")
     return p
+
+# %% ../nbs/23b_csrae.ipynb #235209
+def _add_predict(verbs):
+    what = "each answer's probability, of examples, or of every frame of videos"
+    predict = _on_data(verbs, "predict", what, data="video, folder of videos, pictures; or as for the others")
+    _with_output(predict, "table, .csv")
+    predict.add_argument("--detector", choices=[*DETECTORS], default="mtcnn", help="of faces (mtcnn)")
+    predict.add_argument("--model", type=Path, help="yunet's file (downloaded)")
+    predict.add_argument("--jobs", type=int, default=1, help="videos at a time, a process each (1)")
+    predict.add_argument("--overlay", type=Path, help="folder for pictures of some frames and their answers")
+    predict.add_argument("--every", type=int, help="frames from one such picture to the next (eight a video)")
 
 # %% ../nbs/23b_csrae.ipynb #235109
 def _add_pictures(verbs):
@@ -161,9 +184,9 @@ def _on_run(verbs, name, what):
     return p
 
 
-def _on_data(verbs, name, what, **kw):
+def _on_data(verbs, name, what, data=".npz, .npy, .csv, image, folder of images, or name", **kw):
     p = _on_run(verbs, name, what)
-    p.add_argument("data", metavar="DATA", help=".npz, .npy, .csv, image, folder of images, or name", **kw)
+    p.add_argument("data", metavar="DATA", help=data, **kw)
     return p
 
 
@@ -176,6 +199,7 @@ VERBS = dict(
     train=_train,
     encode=_encode,
     score=_score,
+    predict=_predict,
     sample=_sample,
     reconstruct=_reconstruct,
     clusters=_clusters,

