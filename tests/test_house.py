@@ -335,7 +335,10 @@ def test_links(page):
 
 def test_site_up_to_quarto(copy):
     "All that nbdev does before it calls Quarto runs, and each page is a notebook with a title."
+    pages = [nb for nb in notebooks if nb.stem != "24_single_cell" or find_spec("scvi")]
+    for nb in set(notebooks) - set(pages):
+        (copy / "nbs" / nb.name).unlink()  # its imports are an extra's, which is not installed
     in_copy(copy, sys.executable, "-c", "from nbdev.serve import proc_nbs; proc_nbs(n_workers=0)")
-    for nb in notebooks:
+    for nb in pages:
         page = nbformat.read(copy / "_proc" / "nbs" / nb.name, 4)
         assert page.cells[0].cell_type == "raw" and "title:" in page.cells[0].source, nb.name
