@@ -596,7 +596,7 @@ def arrow_parquet():  # the module pyarrow.parquet
         raise ValueError(f"a .parquet needs pyarrow ({e}): pip install 'csrae_nb[tables]'") from e
     return pyarrow.parquet
 
-
+# %% ../nbs/08b_formats.ipynb #082189
 def read_parquet(
     path: Path,  # .parquet
     wanted: tuple[str, ...] = (),  # columns of numbers, in this order; none: all but y
@@ -614,7 +614,7 @@ def read_parquet(
                 parts.append(table_arrays({k: group[k] for k in read}, columns, str(path), first)[0])
                 first += len(group)
     except (OSError, ArrowException) as e:
-        raise ValueError(f"{path} is damaged or no .parquet ({str(e).splitlines()[0]})") from e
+        raise ValueError(f"{path} is damaged or no .parquet ({reason(e)})") from e
     if not parts:
         raise ValueError(f"{path} has no rows of numbers")
     return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}, columns
