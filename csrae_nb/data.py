@@ -524,7 +524,7 @@ def as_named_arrays(
     if not isinstance(x, (np.ndarray, Tensor, list, tuple)):
         raise ValueError(
             f"data of type {type(data).__module__}.{type(data).__name__}; expected an array, a tensor, "
-            "a list, a pandas table (or polars, pyarrow), a sparse matrix, a torch Dataset that has a length, "
+            "a list, a table of pandas or polars, a sparse matrix, a torch Dataset that has a length, "
             "a Dataset of Hugging Face, or arrays by name: dict(x=..., y=...)"
         )
     return dict(x=x), ()
