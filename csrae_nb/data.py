@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['SPLITS', 'BINARISATION_SEED', 'ROOM', 'LazyImages', 'Dataset', 'names_of_labels', 'labelled_rows', 'is_binary',
            'default_likelihood', 'scaled', 'column_units', 'channels_first', 'cut_splits', 'numbered', 'check_arrays',
-           'sha256', 'from_arrays', 'some', 'as_arrays']
+           'sha256', 'from_arrays', 'some', 'chosen_columns', 'table_arrays', 'is_table', 'as_named_arrays',
+           'as_arrays']
 
 # %% ../nbs/08_data.ipynb #080002
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
@@ -380,19 +381,70 @@ def some(
     return ", ".join(items[:n]) + (f" and {len(items) - n:,} more" if len(items) > n else "")
 
 # %% ../nbs/08_data.ipynb #080145
-def _frame_values(x):
-    "The numbers in a pandas table. ValueError that names the columns that hold something else."
-    if odd := [str(c) for c, t in x.dtypes.items() if t.kind not in "biuf"]:
-        raise ValueError(
-            f"the table's columns {some(odd)} hold no numbers: "
-            "leave them out, and give labels as dict(x=..., y=...)"
-        )
-    a = x.to_numpy()
-    if a.dtype.kind in "biuf":
-        return a
-    return x.to_numpy(dtype=float, na_value=math.nan)  # of columns of several types
+def chosen_columns(
+    names: Sequence[str],  # of a table's columns
+    wanted: tuple[str, ...] = (),  # columns of numbers, in this order; none: all but y
+    table: str = "the table",  # what it is called, in errors
+) -> tuple[str, ...]:
+    "The columns of numbers to read. ValueError for one that is missing, or there more than once."
+    columns = wanted or tuple(name for name in names if name != "y")
+    if twice := sorted({name for name in columns if list(names).count(name) > 1}):
+        raise ValueError(f"{table} has more than one column {', '.join(twice)}")
+    if missing := [name for name in columns if name not in names]:
+        raise ValueError(f"{table} has no column {some(missing)}; expected {some(list(columns))}")
+    return columns
+
+# %% ../nbs/08_data.ipynb #080345
+def _numbers(columns, names, table):  # (n, names)
+    "Columns side by side, NaN for none: bytes as they are, others as floats. ValueError for those of others."
+    parts = {name: np.asarray(columns[name]) for name in names}
+    parts = {k: _filled(a) if a.dtype.kind == "O" and a.ndim == 1 else a for k, a in parts.items()}
+    if odd := [k for k, a in parts.items() if a.dtype.kind not in "biuf" or a.ndim > 1]:
+        raise ValueError(f"{table}'s columns {some(odd)} hold no numbers: leave them out, and call labels y")
+    x = np.stack(list(parts.values()), 1)
+    return x if x.dtype == np.uint8 or x.dtype.kind == "f" else x.astype(float)
+
+
+def _check_gaps(x, names, table, first):
+    "ValueError that says where a table has no number."
+    bad = np.argwhere(~np.isfinite(x))
+    if len(bad):
+        (i, j), value = bad[0], x[tuple(bad[0])]
+        said = "nothing" if np.isnan(value) else f"{value}"
+        where = f"{table}, row {first + i + 1}, column {names[j]!r}"
+        raise ValueError(f"{where} holds {said}; expected a number: leave the column out, or fill it in")
+
+# %% ../nbs/08_data.ipynb #080445
+def table_arrays(
+    columns: Mapping[str, Any],  # of a table, by their names: what numpy can read
+    wanted: tuple[str, ...] = (),  # columns of numbers, in this order; none: all but y
+    table: str = "the table",  # what it is called, in errors
+    first: int = 0,  # rows that come before these
+) -> tuple[dict, tuple[str, ...]]:  # arrays x (n, columns), and y, if there is one; names of the columns of x
+    "A table of numbers, and its labels. ValueError that says where there is no number, or what is missing."
+    names = chosen_columns(list(columns), wanted, table)
+    if not names or not len(columns[names[0]]):
+        raise ValueError(f"{table} has no rows of numbers")
+    x = _numbers(columns, names, table)
+    _check_gaps(x, names, table, first)
+    return {"x": x} | ({"y": np.asarray(columns["y"])} if "y" in columns else {}), names
 
 # %% ../nbs/08_data.ipynb #080245
+def is_table(x: Any) -> bool:
+    "Whether it is a table of pandas, polars or pyarrow."
+    of_tables = type(x).__module__.split(".")[0] in ("pandas", "polars", "pyarrow")
+    return of_tables and hasattr(x, "columns") and len(getattr(x, "shape", ())) == 2
+
+
+def _of_table(x, wanted, table="the table"):
+    "Arrays and names of the columns; none where a table's columns have numbers for names."
+    names = list(getattr(x, "column_names", x.columns))
+    named = all(isinstance(name, str) for name in names)
+    chosen_columns(names if named else [*map(str, names)], wanted, table)  # before any is lost
+    arrays, columns = table_arrays({str(name): x[name] for name in names}, wanted, table)
+    return arrays, columns if named else ()
+
+# %% ../nbs/08_data.ipynb #080545
 def _written_out(x):
     "A sparse matrix or tensor with its zeros. ValueError if memory cannot hold it."
     need = math.prod(x.shape) * (x.dtype.itemsize + 4)  # and once more as float32
@@ -406,9 +458,10 @@ def _written_out(x):
 
 
 def _plain(x):
-    "A table or a sparse matrix as an array; anything else as it is."
-    if type(x).__module__.startswith("pandas") and x.ndim == 2:
-        return _frame_values(x)
+    "A sparse matrix as an array, answers in a table, too; anything else as it is."
+    if is_table(x):
+        names = list(getattr(x, "column_names", x.columns))
+        return _numbers(x, names, "the table")
     return _written_out(x) if issparse(x) or isinstance(x, Tensor) and x.layout != torch.strided else x
 
 # %% ../nbs/08_data.ipynb #080046
@@ -433,20 +486,68 @@ def _items(data):
         ) from e
     return dict(zip("xy", columns))
 
+# %% ../nbs/08_data.ipynb #080146
+def _is_hub(x):
+    return (
+        type(x).__module__.split(".")[0] == "datasets"
+        and hasattr(x, "with_format")
+        and hasattr(x, "column_names")
+    )
+
+
+def _of_hub(data, wanted):
+    "Arrays of a Dataset of Hugging Face, and the names of its columns if it is a table."
+    columns = dict(data.with_format("numpy")[:])
+    if "y" not in columns and "label" in columns:
+        columns["y"] = columns.pop("label")
+    examples = [k for k, v in columns.items() if k != "y" and np.ndim(v) > 1]
+    if len(examples) > 1:
+        raise ValueError(f"columns {some(examples)} hold arrays; expected one: select_columns chooses")
+    if not examples:
+        return table_arrays(columns, wanted, f"the {type(data).__name__}")
+    return {"x": columns[examples[0]]} | ({"y": columns["y"]} if "y" in columns else {}), ()
+
 # %% ../nbs/08_data.ipynb #080047
-def as_arrays(
-    data: Any,  # arrays by name, or one array, table, sparse matrix or torch Dataset
-) -> dict:  # by the names of `check_arrays`
+def as_named_arrays(
+    data: Any,  # arrays by name, or one array, table, sparse matrix, or Dataset of torch or Hugging Face
+    wanted: tuple[str, ...] = (),  # columns of a table, in this order; none: all but y
+) -> tuple[dict, tuple[str, ...]]:  # by the names of `check_arrays`; names of a table's columns
     "Data in memory as arrays. ValueError for a type that cannot be read, or for what it holds."
     if isinstance(data, Mapping):
-        return {k: _plain(v) for k, v in data.items()}
+        return _of_mapping(data, wanted)
     if isinstance(data, TorchDataset) and hasattr(data, "__len__"):
-        return _items(data)
+        return _items(data), ()
+    if _is_hub(data):
+        return _of_hub(data, wanted)
+    if is_table(data):
+        return _of_table(data, wanted)
     x = _plain(data)
     if not isinstance(x, (np.ndarray, Tensor, list, tuple)):
         raise ValueError(
             f"data of type {type(data).__module__}.{type(data).__name__}; expected an array, a tensor, "
-            "a list, a pandas table, a sparse matrix, a torch Dataset that has a length, "
-            "or arrays by name: dict(x=..., y=...)"
+            "a list, a table of pandas or polars, a sparse matrix, a torch Dataset that has a length, "
+            "a Dataset of Hugging Face, or arrays by name: dict(x=..., y=...)"
         )
-    return dict(x=x)
+    return dict(x=x), ()
+
+# %% ../nbs/08_data.ipynb #080147
+def _of_mapping(data, wanted):
+    "Arrays by name, those of examples perhaps tables; or the splits of a DatasetDict."
+    out, columns = {}, ()
+    for k, v in data.items():
+        k = {"validation": "val"}.get(k, k) if _is_hub(v) else k
+        if not (_is_hub(v) or is_table(v) and str(k)[:1] == "x"):
+            out[k] = _plain(v)
+            continue
+        arrays, names = _of_hub(v, columns or wanted) if _is_hub(v) else _of_table(v, columns or wanted, k)
+        columns = columns or names
+        place = f"_{k}" if _is_hub(v) else k[1:]
+        out |= {f"{a}{place}": part for a, part in arrays.items() if a == "x" or f"y{place}" not in data}
+    return out, columns
+
+
+def as_arrays(
+    data: Any,  # as as_named_arrays takes it
+) -> dict:  # by the names of `check_arrays`
+    "Data in memory as arrays, without the names of columns."
+    return as_named_arrays(data)[0]

@@ -6,10 +6,13 @@
 __all__ = ['CSRAEEmbedding']
 
 # %% ../nbs/20_estimator.ipynb #200002
+import copy
 import dataclasses
+import math
 import threading
 import warnings
 from numbers import Integral, Real
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -19,17 +22,18 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from .data import column_units, default_likelihood, from_arrays
-from .mixtures import GMM
+from .data import column_units, default_likelihood, from_arrays, is_binary, scaled
+from .mixtures import GMM, matrix_log_prob
 from .likelihoods import make_likelihood
 from .models import Autoencoder, rows_at_once, warmed_up
 
 # %% ../nbs/20_estimator.ipynb #200102
-from .config import Config, make_config, resolve
+from .config import Config, ModelConfig, has_cs, identity, make_config, resolve
 from .files import generator, progress_bar
 from .priors import merge_components
 from .process import accelerator, torch_defaults
-from .runs import fit
+from .runs import Run, fit
+from .sharing import open_run
 from .tasks import mean_terms, task_of
 from .training import place_components, to_be_placed, train_epoch, untrained
 
@@ -76,6 +80,7 @@ class _Codes(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Parameters):
     config_: Config  # of the training, resolved
     likelihood_: str
     scaler_: StandardScaler | None  # of a gaussian's columns
+    x_shape_: tuple[int, ...]  # of a row as the model sees it
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -88,6 +93,7 @@ class _Codes(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Parameters):
 
     def _start(self, x):  # rows that a training begins with, float64
         self.likelihood_, self.scaler_ = _columns_of(x, self.likelihood, self.standardize)
+        self.x_shape_ = x.shape[1:]
 
     def transform(self, X):
         "Codes (n, D) of the rows: the means of q(z|x), in X's precision."
@@ -116,6 +122,15 @@ class _Components(_Parameters):
         "Mean of E log p(x|z) − D(q‖p), greater is better; D without λ or β, densities in the data's units."
         return _score(self, X)
 
+    def score_samples(
+        self,
+        X,
+        ll_samples=1024,  # S of Eq. (28), codes a row; best a power of two
+    ) -> np.ndarray:  # (n,), nats, densities in the data's units
+        """log p(x) of rows, by importance sampling: an estimate from below, the same each time.
+        ValueError for a model whose codes are points, or for no samples."""
+        return _log_likelihoods(self, X, ll_samples)
+
     def sample(
         self,
         n_samples=1,  # how many
@@ -128,13 +143,14 @@ class _Components(_Parameters):
 # %% ../nbs/20_estimator.ipynb #200206
 class CSRAEEmbedding(_Codes, _Components):
     """An autoencoder with a mixture prior as a scikit-learn estimator.
-    For a table of numbers: codes, clusters, samples and a score."""
+    For a table of numbers: codes, clusters, samples, a score and a density."""
 
     def fit(self, X, y=None) -> "CSRAEEmbedding":  # itself; y is ignored
         """Train from the start on rows X (n, features), at least two.
         The weights of the epoch that is best on the validation rows are kept.
         ValueError for rows or parameters that cannot be."""
-        vars(self).pop("model_", None)  # should this fit fail, there is none
+        for known in ("model_", "run_"):  # should this fit fail, there is none
+            vars(self).pop(known, None)
         _check_clusters(self)
         cfg, run = _whole_run(self, X)
         model = run.model.cpu().double()
@@ -153,6 +169,21 @@ class CSRAEEmbedding(_Codes, _Components):
         self.config_, self.model_, self._optimizer = cfg, model, optimizer
         self.history_, self.n_iter_ = history, len(history)
         return self
+
+    @classmethod
+    def from_run(
+        cls,
+        run: Run | Path | str,  # or its folder or name, a saved model, or its name on the Hub
+    ) -> "CSRAEEmbedding":  # fitted
+        """A finished run as it is, nothing is trained.
+        ValueError for one without codes, or with labels; FileNotFoundError for none."""
+        run = run if isinstance(run, Run) else open_run(run)
+        if not isinstance(run.model, Autoencoder) or hasattr(run.model, "given"):
+            raise ValueError(
+                f"{run.path.name} is a {run.cfg.model} with labels, and an estimator has none; "
+                "csrae encode gives its codes, by the label that it predicts"
+            )
+        return _taken_over(cls(**_parameters_of(run)), run)
 
 # %% ../nbs/20_estimator.ipynb #200009
 def _columns_of(X, likelihood, standardize):  # float64
@@ -175,18 +206,34 @@ def _columns_of(X, likelihood, standardize):  # float64
     return likelihood, scaler
 
 # %% ../nbs/20_estimator.ipynb #200109
+def _grey_levels(X):
+    "Rows of bytes, None for others."
+    x = np.asarray(X) if hasattr(X, "__array__") else X
+    return x if getattr(x, "dtype", None) == np.uint8 else None
+
+
 def _rows(est, X, start, **kw):  # start: a training begins
     """The rows as the model sees them, float64, and X's precision.
     ValueError for what is no table of numbers, or beyond the likelihood's range."""
+    X = X if start else _flat(X, est.x_shape_)
+    levels = _grey_levels(X)
     X = validate_data(est, X, reset=start, dtype=[np.float64, np.float32], **kw)
     x = X.astype(np.float64)
     if start:
         est._start(x)
+    if levels is not None and est.likelihood_ != "gaussian":
+        x = scaled(levels, est.likelihood_, is_binary(levels)).double().numpy()
     with np.errstate(over="ignore"):  # an outlier may be too far for a number
         if est.scaler_:
             x = np.nan_to_num(est.scaler_.transform(x))
     make_likelihood(est.likelihood_).check(torch.from_numpy(x), "X")
-    return torch.from_numpy(x), X.dtype
+    return torch.from_numpy(x).reshape(-1, *est.x_shape_), X.dtype
+
+# %% ../nbs/20_estimator.ipynb #200209
+def _flat(X, x_shape):
+    "Examples in the shape that a run knows, pictures say, as rows; anything else as it is."
+    as_run = len(x_shape) > 1 and tuple(np.shape(X)[1:]) == tuple(x_shape)
+    return np.asarray(X).reshape(len(X), -1) if as_run else X
 
 
 def _known_rows(est, X):
@@ -275,6 +322,8 @@ def _whole_run(est, X):
 # %% ../nbs/20_estimator.ipynb #200024
 def _left_off(est, n):  # rows of the next pass
     "Configuration, optimiser's state and history that a pass goes on from, and its batch size."
+    if name := getattr(est, "run_", None):
+        raise ValueError(f"partial_fit has no optimiser to go on from: {name} is a finished run; use fit")
     if hasattr(est, "model_"):
         return est.config_, est._optimizer, est.history_, min(_plain(est.batch_size), n)
     cfg = _config(est, n, _seed(est.random_state))
@@ -327,7 +376,7 @@ def _decoded(est, z, generator=None):  # (n, features)
     "E[x|z], or with a generator a draw from p(x|z), in the units of the data."
     lik = est.model_.likelihood
     of = (lambda out: lik.sample(out, generator)) if generator else lik.mean
-    x = torch.cat([of(est.model_.decode(zb)) for zb in z.split(1000)]).numpy()
+    x = torch.cat([of(est.model_.decode(zb)) for zb in z.split(1000)]).flatten(1).numpy()
     return est.scaler_.inverse_transform(x) if est.scaler_ else x
 
 
@@ -355,6 +404,39 @@ def _score(est, X):
     terms = mean_terms(est.model_, x, generator(est.config_.seed, "score"))
     return float(-terms["reconstruction"] - terms["divergence"] - log_scale)
 
+# %% ../nbs/20_estimator.ipynb #200238
+def _points(S, D, seed):  # (S, D)
+    "Numbers as from N(0, I), evenly spread."
+    u = torch.quasirandom.SobolEngine(D, scramble=True, seed=seed).draw(S, dtype=torch.float64)
+    return torch.special.ndtri(u.clamp(1e-12, 1 - 1e-12))
+
+
+def _importance(model, x, log_prior, points, wider):  # (B,)
+    "log of the mean of p(x|z) p(z) / q(z|x), over draws from q, `wider` times as wide as the encoder has it."
+    q, S = model.encode(x), len(points)
+    sd = wider * q.var[:, 0].sqrt()
+    z = q.mu[:, 0] + sd * points[:, None]  # (S, B, D)
+    xs = x.expand(S, *x.shape).flatten(0, 1)
+    rec = model.likelihood.log_prob(xs, model.decode(z.flatten(0, 1))).view(S, -1)
+    log_q = -0.5 * (points.square() + math.log(2 * math.pi)).sum(-1)[:, None] - sd.log().sum(-1)
+    return (rec + log_prior(z) - log_q).logsumexp(0) - math.log(S)
+
+# %% ../nbs/20_estimator.ipynb #200338
+@torch.no_grad()
+def _log_likelihoods(est, X, S):
+    x, dtype = _known_rows(est, X)
+    if not (isinstance(S, Integral) and S >= 1):
+        raise ValueError(f"ll_samples={S!r}; expected an integer of at least 1")
+    m, cfg = est.model_, est.config_
+    if not m.has_likelihood:
+        raise ValueError(f"{cfg.model} has points for codes, and no log p(x); use score, or a MixtureCSRAE")
+    points, log_prior = _points(int(S), cfg.latent_dim, cfg.seed), matrix_log_prob(m.prior())
+    wider = 2.0 if has_cs(cfg) else 1.0
+    rows = max(1, 2**22 // (int(S) * max(256, math.prod(est.x_shape_))))  # at once, with all draws
+    found = torch.cat([_importance(m, xb, log_prior, points, wider) for xb in x.split(rows)])
+    log_scale = np.log(est.scaler_.scale_).sum() if est.scaler_ else 0.0
+    return (found.numpy() - log_scale).astype(dtype)
+
 # %% ../nbs/20_estimator.ipynb #200038
 @torch.no_grad()
 def _samples(est, n_samples, noise):
@@ -365,3 +447,27 @@ def _samples(est, n_samples, noise):
     k = torch.multinomial(p.logw.exp(), int(n_samples), True, generator=g)
     z = GMM.gaussian(p.mu[k], p.var[k]).rsample(g)
     return _decoded(est, z, g if noise else None), k.numpy()
+
+# %% ../nbs/20_estimator.ipynb #200151
+def _parameters_of(run):
+    "The parameters by which an estimator would train as a run was trained."
+    known = {k: getattr(run.cfg, k) for k in _fields}
+    known |= dict(likelihood=run.likelihood, random_state=run.cfg.seed)
+    known["standardize"] = getattr(run.model.likelihood, "units", None) is not None
+    usual = {f.name: f.default for f in dataclasses.fields(Config)}
+    others = {*(f.name for f in dataclasses.fields(ModelConfig)), "precision"} - {"dataset", *known}
+    changed = {k: v for k, v in identity(run.cfg).items() if k in others and v != usual[k]}
+    return known | dict(config=changed or None)
+
+
+def _taken_over(est, run):
+    "An estimator with what a run has learned."
+    est.config_, est.likelihood_, est.scaler_ = run.cfg, run.likelihood, None
+    est.x_shape_, est.n_features_in_ = run.x_shape, math.prod(run.x_shape)
+    if run.columns:
+        est.feature_names_in_ = np.array(run.columns, dtype=object)
+    model = copy.deepcopy(run.model).cpu().double().eval()
+    est.component_clusters_ = np.arange(len(model.prior().logw))
+    est.model_, est.run_ = model, run.path.name
+    est.history_, est.n_iter_, est.best_epoch_ = run.history, len(run.history), run.best_epoch
+    return est

@@ -6,7 +6,8 @@
 __all__ = ['BATCHES', 'RECORD', 'CHARDATA', 'SILHOUETTES', 'CIFAR10', 'FILES', 'IMAGES', 'read_digits', 'read_pinwheel',
            'read_idx', 'read_amat', 'read_records', 'read_batches', 'PublicFile', 'data_folder', 'cache_folder',
            'find_file', 'download', 'read_file', 'read_mnist', 'read_static_mnist', 'upright', 'read_omniglot',
-           'read_caltech101', 'read_cifar10', 'read_folder', 'folder_images', 'read_arrays', 'read_table']
+           'read_caltech101', 'read_cifar10', 'read_folder', 'folder_images', 'read_arrays', 'read_table',
+           'arrow_parquet', 'read_parquet']
 
 # %% ../nbs/08b_formats.ipynb #082002
 import codecs
@@ -29,7 +30,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 # %% ../nbs/08b_formats.ipynb #082003
-from .data import sha256, SPLITS, is_binary, some
+from .data import SPLITS, chosen_columns, is_binary, sha256, some, table_arrays
 from .pinwheel import make_pinwheel
 from .reading import files_below, read_mat, read_text, reason
 
@@ -564,11 +565,7 @@ def read_table(
     "A table of numbers, and its labels. ValueError that says where there is no number, or what is missing."
     header, *rows = [r for r in csv.reader(io.StringIO(read_text(path))) if r] or [[]]
     names = [name.strip() for name in header]
-    columns = wanted or tuple(name for name in names if name != "y")
-    if twice := sorted({name for name in columns if names.count(name) > 1}):
-        raise ValueError(f"{path} has more than one column {', '.join(twice)}")
-    if missing := [name for name in columns if name not in names]:
-        raise ValueError(f"{path} has no column {some(missing)}; expected {some(list(columns))}")
+    columns = chosen_columns(names, wanted, str(path))
     if not rows or not columns:
         raise ValueError(f"{path} has no rows of numbers below its first, which names the columns")
     for i, row in enumerate(rows):
@@ -589,3 +586,35 @@ def _number(text, where):
         pass
     said = repr(text) if text.strip() else "nothing"
     raise ValueError(f"{where} holds {said}; expected a number: leave the column out, or fill it in")
+
+# %% ../nbs/08b_formats.ipynb #082089
+def arrow_parquet():  # the module pyarrow.parquet
+    "pyarrow's files; ValueError that says how to get it."
+    try:
+        import pyarrow.parquet
+    except ImportError as e:
+        raise ValueError(f"a .parquet needs pyarrow ({e}): pip install 'csrae_nb[tables]'") from e
+    return pyarrow.parquet
+
+# %% ../nbs/08b_formats.ipynb #082189
+def read_parquet(
+    path: Path,  # .parquet
+    wanted: tuple[str, ...] = (),  # columns of numbers, in this order; none: all but y
+) -> tuple[dict, tuple[str, ...]]:  # arrays x (n, columns), and y; names of the columns of x
+    "A table of numbers, and its labels. ValueError that says where there is no number, or what is missing."
+    parts, first, parquet = [], 0, arrow_parquet()
+    from pyarrow import ArrowException
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = chosen_columns(file.schema_arrow.names, wanted, str(path))
+            read = [*columns, *({"y"} & {*file.schema_arrow.names} - {*columns})]
+            for i in range(file.num_row_groups):
+                group = file.read_row_group(i, read)
+                parts.append(table_arrays({k: group[k] for k in read}, columns, str(path), first)[0])
+                first += len(group)
+    except (OSError, ArrowException) as e:
+        raise ValueError(f"{path} is damaged or no .parquet ({reason(e)})") from e
+    if not parts:
+        raise ValueError(f"{path} has no rows of numbers")
+    return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}, columns

@@ -23,15 +23,17 @@ from .detection import DETECTORS
 from .grids import read_words, run_folder
 from .predict import write_predictions
 from csrae_nb.trained import (
+    CODES,
     check_output,
     cluster_table,
-    encode_examples,
+    most_unusual,
     open_run,
     read_examples,
     report,
     sample_examples,
     show_sheet,
     write_encoded,
+    write_scored,
 )
 
 # %% ../nbs/23b_csrae.ipynb #235005
@@ -44,7 +46,7 @@ def _train(o):
 
 
 def _encode(o):
-    check_output(o.out, (".csv", ".npz"), o.force)
+    check_output(o.out, CODES, o.force)
     run = open_run(o.run, o.device)
     examples = read_examples(run, o.data)
     write_encoded(run, examples, o.out, o.ll_samples, o.force)
@@ -53,18 +55,15 @@ def _encode(o):
 # %% ../nbs/23b_csrae.ipynb #235105
 def _score(o):
     if o.out:
-        check_output(o.out, (".csv",), o.force)
+        check_output(o.out, (".csv", ".parquet"), o.force)
     run = open_run(o.run, o.device)
     examples = read_examples(run, o.data)
-    blocks = list(encode_examples(run, examples, o.ll_samples))
-    columns = [c for c in blocks[0] if c != "unusual" and (c[0] != "z" or not c[1:].isdigit())]
-    columns = ["unusual", *columns]
-    rows = [dict(zip(columns, values)) for b in blocks for values in zip(*(b[c] for c in columns))]
-    rows.sort(key=lambda row: -row["unusual"])
-    for row in [columns, *(r.values() for r in rows[: o.top])]:
-        print("  ".join(f"{v:12.6g}" if isinstance(v, float) else f"{v!s:>12}" for v in row))
     if o.out:
-        write_table(o.out, rows)
+        rows = write_scored(run, examples, o.out, o.top, o.ll_samples, o.force)
+    else:
+        rows = most_unusual(run, examples, o.top, o.ll_samples)
+    for row in [list(rows[0]), *(r.values() for r in rows)]:
+        print("  ".join(f"{v:12.6g}" if isinstance(v, float) else f"{v!s:>12}" for v in row))
 
 # %% ../nbs/23b_csrae.ipynb #235205
 def _predict(o):
@@ -139,9 +138,9 @@ def _parser():
     train.add_argument("fields", nargs="*", help="field=value, as in csrae_nb.Config; or one TOML file")
     verbs.add_parser("sweep", help="many runs, as csrae-sweep", add_help=False)
     encode = _on_data(verbs, "encode", "a table of codes, components and what is unusual")
-    _with_output(encode, "table, .csv or .npz")
+    _with_output(encode, "table, .csv, .parquet or .npz")
     score = _on_data(verbs, "score", "the most unusual examples first")
-    _with_output(score, "all of them, as .csv", required=False)
+    _with_output(score, "all of them, as .csv or .parquet", required=False)
     score.add_argument("--top", type=int, default=20, help="how many to print (20)")
     for one in (encode, score):
         one.add_argument("--ll-samples", type=int, default=0, help="draws for log p(x); 0: leave it out (0)")
@@ -184,7 +183,7 @@ def _on_run(verbs, name, what):
     return p
 
 
-def _on_data(verbs, name, what, data=".npz, .npy, .csv, image, folder of images, or name", **kw):
+def _on_data(verbs, name, what, data=".npz, .npy, .csv, .parquet, image, folder of images, or name", **kw):
     p = _on_run(verbs, name, what)
     p.add_argument("data", metavar="DATA", help=data, **kw)
     return p

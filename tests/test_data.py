@@ -767,7 +767,7 @@ def test_a_table_of_several_types():
     with pytest.raises(ValueError, match="columns d, e hold no numbers: leave them out"):
         catalogue.load_data(frame.assign(d="x", e=pd.Timestamp(0)))
     frame.loc[3, "a"] = pd.NA
-    with pytest.raises(ValueError, match="x_train holds 1 values that are NaN"):
+    with pytest.raises(ValueError, match="x_train, row 4, column .a. holds nothing"):
         catalogue.load_data(dict(x_train=frame, x_val=frame[5:], x_test=frame[5:]))
 
 
