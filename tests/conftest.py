@@ -34,7 +34,7 @@ def sandbox(tmp_path_factory):
 LONG = "kills sweeps semisup action_units faces training gpu_job estimator settings tables".split()
 LONG += [
     "test_readme_examples",
-    *(f"test_chapter[{name}]" for name in ("07_pinwheel", "12b_sweeps", "19_your_own")),
+    *(f"test_chapter[{name}]" for name in ("07_pinwheel", "12b_sweeps", "19_your_own", "24_single_cell")),
 ]
 
 
