@@ -111,6 +111,13 @@ def test_outputs(path):
 
 
 @per_notebook
+def test_no_cell_has_control_characters(path):
+    "A tab in a formula is a backslash that was lost."
+    for cell in json.loads(path.read_text())["cells"]:
+        assert not re.search(r"[\x00-\x09\x0b-\x1f]", "".join(cell["source"])), cell["id"]
+
+
+@per_notebook
 def test_cells(path):
     "Cells stay short, and imports, which the site executes, stand by themselves and name what they take."
     for source, _ in code_cells(path):
