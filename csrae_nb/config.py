@@ -49,7 +49,9 @@ class ModelConfig:
     posterior_draws: str = (
         "stratified"  # of a mixture q(z|x): a draw of each Gaussian, or "implicit": one of all
     )
-    constraint: str | None = None  # divergence<=5 or reconstruction<=80: λ or β follows, from lam or beta on
+    constraint: str | None = (
+        None  # a bound in nats, on divergence or reconstruction, which λ or β then follows
+    )
     objective: str = "cs"  # "cs": Eq. (2); "paper_eq21": as printed, wrong
     prior_network: bool = False  # mog by Table 6's network from one-hot codes, in place of free parameters
     learned_weights: bool = False  # mog with learned weights, in place of 1/K

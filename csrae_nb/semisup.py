@@ -93,7 +93,7 @@ class _Sigmoids:
         no = F.logsigmoid(-logits) - F.logsigmoid(-prior)
         return (q * yes + (1 - q) * no).sum(-1)
 
-    def cross_entropy(self, logits: Float[Tensor, "n L"], y: Int[Tensor, "n L"]) -> Float[Tensor, "n"]:
+    def cross_entropy(self, logits: Float[Tensor, "n C"], y: Int[Tensor, "n L"]) -> Float[Tensor, "n"]:
         return self.each(logits, y).sum(-1)
 
     def each(self, logits: Float[Tensor, "n L"], y: Int[Tensor, "n L"]) -> Float[Tensor, "n L"]:
@@ -169,7 +169,7 @@ class _Answers(_Sigmoids):
     def cut(self) -> nn.Module | None:
         "From scores to logits; None: they are the same."
 
-    def yes(self, logits: Float[Tensor, "n C"]) -> Float[Tensor, "n L"]:
+    def yes(self, logits: Float[Tensor, "*n C"]) -> Float[Tensor, "*n L"]:
         "Logits of a yes to each question."
         return logits
 

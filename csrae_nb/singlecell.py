@@ -7,6 +7,8 @@ __all__ = ['MixtureModule', 'PlaceComponents', 'MixtureSCVI', 'SampledModule', '
            'agreement', 'kmeans_clusters', 'batch_mixing', 'gradient_noise']
 
 # %% ../nbs/24_single_cell.ipynb #240002
+from inspect import signature
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +20,9 @@ from .divergence import cs_divergence
 from .mixtures import GMM, unchecked
 from .networks import torchvision_module
 from .priors import MoGPrior, merge_components, merged_labels
+
+# %% ../nbs/24_single_cell.ipynb #240105
+from anndata import AnnData
 
 # %% ../nbs/24_single_cell.ipynb #240004
 try:
@@ -32,7 +37,6 @@ except ModuleNotFoundError as e:
     raise ModuleNotFoundError(f"this needs scvi-tools ({e}): pip install 'csrae_nb[singlecell]'") from e
 
 # %% ../nbs/24_single_cell.ipynb #240005
-from anndata import AnnData
 from lightning.pytorch.callbacks import Callback
 
 # %% ../nbs/24_single_cell.ipynb #240011
@@ -108,6 +112,7 @@ class MixtureSCVI(SCVI):
     `prior_objective` and `queue` beside what SCVI takes."""
 
     _module_cls = MixtureModule
+    __signature__ = signature(SCVI)  # whose annotations name what is imported for type checkers alone
 
     def train(self, *args, kmeans_at: float = 0.75, callbacks=(), **kwargs):
         """SCVI's own; components are placed when `kmeans_at`, a part of the epochs, is over. ValueError for
