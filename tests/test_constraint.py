@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from csrae_nb import Config, fit, load_run
+from sklearn.datasets import load_wine
+
+from csrae_nb import Config, CSRAEEmbedding, fit, load_run
 from csrae_nb.config import resolve, run_name
 from csrae_nb.constraint import TOLERANCE, Constraint, Multiplier, missed
 from csrae_nb.fleet import fit_fleet, fleets
@@ -101,6 +103,16 @@ def test_it_is_kept_with_the_run(own_runs):
     assert weight().item() == pytest.approx(run.history[run.best_epoch - 1]["weight_divergence"])
     assert run_name(Config(constraint="divergence <= 5.0")) == run_name(Config(constraint="divergence<=5"))
     assert run_name(Config(constraint="divergence<=5")) != run_name(Config())
+
+
+def test_an_estimator_takes_one():
+    x = load_wine().data
+    fields = dict(epochs=200, batch_size=20, random_state=0, model="CSRAE", network="pinwheel")
+    found = {}
+    for bound in (0.5, 2):
+        est = CSRAEEmbedding(**fields, config=dict(constraint=f"divergence<={bound}")).fit(x)
+        found[bound] = est.history_[est.best_epoch_ - 1]["val_divergence"]
+    assert found[0.5] <= 0.5 * (1 + TOLERANCE) and 1 < found[2] <= 2 * (1 + TOLERANCE)
 
 
 @pytest.mark.parametrize(
