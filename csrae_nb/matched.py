@@ -20,7 +20,7 @@ from .results import markdown_table, n_seeds, plain_log, read_results, where
 # %% ../nbs/13d_matched.ipynb #134005
 def settings(row: dict) -> dict[str, str]:
     "What a row's column `settings` says, by name."
-    return dict(s.split("=") for s in (row.get("settings") or "").split())
+    return dict(s.split("=", 1) for s in (row.get("settings") or "").split())
 
 
 def learns_from(row: dict) -> str:  # aggregate, or image
