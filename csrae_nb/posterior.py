@@ -18,8 +18,8 @@ from .models import DIVERGENCES
 @DIVERGENCES.register()
 def cs_each(
     q: GMM,  # batch of mixtures
-    p: GMM,
-) -> Float[Tensor, "B"]:
+    p: GMM,  # one mixture
+) -> Float[Tensor, "*B"]:
     "D_CS(q‖p) from above: each component of q is asked for its overlap with p, not their sum."
-    cross = log_overlap(GMM.gaussian(q.mu, q.var), GMM(p.logw, p.mu, p.var))
+    cross = log_overlap(GMM.gaussian(q.mu, q.var), p)
     return 0.5 * (log_overlap(q, q) + log_overlap(p, p)) - (q.logw.exp() * cross).sum(-1)

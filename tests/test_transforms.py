@@ -11,11 +11,12 @@ from torch.autograd.functional import hessian as known_hessian
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import csrae_nb
-from csrae_nb.divergence import cs_divergence, kl_divergence, log_overlap
+from csrae_nb.divergence import cs_divergence, kl_bounds, kl_divergence, log_overlap
 from csrae_nb.mixtures import GMM, FullGMM, pairwise_log_overlap
 from csrae_nb.likelihoods import Bernoulli
 from csrae_nb.models import CSRAE, IWAE, VAE, MixtureCSRAE, MixtureVAE, VampPriorVAE
 from csrae_nb.networks import Decoder, Encoder, mlp
+from csrae_nb.posterior import cs_each
 from csrae_nb.priors import MoGPrior, StandardNormal, VampPrior
 
 torch.set_num_threads(1)
@@ -65,7 +66,15 @@ def estimate(mu, logvar, *p):
     return kl_divergence(GMM.gaussian(mu, logvar.exp()), prior(*p), mu + 1)
 
 
-each_function = [divergence, log_density, self_overlap, reversed_divergence, full, estimate]
+def bound(mu, logvar, *p):
+    return kl_bounds(GMM.gaussian(mu, logvar.exp()), prior(*p))[1]
+
+
+def of_each(mu, logvar, *p):
+    return cs_each(GMM.gaussian(mu, logvar.exp()), prior(*p))
+
+
+each_function = [divergence, log_density, self_overlap, reversed_divergence, full, estimate, bound, of_each]
 functions = pytest.mark.parametrize("f", each_function)
 
 
