@@ -516,18 +516,10 @@ def _row_key(c):
 
 def _settings(c):
     "Fields of the model that no column says and that are not at their defaults: field=value field=value."
-    fields = (
-        "objective",
-        "prior_network",
-        "learned_weights",
-        "prior_objective",
-        "queue",
-        "kmeans_epoch",
-        "answers",
-        "balance",
-    )
+    fields = "objective constraint posterior_components posterior_draws prior_network learned_weights"
+    fields += " prior_objective queue kmeans_epoch answers balance encoder_weights"
     default, used = Config(), identity(c)
-    values = {k: used[k] for k in fields if k in used and used[k] != getattr(default, k)}
+    values = {k: used[k] for k in fields.split() if k in used and used[k] != getattr(default, k)}
     return " ".join(f"{k}={v}" for k, v in values.items())
 
 # %% ../nbs/10b_evaluation.ipynb #100450

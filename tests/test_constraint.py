@@ -1,6 +1,7 @@
 "A constraint in place of a weight: met on validation images, resumed, in a fleet; and where it is none."
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from sklearn.datasets import load_wine
 from csrae_nb import Config, CSRAEEmbedding, fit, load_run
 from csrae_nb.config import resolve, run_name
 from csrae_nb.constraint import TOLERANCE, Constraint, Multiplier, missed
+from csrae_nb.evaluation import complete_run, results_table
+from csrae_nb.files import runs_folder
 from csrae_nb.fleet import fit_fleet, fleets
 from csrae_nb.training import Training
 
@@ -103,6 +106,18 @@ def test_it_is_kept_with_the_run(own_runs):
     assert weight().item() == pytest.approx(run.history[run.best_epoch - 1]["weight_divergence"])
     assert run_name(Config(constraint="divergence <= 5.0")) == run_name(Config(constraint="divergence<=5"))
     assert run_name(Config(constraint="divergence<=5")) != run_name(Config())
+
+
+def test_rows_of_tables_tell_constraints_and_posteriors_apart(own_runs):
+    fields = (dict(), dict(constraint="divergence<=2"), dict(posterior_components=2))
+    usual = FIELDS | dict(dataset="digits", network="mlp", epochs=1, warmup=0, constraint=None)
+    configs = [Config(**usual | f, ll_samples=0, fid_layer=0, expost_components=2) for f in fields]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for c in configs:
+            complete_run(c, progress=False)
+    wanted = ["", "constraint=divergence<=2", "posterior_components=2"]
+    assert [r["settings"] for r in results_table(runs_folder() / run_name(c) for c in configs)] == wanted
 
 
 def test_an_estimator_takes_one():
