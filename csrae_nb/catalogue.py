@@ -155,7 +155,7 @@ def load_data(
     split_seed: int = 0,  # chooses the splits that the data do not come with
     **fields,  # that the data set takes besides, such as the fold of faces
 ) -> Dataset:
-    """Data by name, from a file or a folder of images, or from memory.
+    """Data by name, from a file or a folder (of images, or of videos with labels.csv), or from memory.
 
     Arrays have the keys `x_train, y_train, x_val, y_val, x_test, y_test` (or `x, y`; a lone array is `x`); a
     missing split takes a tenth of the training examples. A table's column y are its labels. Pictures get
