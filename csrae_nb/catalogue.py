@@ -115,7 +115,7 @@ def folder_kind(
 ) -> str | None:  # a key of FOLDERS
     "Which of FOLDERS a data set is; None for any other."
     path = Path(dataset).expanduser()
-    if not str(dataset) or dataset in DATASETS or not path.is_dir():
+    if str(dataset) in ("", "arrays") or dataset in DATASETS or not path.is_dir():
         return None
     return next((k for k in FOLDERS if FOLDERS.about(k, "holds")(path)), None)
 

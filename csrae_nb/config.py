@@ -258,7 +258,7 @@ def fields_of_data(
 ) -> tuple[str, ...]:
     "The fields that a configuration's data set takes; of a folder that is not here, by those that are set."
     path, name = os.path.expanduser(c.dataset), dataset_name(c.dataset)
-    known = c.dataset == "arrays" or name in DATASETS or os.path.splitext(path)[1].lower() in ARRAYS
+    known = name in ("arrays", *DATASETS) or os.path.splitext(path)[1].lower() in ARRAYS
     if known or os.path.exists(path):
         return about_data(c.dataset, "uses", ())
     default = Config.__dataclass_fields__
