@@ -107,7 +107,7 @@ _sets = (
 )
 FACES = {f.name: f for f in _sets}
 
-
+# %% ../nbs/15c_faces.ipynb #150615
 def _known(faces):
     "A FaceSet, given as itself or by its name."
     return FACES[faces] if isinstance(faces, str) else faces

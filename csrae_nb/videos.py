@@ -296,7 +296,7 @@ def holds_videos(folder: Path) -> bool:
         return True
     return not any(f.suffix.lower() in IMAGES for f in files_below(folder))
 
-
+# %% ../nbs/15e_videos.ipynb #157119
 def load_videos(
     path: Path | str,  # of a folder with labels.csv
     likelihood: str | None = None,  # discretized_logistic, which it is without, or gaussian
