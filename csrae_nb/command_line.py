@@ -99,8 +99,8 @@ def train_output(
     from csrae_nb.config import make_config, resolve
     from csrae_nb.runs import prepare_data, open_run
 
-    cfg = resolve(make_config(values))
     with chdir(cwd):
+        cfg = resolve(make_config(values))
         prepare_data(cfg, None)
     return open_run(cfg) / "train.ipynb"
 

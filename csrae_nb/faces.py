@@ -37,7 +37,7 @@ from .data import SPLITS, Dataset, LazyImages
 from .drawings import DISFA_AUS, FERA_AUS, write_disfa
 from .files import progress_bar, writing, write_atomic
 from .formats import cache_folder, data_folder
-from .frames import EYES, Recording, decoded_image, eye_sums, frames_of, prepare_recording
+from .frames import EYES, UNKNOWN, Recording, decoded_image, eye_sums, frames_of, prepare_recording
 from .frames import prepared_recording, read_disfa, read_fera2015
 
 # %% ../nbs/15c_faces.ipynb #150015
@@ -45,17 +45,34 @@ from .frames import prepared_recording, read_disfa, read_fera2015
 class FaceSet:
     "A data set of faces: who is in it and what is asked."
 
+    name: str
     read: Callable[[Path, str], tuple[Recording, list[str]]]  # a recording, from the root and its name
     layout: str  # in words, for those who look for their mistake
-    aus: tuple[int, ...]  # action units
+    aus: tuple[int | str, ...]  # action units, or other questions by their names
     folds: tuple[tuple[str, ...], ...]  # subjects, tested in turn
     tasks: tuple[str, ...] = ()  # recordings of each subject
+    least: int = 2  # intensity from which on an AU is present
+    root: Path | None = None  # its folders; None: below CSRAE_DATA
 
     def recordings(self) -> dict[str, str]:  # name: subject
         "All recordings there should be."
         return {f"{s}_{t}" if t else s: s for s in sorted(sum(self.folds, ())) for t in self.tasks or ("",)}
 
+    def source(self, recording: str) -> str:
+        "What tells a recording that was changed from the one that was prepared; empty: nothing does."
+        return ""
 
+    def expected(self, root: Path, recording: str) -> int:
+        "How many frames a recording has, in either layout, without reading it."
+        labels = next(iter(sorted(root.glob(f"Action*Labels*/{recording}/{recording}_au*.txt"))), None)
+        if labels is None:
+            return sum(1 for _ in (root / "BP4D-training" / recording.replace("_", "/")).glob("*.jpg"))
+        try:
+            return labels.read_bytes().count(b"\n") + 1
+        except OSError:
+            return 0  # said when it is prepared
+
+# %% ../nbs/15c_faces.ipynb #150515
 def _subjects(prefix, *parts):
     return tuple(tuple(f"{prefix}{int(s):03}" if s.isdigit() else s for s in part.split()) for part in parts)
 
@@ -65,11 +82,16 @@ _disfa_folds = _subjects(
 )
 
 # %% ../nbs/15c_faces.ipynb #150215
-FACES = {
-    "disfa": FaceSet(
-        read_disfa, "ActionUnit_Labels/, Videos_LeftCamera/ and Landmark_Points/", DISFA_AUS, _disfa_folds
+_sets = (
+    FaceSet(
+        "disfa",
+        read_disfa,
+        "ActionUnit_Labels/, Videos_LeftCamera/ and Landmark_Points/",
+        DISFA_AUS,
+        _disfa_folds,
     ),
-    "fera2015": FaceSet(
+    FaceSet(
+        "fera2015",
         read_fera2015,
         "BP4D-training/, AUCoding/, AU Intensity Codes3.0/ and 2DFeatures/",
         FERA_AUS,
@@ -81,8 +103,14 @@ FACES = {
         ),
         tuple(f"T{t}" for t in range(1, 9)),
     ),
-    "faces_demo": FaceSet(read_disfa, "the layout of DISFA", DISFA_AUS, _disfa_folds),
-}
+    FaceSet("faces_demo", read_disfa, "the layout of DISFA", DISFA_AUS, _disfa_folds),
+)
+FACES = {f.name: f for f in _sets}
+
+# %% ../nbs/15c_faces.ipynb #150615
+def _known(faces):
+    "A FaceSet, given as itself or by its name."
+    return FACES[faces] if isinstance(faces, str) else faces
 
 # %% ../nbs/15c_faces.ipynb #150115
 VALIDATION = ("frames", "subjects")  # what is kept from training to validate on
@@ -116,18 +144,18 @@ PLACES = ("fixed", "mean")  # at EYES; or where they are on average in a data se
 
 # %% ../nbs/15c_faces.ipynb #150234
 def mean_eyes(
-    faces: str,  # a key of FACES
+    faces: str | FaceSet,  # a key of FACES, or one of your own
     root: Path,  # its folders
     over: Callable = map,  # goes through the recordings
 ) -> tuple[tuple[float, float], ...]:  # (x, y) of the left and the right, as parts of width and height
     "Where the eyes of a data set are on average; EYES if there are none."
-    names, read = list(FACES[faces].recordings()), FACES[faces].read
+    names, read = list((of := _known(faces)).recordings()), of.read
     n, sums = zip(*over(eye_sums, [read] * len(names), [root] * len(names), names))
     return tuple(map(tuple, (sum(sums) / sum(n)).tolist())) if sum(n) else EYES
 
 # %% ../nbs/15c_faces.ipynb #150237
 def prepare_faces(
-    name: str,  # a key of FACES
+    faces: str | FaceSet,  # a key of FACES, or one of your own
     root: Path,  # its folders
     out: Path,  # where the prepared frames go
     size: int = 256,  # of the pictures, in pixels
@@ -137,9 +165,10 @@ def prepare_faces(
 ) -> dict:  # the contents of index.json: what became of each recording
     """Align and compress all recordings, those that are not yet.
     FileNotFoundError if none is usable, OSError before it begins if they will not fit on the disk."""
+    faces = _known(faces)
     if getattr(current_process(), "_inheriting", False):
         raise RuntimeError(
-            f"{name} is prepared by processes that import your script: "
+            f"{faces.name} is prepared by processes that import your script: "
             "put what the script does under if __name__ == \"__main__\":"
         )
     if eyes not in PLACES:
@@ -148,27 +177,27 @@ def prepare_faces(
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / ".lock").acquire()
     with lock:  # others wait, and find it done
-        return _prepare_missing(name, root, out, size, jobs or os.cpu_count() or 1, progress, eyes)
+        return _prepare_missing(faces, root, out, size, jobs or os.cpu_count() or 1, progress, eyes)
 
 # %% ../nbs/15c_faces.ipynb #150437
-def _prepare_missing(name, root, out, size, jobs, progress, eyes):
+def _prepare_missing(faces, root, out, size, jobs, progress, eyes):
     "Prepare what is not yet, and write the index."
     to = EYES
     if eyes == "mean":
         with _workers(jobs) as pool:
-            to = mean_eyes(name, root, pool.map)
-    wanted = list(FACES[name].recordings())
-    done = {n: a for n in wanted if (a := prepared_recording(out, n, to))}
+            to = mean_eyes(faces, root, pool.map)
+    wanted = {n: faces.source(n) for n in faces.recordings()}
+    done = {n: a for n, source in wanted.items() if (a := prepared_recording(out, n, to, source))}
     todo = [n for n in wanted if n not in done]
-    _check_space(name, root, out, size, todo)
+    _check_space(faces, root, out, size, todo)
     for f in out.glob(".*.tmp"):
         f.unlink()
-    of = dict(total=len(wanted), initial=len(done), unit="recording", desc=f"preparing {name}")
+    of = dict(total=len(wanted), initial=len(done), unit="recording", desc=f"preparing {faces.name}")
     with progress_bar(progress, **of) as bar:
         if todo:
-            jobs, read = min(jobs, len(todo)), FACES[name].read
-            done |= _prepare_all(lambda n: (read, root, n, out, size, to), out, todo, jobs, bar)
-    return _write_index(name, root, out, size, {n: done[n] for n in wanted})
+            jobs, read = min(jobs, len(todo)), faces.read
+            done |= _prepare_all(lambda n: (read, root, n, out, size, to, wanted[n]), out, todo, jobs, bar)
+    return _write_index(faces, root, out, size, {n: done[n] for n in wanted})
 
 # %% ../nbs/15c_faces.ipynb #150537
 _DIED = (
@@ -214,19 +243,19 @@ def _prepare_all(args, out, todo, jobs, bar):
     return done
 
 # %% ../nbs/15c_faces.ipynb #150337
-def _write_index(name, root, out, size, recordings):
+def _write_index(faces, root, out, size, recordings):
     "index.json; FileNotFoundError if nothing could be used."
     problems = [f"{n}: {a['problem']}" for n, a in recordings.items() if "problem" in a]
     if len(problems) == len(recordings):
-        expected = f"expected {FACES[name].layout}; first problem: {problems[0]}"
-        raise FileNotFoundError(f"no recording of {name} in {root}, {expected}")
+        expected = f"expected {faces.layout}; first problem: {problems[0]}"
+        raise FileNotFoundError(f"no recording of {faces.name} in {root}, {expected}")
     if problems:
         first = "; ".join(problems[:3]) + (" …" if len(problems) > 3 else "")
         warnings.warn(
-            f"{len(problems)} of {len(recordings)} recordings of {name} are left out: {first} "
+            f"{len(problems)} of {len(recordings)} recordings of {faces.name} are left out: {first} "
             f"(all in {out / 'index.json'}; once they are mended, the same command prepares them)"
         )
-    index = dict(name=name, size=size, recordings=recordings)
+    index = dict(name=faces.name, size=size, recordings=recordings)
     with writing(out, "CSRAE_CACHE"):
         write_atomic(out / "index.json", json.dumps(index, indent=1))
     return index
@@ -235,54 +264,59 @@ def _write_index(name, root, out, size, recordings):
 BYTES = 0.3  # a pixel, half as much again as drawn faces take: for the space that is needed
 
 
-def _check_space(name, root, out, size, todo):
+def _check_space(faces, root, out, size, todo):
     "OSError if the frames will not fit on the disk."
-    need, free = BYTES * size**2 * sum(_frames_expected(root, n) for n in todo), shutil.disk_usage(out).free
+    need, free = BYTES * size**2 * sum(faces.expected(root, n) for n in todo), shutil.disk_usage(out).free
     if need > free:
         need, free = need / 2**30, free / 2**30
         raise OSError(
-            f"preparing {name} takes about {need:.1f} GiB in {out}, where {free:.1f} GiB are free; "
+            f"preparing {faces.name} takes about {need:.1f} GiB in {out}, where {free:.1f} GiB are free; "
             "free some space there, or name another folder in CSRAE_CACHE"
         )
 
-
-def _frames_expected(root, name):
-    "Of a recording, in either layout, without reading it."
-    labels = next(iter(sorted(root.glob(f"Action*Labels*/{name}/{name}_au*.txt"))), None)
-    if labels is None:
-        return sum(1 for _ in (root / "BP4D-training" / name.replace("_", "/")).glob("*.jpg"))
-    try:
-        return labels.read_bytes().count(b"\n") + 1
-    except OSError:
-        return 0  # said when it is prepared
-
 # %% ../nbs/15c_faces.ipynb #150141
-def _index(folder):
-    "The index of prepared frames; None if it is missing or damaged, or if what it names is."
+def _index(folder, faces=None):
+    "The index of prepared frames; None if it is missing or damaged, or if what it names is, or was changed."
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        names, size = FACES[index["name"]].recordings(), index["size"]
-        entries = index["recordings"]
-        whole = all("problem" in entries[n] or entries[n] == prepared_recording(folder, n) for n in names)
-        return index if whole and len(entries) == len(names) and isinstance(size, int) else None
+        faces, size, entries = faces or FACES[index["name"]], index["size"], index["recordings"]
+        whole = faces.name == index["name"] and {*entries} == {*faces.recordings()}
+        return index if whole and isinstance(size, int) and _as_prepared(folder, faces, entries) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _as_prepared(folder, faces, entries):
+    "Whether recordings are as an index says, or have the problem that it says."
+    for n, entry in entries.items():
+        source = faces.source(n)
+        problem = "problem" in entry and entry.get("source", "") in ("", source)
+        if not problem and entry != prepared_recording(folder, n, source=source):
+            return False
+    return True
 
 # %% ../nbs/15c_faces.ipynb #150042
 class FrameStore:
     "Prepared frames: their subjects and intensities in memory, their images on disk."
 
-    def __init__(self, folder: Path):  # of `prepare_faces`
-        if (index := _index(folder)) is None:
+    def __init__(
+        self,
+        folder: Path,  # of `prepare_faces`
+        faces: FaceSet | None = None,  # that was prepared; None: by its name in FACES
+    ):
+        if (index := _index(folder, faces)) is None:
             raise ValueError(
                 f"{folder} holds no whole preparation of frames: "
                 "prepare them again, and only what is missing or damaged is made anew"
             )
-        faces, self.size, self.name = FACES[index["name"]], index["size"], index["name"]
+        self.size, self.name = index["size"], index["name"]
+        self.faces = faces or FACES[self.name]
         self.about = {n: a for n, a in index["recordings"].items() if "frames" in a}
         tables = {n: dict(np.load(folder / f"{n}.npz")) for n in self.about}
         self.intensities = np.concatenate([t["intensities"] for t in tables.values()])
-        self.subjects = np.concatenate([[faces.recordings()[n]] * len(t["rows"]) for n, t in tables.items()])
+        self.subjects = np.concatenate(
+            [[self.faces.recordings()[n]] * len(t["rows"]) for n, t in tables.items()]
+        )
         self._sizes = np.concatenate([t["sizes"] for t in tables.values()])
         self._starts = np.concatenate([np.cumsum(t["sizes"]) - t["sizes"] for t in tables.values()])
         self._files = np.repeat(np.arange(len(tables)), [len(t["rows"]) for t in tables.values()])
@@ -353,7 +387,7 @@ class FaceData(Dataset):
 
     crop: int  # pixels that a model sees
     centres: LazyImages  # of the training pictures
-    aus: tuple[int, ...]  # columns of the labels
+    aus: tuple[int | str, ...]  # columns of the labels
 
     @property
     def x_shape(self):
@@ -361,7 +395,7 @@ class FaceData(Dataset):
 
     @property
     def answers(self):
-        return tuple(f"AU{au}" for au in self.aus)
+        return tuple(au if isinstance(au, str) else f"AU{au}" for au in self.aus)
 
     def draw(self, x, generator=None):
         return augmented(x, self.crop, generator)
@@ -372,68 +406,74 @@ class FaceData(Dataset):
         return self.centres if split == "train" else getattr(self, f"x_{split}")
 
 # %% ../nbs/15c_faces.ipynb #150049
-def _found(name):
+def _found(faces):
     """The folders of a data set below CSRAE_DATA, in small or capital letters; drawn faces are in the cache.
     None if there are none."""
+    name = faces.name
+    if faces.root:
+        return faces.root
     places = [data_folder() / name, data_folder() / name.upper()]
     if name == "faces_demo":
         places.append(cache_folder() / name)
     return next((p for p in places if p.is_dir()), None)
 
 
-def _find(name):
+def _find(faces):
     "As `_found`, but faces_demo is drawn if need be, and what else is missing is a FileNotFoundError."
-    if found := _found(name):
+    if found := _found(faces):
         return found
+    name = faces.name
     if name == "faces_demo":
-        return _drawn(name, cache_folder() / name)
+        return _drawn(faces, cache_folder() / name)
     raise FileNotFoundError(
-        f"{data_folder() / name} is not there; put {FACES[name].layout} of {name} into it, "
+        f"{data_folder() / name} is not there; put {faces.layout} of {name} into it, "
         "or set CSRAE_DATA to the folder that holds it"
     )
 
 # %% ../nbs/15c_faces.ipynb #150349
-def _drawn(name, folder):
+def _drawn(faces, folder):
     "A folder of drawn faces; one process draws them, others wait."
-    drawing = folder.with_name(f".{name}.tmp")
+    drawing = folder.with_name(f".{faces.name}.tmp")
     with writing(folder.parent, "CSRAE_CACHE"):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{name}.lock")):
+        with FileLock(folder.with_name(f".{faces.name}.lock")):
             if folder.is_dir():
                 return folder
             shutil.rmtree(drawing, ignore_errors=True)
-            write_disfa(drawing, tuple(FACES[name].recordings()))
+            write_disfa(drawing, tuple(faces.recordings()))
             os.replace(drawing, folder)
     return folder
 
 # %% ../nbs/15c_faces.ipynb #150149
-def _prepared_folder(name, size, eyes):
+def _prepared_folder(faces, size, eyes):
     """Where the prepared frames of a data set are, or go.
     Beside the data, or in the cache, under a name that also tells where the data are."""
-    folder = f"{name}-prepared-{size}{'' if eyes == 'fixed' else f'-{eyes}-eyes'}"
+    folder = f"{faces.name}-prepared-{size}{'' if eyes == 'fixed' else f'-{eyes}-eyes'}"
     beside, cache = data_folder() / folder, cache_folder()
-    if cache == data_folder() or _index(beside):
+    if not faces.root and (cache == data_folder() or _index(beside)):
         return beside
-    place = hashlib.sha256(os.fsencode(data_folder().resolve())).hexdigest()[:6]
+    place = hashlib.sha256(os.fsencode((faces.root or data_folder()).resolve())).hexdigest()[:6]
     return cache / f"{folder}-{place}"
 
 
-def _readable(name, root, recording):
+def _readable(faces, root, recording):
     "Whether a recording can be read, as far as its first image."
     try:
-        return next(frames_of(FACES[name].read(root, recording)[0]), None) is not None
+        return next(frames_of(faces.read(root, recording)[0]), None) is not None
     except Exception:
         return False  # readers raise what they like
 
 
-def _to_prepare(name, folder):
+def _to_prepare(faces, folder):
     "Whether frames are missing or damaged, or a recording that was left out can be read now."
-    if (index := _index(folder)) is None:
+    if (index := _index(folder, faces)) is None:
         return True
-    left_out = [n for n, a in index["recordings"].items() if a.get("problem", _DIED) != _DIED]
+    # of a problem with a source it is known that it would be the same
+    about = index["recordings"].items()
+    left_out = [n for n, a in about if a.get("problem", _DIED) != _DIED and "source" not in a]
     # without it, what is prepared is all there is
-    root = _found(name) if os.access(folder, os.W_OK) else None
-    return root is not None and any(_readable(name, root, n) for n in left_out)
+    root = _found(faces) if os.access(folder, os.W_OK) else None
+    return root is not None and any(_readable(faces, root, n) for n in left_out)
 
 # %% ../nbs/15c_faces.ipynb #150249
 def _answers(store, rows, fold, answers):
@@ -444,9 +484,10 @@ def _answers(store, rows, fold, answers):
         there = ", ".join(sorted(set(store.subjects)))
         raise ValueError(f"{which} has no frames to {' and '.join(empty)}; there are {there}")
     y = {s: torch.from_numpy(store.intensities[rows[s]]).long() for s in SPLITS}
-    present = {s: (v >= 2).long() for s, v in y.items()}
-    shown = [(s, au, n) for s in SPLITS for au, n in zip(FACES[store.name].aus, present[s].sum(0).tolist())]
-    if rare := [f"AU {au} ({s})" for s, au, n in shown if not n]:
+    least, asked = store.faces.least, store.faces.aus
+    present = {s: torch.where(v == UNKNOWN, UNKNOWN, (v >= least).long()) for s, v in y.items()}
+    shown = [(s, au, n) for s in SPLITS for au, n in zip(asked, (present[s] == 1).sum(0).tolist())]
+    if rare := [f"{au if isinstance(au, str) else f'AU {au}'} ({s})" for s, au, n in shown if not n]:
         warnings.warn(f"{which} has no frame that shows {', '.join(rare)}")
     return [(y if answers == "intensity" else present)[s] for s in SPLITS]
 
@@ -459,7 +500,7 @@ def _fold_data(store, rows, y, crop, likelihood, levels):
 
     middle = {s: lazy(s, lambda x: centred(x, crop), crop) for s in SPLITS}
     x = lazy("train", lambda x: x, store.size), middle["val"], middle["test"]
-    about = dict(crop=crop, centres=middle["train"], aus=FACES[store.name].aus, levels=levels)
+    about = dict(crop=crop, centres=middle["train"], aus=store.faces.aus, levels=levels)
     return FaceData(store.name, *x, *y, likelihood, False, store.sha256, **about)
 
 # %% ../nbs/15c_faces.ipynb #159349
@@ -489,19 +530,19 @@ for _name in FACES:
     DATASETS.add(_name, _loader(_name), preset=_preset, **_fields)
 
 # %% ../nbs/15c_faces.ipynb #150499
-def _check_faces(name, likelihood, answers):
+def _check_faces(faces, likelihood, answers):
     "ValueError for faces that are not known, or not like this."
     if likelihood not in ("discretized_logistic", "gaussian"):
         call = "the values of faces, from -0.5 to 0.5, call for discretized_logistic or gaussian"
         raise ValueError(f"likelihood={likelihood!r}; {call}")
-    if name not in FACES:
-        raise ValueError(f"unknown faces {name!r}; expected one of {', '.join(FACES)}")
+    if isinstance(faces, str) and faces not in FACES:
+        raise ValueError(f"unknown faces {faces!r}; expected one of {', '.join(FACES)}")
     if answers not in ANSWERS:
         raise ValueError(f"answers={answers!r}; expected one of {', '.join(ANSWERS)}")
 
 # %% ../nbs/15c_faces.ipynb #150449
 def load_faces(
-    name: str,  # a key of FACES
+    faces: str | FaceSet,  # a key of FACES, or one of your own
     fold: int = 0,  # whose subjects are the test
     image_size: int = 224,  # pixels that a model sees
     split_seed: int = 0,  # chooses the validation frames or subjects
@@ -513,20 +554,20 @@ def load_faces(
 ) -> FaceData:
     """A fold of a data set of faces, prepared at the first time.
     FileNotFoundError for what is missing, ValueError for a fold without frames."""
-    _check_faces(name, likelihood, answers)
-    size = prepared_size(image_size)
-    folder = _prepared_folder(name, size, eyes)
-    if _to_prepare(name, folder):
-        prepare_faces(name, _find(name), folder, size, progress=progress, eyes=eyes)
-    store = FrameStore(folder)
-    rows = fold_rows(store.subjects, FACES[name].folds, fold, split_seed, validation)
+    _check_faces(faces, likelihood, answers)
+    faces, size = _known(faces), prepared_size(image_size)
+    folder = _prepared_folder(faces, size, eyes)
+    if _to_prepare(faces, folder):
+        prepare_faces(faces, _find(faces), folder, size, progress=progress, eyes=eyes)
+    store = FrameStore(folder, faces)
+    rows = fold_rows(store.subjects, faces.folds, fold, split_seed, validation)
     y, levels = _answers(store, rows, fold, answers), 6 if answers == "intensity" else 2
     return _fold_data(store, rows, y, image_size, likelihood, levels)
 
 # %% ../nbs/15c_faces.ipynb #150052
 def plot_activations(store: FrameStore) -> Figure:
     "Fig. 8: frames with and without each AU."
-    aus, yes = FACES[store.name].aus, (store.intensities >= 2).sum(0)
+    aus, yes = store.faces.aus, (store.intensities >= store.faces.least).sum(0)
     fig, ax = plt.subplots(figsize=(6, 2.6), layout="constrained")
     at = np.arange(len(aus))
     ax.bar(at - 0.2, yes, 0.4, label="present (intensity 2 to 5)")

@@ -36,6 +36,7 @@ class Recording:
     eyes: (
         np.ndarray
     )  # (n, 2, 2): centres, the left one in the picture first, as (x, y) in pixels; NaN: no face
+    wanted: np.ndarray | None = None  # (n,) frames to use; None: those of which every AU is coded
 
 
 def _or_none(read, *args):
@@ -375,7 +376,8 @@ QUALITY = 95  # of the JPEGs
 
 def _why_not(r, i, image):
     "Why a frame of a recording cannot be used; None if it can."
-    if (r.intensities[i] == UNKNOWN).any():
+    coded = (r.intensities[i] != UNKNOWN).all() if r.wanted is None else r.wanted[i]
+    if not coded:
         return "not coded"
     if similarity(r.eyes[i], 1) is None:
         return "no face"
@@ -421,10 +423,10 @@ def _written(r, out, name, size, to):
 _columns = ("rows", "sizes", "intensities", "about")
 
 
-def _finished(r, out, name, size, to, odd, start):
+def _finished(r, out, name, size, to, odd, start, said):
     "Write both files of a recording, the second when the first is whole; what is known of it."
     rows, sizes, about = _written(r, out, name, size, to)
-    about |= dict(odd=odd, seconds=time.perf_counter() - start)
+    about |= dict(odd=odd, seconds=time.perf_counter() - start) | said
     about |= {} if to == EYES else dict(eyes=to)
     columns, temporary = (rows, sizes, r.intensities[rows], json.dumps(about)), out / f".{name}.npz.tmp"
     with open(temporary, "wb") as f:
@@ -440,19 +442,20 @@ def prepare_recording(
     out: Path,  # folder for its two files
     size: int,  # of the pictures, in pixels
     to: tuple[tuple[float, float], ...] = EYES,  # where the eyes come to lie
+    source: str = "",  # what it was made from, to be remembered
 ) -> dict:  # frames, bytes, sha256, left_out (why: how many), odd, seconds; or only its problem
     "Align and compress a recording and say what became of it; OSError if it cannot be written."
-    start = time.perf_counter()
+    start, said = time.perf_counter(), dict(source=source) if source else {}
     try:
         recording, odd = read(root, name)
     except Exception as e:
-        return dict(problem=reason(e))  # readers raise what they like
+        return dict(problem=reason(e)) | said  # readers raise what they like
     try:
-        return _finished(recording, out, name, size, to, odd, start)
+        return _finished(recording, out, name, size, to, odd, start, said)
     except OSError:
         raise
     except Exception as e:
-        return dict(problem=reason(e))
+        return dict(problem=reason(e)) | said
     finally:
         for f in out.glob(f".{name}.*.tmp"):
             f.unlink(missing_ok=True)
@@ -462,15 +465,16 @@ def prepared_recording(
     out: Path,  # the folder of `prepare_recording`
     name: str,  # of the recording
     to: tuple[tuple[float, float], ...] | None = None,  # where its eyes have to lie; None: anywhere
+    source: str = "",  # what it has to be made from
 ) -> dict | None:  # what `prepare_recording` gave
     """What a whole preparation of a recording says of itself.
-    None if there is none, or none with the eyes in these places."""
+    None if there is none, or none with the eyes in these places, or of another source."""
     try:
         with np.load(out / f"{name}.npz") as a:
             rows, sizes, intensities, about = (a[k] for k in _columns)
         about = json.loads(str(about))
         whole = len(rows) == len(sizes) == len(intensities) == about["frames"]
-        whole = whole and sizes.sum() == about["bytes"]
+        whole = whole and sizes.sum() == about["bytes"] and about.get("source", "") == source
         whole = whole and (out / f"{name}.jpegs").stat().st_size == about["bytes"]
         return about if whole and to in (None, tuple(map(tuple, about.get("eyes", EYES)))) else None
     except Exception:

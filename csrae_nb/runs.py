@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/09e_runs.ipynb #095003
-from .catalogue import DATASETS, dataset_name, load_data
+from .catalogue import dataset_name, load_data, loader_of
 from .config import Config, identity, make_config, resolve, run_name, unused_fields
 from .data import SPLITS, Dataset
 from .files import load_tensors, run_lock, runs_folder, write_atomic, writing
@@ -129,8 +129,7 @@ def prepare_data(
     if data is None and cfg.dataset == "arrays":
         raise ValueError('dataset="arrays" needs the arrays: fit(cfg, dict(x=..., y=...))')
     if not isinstance(data, Dataset):
-        named = cfg.dataset in DATASETS and data is None
-        own = {f: getattr(cfg, f) for f in DATASETS.about(cfg.dataset, "uses", ())} if named else {}
+        own = {f: getattr(cfg, f) for f in loader_of(cfg.dataset)[1]} if data is None else {}
         data = load_data(cfg.dataset if data is None else data, cfg.likelihood, cfg.split_seed, **own)
     _check_data(cfg, data)
     task_of(cfg).check(data)

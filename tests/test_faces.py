@@ -206,7 +206,7 @@ def test_a_run_on_faces(drawn, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "wrong, says",
     [
-        (dict(dataset="mnist", fold=1), "fold=1 is for disfa, fera2015, faces_demo, not for mnist"),
+        (dict(dataset="mnist", fold=1), "fold=1 is for disfa, fera2015, faces_demo, a folder of videos"),
         (dict(dataset="faces_demo", image_size=100), "32, 96, 160, 224"),
         (dict(dataset="faces_demo", image_size=32, fold=3), "expected 0 to 2"),
         (dict(dataset="faces_demo", image_size=32, likelihood="bernoulli"), "call for discretized_logistic"),
@@ -703,7 +703,9 @@ def test_validation_on_subjects_that_nobody_trained_on(in_threads, drawn, tmp_pa
 
 
 def test_validation_is_of_faces():
-    with pytest.raises(ValueError, match="is for disfa, fera2015, faces_demo, not for digits"):
+    with pytest.raises(
+        ValueError, match="is for disfa, fera2015, faces_demo, a folder of videos .*, not for digits"
+    ):
         Config(validation="subjects")
     with pytest.raises(ValueError, match="unknown validation 'videos'; expected one of frames, subjects"):
         Config(dataset="disfa", validation="videos")

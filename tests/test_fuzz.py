@@ -234,7 +234,7 @@ def test_prepared_faces(what, drawn, tmp_path):
     about = {n: prepare_recording(demo.read, drawn, n, out, 32) for n in demo.recordings()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        faces._write_index("faces_demo", drawn, out, 32, about)
+        faces._write_index(demo, drawn, out, 32, about)
     whole = len(faces.FrameStore(out))
 
     def read():

