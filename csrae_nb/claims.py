@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIX', 'VAMP', 'JUDGED', 'LEVEL', 'VERDICTS', 'OWN', 'RECIPES', 'SIMILAR', 'CLAIMS', 'KEY', 'relative_spread',
-           'with_errors', 'compare', 'Estimate', 'welch', 'p_value', 'holm', 'tested', 'judge', 'judge_all',
+           'with_errors', 'clear', 'compare', 'Estimate', 'welch', 'p_value', 'holm', 'tested', 'judge', 'judge_all',
            'difference', 'alike', 'contenders', 'plot_sampling', 'Duel', 'sampling_duels', 'duel_line', 'duel_reading',
            'matching_weight', 'Claim', 'evidence', 'picked', 'fid_claim', 'mixture_claim', 'pattern_claim', 'middle',
            'Gain', 'knn_duels', 'knn_claim', 'knn_gain_claim', 'pairs', 'latent_claim', 'judge_rank', 'tradeoff_claim',
@@ -89,6 +89,11 @@ def with_errors(rows: list[dict], pool: list[dict]) -> list[dict]:
     return [r | dict(errors(r)) for r in rows]
 
 # %% ../nbs/13b_claims.ipynb #130020
+def clear(gap: float, error: float) -> int:  # 1: above zero; -1: below; 0: neither is clear
+    "Whether a gap is more than two of its errors."
+    return (gap > 2 * error) - (-gap > 2 * error)
+
+
 def compare(
     a: dict | None,
     b: dict | None,  # rows; None: not measured
@@ -101,7 +106,7 @@ def compare(
         return None
     if dx is None or dy is None:
         return 0
-    return (y - x > 2 * math.hypot(dx, dy)) - (x - y > 2 * math.hypot(dx, dy))
+    return clear(y - x, math.hypot(dx, dy))
 
 
 def _mean_error(row, metric):
@@ -514,8 +519,8 @@ class Gain:
         "Whether the gain is more than so many percent."
         part = 1 - percent / 100
         rival = Estimate(part * self.rival.mean, part * self.rival.se, self.rival.n)
-        gap, error = rival.mean - self.ours.mean, welch(self.ours, rival)[0]
-        return (gap > 2 * error) - (-gap > 2 * error), p_value(self.ours, rival)
+        error, _ = welch(self.ours, rival)
+        return clear(rival.mean - self.ours.mean, error), p_value(self.ours, rival)
 
 # %% ../nbs/13b_claims.ipynb #130180
 def knn_duels(tables: dict, name: str = MIX) -> list[list[Gain]]:  # for each data set and z, for each k

@@ -46,12 +46,8 @@ class ModelConfig:
     lam: float = 1.0  # λ, weight of D_CS
     beta: float = 1.0  # β, weight of the KL, of what WAE, CWAE and RAE have for it, and of the labels' KL
     posterior_components: int = 1  # N, Gaussians of q(z|x)
-    posterior_draws: str = (
-        "stratified"  # of a mixture q(z|x): a draw of each Gaussian, or "implicit": one of all
-    )
-    constraint: str | None = (
-        None  # a bound in nats, on divergence or reconstruction, which λ or β then follows
-    )
+    posterior_draws: str = "stratified"  # of a mixture, to decode: one of each Gaussian; or implicit
+    constraint: str | None = None  # a bound on divergence or reconstruction, in nats: λ or β follows
     objective: str = "cs"  # "cs": Eq. (2); "paper_eq21": as printed, wrong
     prior_network: bool = False  # mog by Table 6's network from one-hot codes, in place of free parameters
     learned_weights: bool = False  # mog with learned weights, in place of 1/K

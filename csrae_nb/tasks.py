@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 # %% ../nbs/09b_tasks.ipynb #092003
 from .aggregate import PRIOR_OBJECTIVES, Aggregate
-from .constraint import Constraint, Multiplier, constrained_score
+from .constraint import Constraint, Multiplier
 from .config import TASKS, Config, divergence_weight, prior_kind, task_class
 from .data import Dataset, LazyImages
 from .files import generator
@@ -177,7 +177,7 @@ class Validation:
     def score(self, model: nn.Module, row: dict) -> float:
         "Of a row of the history: what is smallest in the epoch to keep, by full weights or a constraint."
         if self.cfg.constraint:
-            return constrained_score(Constraint.read(self.cfg.constraint), row)
+            return Constraint.read(self.cfg.constraint).score(row)
         full = {k: w().item() if w.learns else w.full for k, w in model.weights.items()}
         weighed = (w * row[f"val_{k}"] for k, w in full.items())
         return row["val_reconstruction"] + sum(weighed)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 # %% ../nbs/09d_training.ipynb #094003
 from .config import Config, has_cs, identity, make_config, unused_fields
-from .constraint import TOLERANCE, Constraint, missed
+from .constraint import Constraint
 from .data import Dataset
 from .mixtures import Share
 from .files import generator, load_tensors, progress_bar, save_tensors, write_atomic, writing
@@ -392,9 +392,9 @@ def warn_of_constraint(cfg: Config, meta: dict) -> None:  # a checkpoint's heade
     "Warn if the epoch that is kept misses the constraint, and by how much."
     if not cfg.constraint:
         return
-    c = Constraint.read(cfg.constraint)
-    value = meta["history"][meta["best_epoch"] - 1][f"val_{c.term}"]
-    if missed(c, value) > TOLERANCE:
+    c, row = Constraint.read(cfg.constraint), meta["history"][meta["best_epoch"] - 1]
+    if not c.is_met(row):
+        value = row[f"val_{c.term}"]
         warnings.warn(
             f"{c} was not met: the nearest epoch, {meta['best_epoch']}, has {c.term} {value:.4g} on "
             "validation images. A looser bound, more epochs or another network is what can help"

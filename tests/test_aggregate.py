@@ -5,21 +5,11 @@ import pytest
 
 from csrae_nb import Config, fit
 from csrae_nb.fleet import fit_fleet
-from csrae_nb.training import Training
 
-X = (np.random.default_rng(0).random((120, 6)) < 0.5).astype(np.float32)
-FIELDS = dict(
-    dataset="arrays",
-    network="pinwheel",
-    latent_dim=2,
-    components=3,
-    epochs=4,
-    warmup=1,
-    kmeans_epoch=1,
-    batch_size=20,
-    learned_weights=True,
-    prior_objective="aggregate",
-)
+from small_runs import ROWS, TINY, differences, stopped_after_two_epochs, tiny
+
+X = ROWS
+FIELDS = TINY | dict(epochs=4, warmup=1, learned_weights=True, prior_objective="aggregate")
 
 
 def config(name, **fields):
@@ -27,28 +17,13 @@ def config(name, **fields):
 
 
 def trained(name, **fields):
-    return fit(config(name, **fields), dict(x=X), progress=False)
-
-
-def differences(a, b):
-    a, b = a.model.state_dict(), b.model.state_dict()
-    assert a.keys() == b.keys()
-    return {k: (a[k] - b[k]).abs().max().item() for k in a}
+    return tiny(name, **FIELDS | fields)
 
 
 @pytest.mark.parametrize("queue", [0, 30])
 def test_it_goes_on_where_it_was_stopped(queue, own_runs, monkeypatch):
-    whole, epoch = trained("whole", queue=queue), Training.train_and_validate
-
-    def stop(t, bar):
-        if t.meta["epoch"] == 2:
-            raise KeyboardInterrupt
-        epoch(t, bar)
-
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(Training, "train_and_validate", stop)
-        trained("stopped", queue=queue)
-    assert not any(differences(whole, trained("stopped", queue=queue)).values())
+    *_, off = stopped_after_two_epochs(monkeypatch, **FIELDS | dict(queue=queue))
+    assert not any(off.values())
 
 
 @pytest.mark.parametrize("fields", [dict(), dict(queue=30), dict(model="MixtureVAE", beta=0.5)])

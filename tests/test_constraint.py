@@ -3,7 +3,6 @@
 import math
 import warnings
 
-import numpy as np
 import pytest
 import torch
 
@@ -11,23 +10,14 @@ from sklearn.datasets import load_wine
 
 from csrae_nb import Config, CSRAEEmbedding, fit, load_run
 from csrae_nb.config import resolve, run_name
-from csrae_nb.constraint import TOLERANCE, Constraint, Multiplier, missed
+from csrae_nb.constraint import TOLERANCE, Constraint, Multiplier
 from csrae_nb.evaluation import complete_run, results_table
 from csrae_nb.files import runs_folder
 from csrae_nb.fleet import fit_fleet, fleets
-from csrae_nb.training import Training
 
-X = (np.random.default_rng(0).random((120, 6)) < 0.5).astype(np.float32)
-FIELDS = dict(
-    dataset="arrays",
-    network="pinwheel",
-    latent_dim=2,
-    components=3,
-    epochs=4,
-    kmeans_epoch=1,
-    batch_size=20,
-    constraint="divergence<=0.5",
-)
+from small_runs import ROWS, TINY, differences, stopped_after_two_epochs, tiny
+
+FIELDS = TINY | dict(epochs=4, constraint="divergence<=0.5")
 
 
 def config(name, **fields):
@@ -35,13 +25,7 @@ def config(name, **fields):
 
 
 def trained(name, **fields):
-    return fit(config(name, **fields), dict(x=X), progress=False)
-
-
-def differences(a, b):
-    a, b = a.model.state_dict(), b.model.state_dict()
-    assert a.keys() == b.keys()
-    return {k: (a[k] - b[k]).abs().max().item() for k in a}
+    return tiny(name, **dict(epochs=4, constraint="divergence<=0.5") | fields)
 
 
 @pytest.mark.parametrize("text", ["divergence<=3", "reconstruction<=22"])
@@ -49,29 +33,20 @@ def differences(a, b):
 def test_it_is_met_on_validation_images(text, model, own_runs):
     run = fit(Config(model=model, constraint=text, latent_dim=8, epochs=60, lr=1e-3), progress=False)
     c, row = Constraint.read(text), run.history[run.best_epoch - 1]
-    assert missed(c, row[f"val_{c.term}"]) <= TOLERANCE
+    assert c.is_met(row)
     last = [r[f"val_{c.term}"] for r in run.history[-10:]]
     assert sum(last) / 10 == pytest.approx(c.bound, rel=0.04)
     lams = [r["weight_divergence"] for r in run.history]
     assert all(math.isfinite(w) and w > 0 for w in lams) and len(set(lams)) == len(lams)
-    met = [r for r in run.history if missed(c, r[f"val_{c.term}"]) <= TOLERANCE]
+    met = [r for r in run.history if c.is_met(r)]
     other = "val_reconstruction" if c.term == "divergence" else "val_divergence"
     assert row[other] == min(r[other] for r in met)
 
 
 def test_it_goes_on_where_it_was_stopped(own_runs, monkeypatch):
-    whole, epoch = trained("whole"), Training.train_and_validate
-
-    def stop(t, bar):
-        if t.meta["epoch"] == 2:
-            raise KeyboardInterrupt
-        epoch(t, bar)
-
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(Training, "train_and_validate", stop)
-        trained("stopped")
-    stopped = trained("stopped")
-    assert not any(differences(whole, stopped).values())
+    fields = dict(epochs=4, constraint="divergence<=0.5")
+    whole, stopped, off = stopped_after_two_epochs(monkeypatch, **fields)
+    assert not any(off.values())
     assert [r["weight_divergence"] for r in whole.history] == [
         r["weight_divergence"] for r in stopped.history
     ]
@@ -81,7 +56,7 @@ def test_a_fleet_is_its_members_whatever_their_bounds(own_runs):
     bounds = ("divergence<=0.5", "divergence<=0.2")
     alone = [trained(f"alone{s}", seed=s, constraint=c) for s, c in enumerate(bounds)]
     configs = [config(f"together{s}", seed=s, constraint=c) for s, c in enumerate(bounds)]
-    for a, b in zip(alone, fit_fleet(configs, dict(x=X), progress=False), strict=True):
+    for a, b in zip(alone, fit_fleet(configs, dict(x=ROWS), progress=False), strict=True):
         assert max(differences(a, b).values()) < 1e-4
         for k, v in a.history[-1].items():
             assert k == "seconds" or b.history[-1][k] == pytest.approx(v, abs=1e-4), k

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from csrae_nb import Config, fit, load_run
+from csrae_nb import Config, load_run
 from csrae_nb.catalogue import load_data
 from csrae_nb.config import resolve, run_name
 from csrae_nb.evaluation import evaluate
@@ -15,55 +15,35 @@ from csrae_nb.models import CSRAE
 from csrae_nb.likelihoods import Bernoulli
 from csrae_nb.networks import make_networks
 from csrae_nb.priors import StandardNormal
-from csrae_nb.training import Training
 
-X = (np.random.default_rng(0).random((120, 6)) < 0.5).astype(np.float32)
-FIELDS = dict(
-    dataset="arrays",
-    network="pinwheel",
-    latent_dim=2,
-    components=3,
-    epochs=3,
-    warmup=1,
-    kmeans_epoch=1,
-    batch_size=20,
-    posterior_components=3,
-)
+from small_runs import ROWS, TINY, stopped_after_two_epochs, tiny
+
+FIELDS = dict(epochs=3, warmup=1, posterior_components=3)
 
 
 def config(name, **fields):
-    return Config(**FIELDS | fields, name=name)
+    return Config(**TINY | FIELDS | fields, name=name)
 
 
 def trained(name, **fields):
-    return fit(config(name, **fields), dict(x=X), progress=False)
+    return tiny(name, **FIELDS | fields)
 
 
 @pytest.mark.parametrize("draws", ["stratified", "implicit"])
 @pytest.mark.parametrize("model", ["VAE", "IWAE", "MixtureVAE", "VampPriorVAE", "CSRAE", "MixtureCSRAE"])
 def test_every_model_learns_and_comes_back(model, draws, own_runs):
     run = trained("run", model=model, posterior_draws=draws)
-    q = load_run(run.path).model.encode(torch.from_numpy(X))
+    q = load_run(run.path).model.encode(torch.from_numpy(ROWS))
     assert q.mu.shape == (120, 3, 2) and q.logw.exp().std(-1).max() > 0
     first, last = run.history[0], run.history[-1]
     assert all(1 <= r["posterior_used"] <= 3 for r in run.history)
     assert last["train_reconstruction"] < first["train_reconstruction"] + 0.1
-    assert torch.isfinite(run.model.log_likelihood(torch.from_numpy(X[:5]), 20)).all()
+    assert torch.isfinite(run.model.log_likelihood(torch.from_numpy(ROWS[:5]), 20)).all()
 
 
 def test_it_goes_on_where_it_was_stopped(own_runs, monkeypatch):
-    whole, epoch = trained("whole"), Training.train_and_validate
-
-    def stop(t, bar):
-        if t.meta["epoch"] == 2:
-            raise KeyboardInterrupt
-        epoch(t, bar)
-
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(Training, "train_and_validate", stop)
-        trained("stopped")
-    a, b = whole.model.state_dict(), trained("stopped").model.state_dict()
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    *_, off = stopped_after_two_epochs(monkeypatch, **FIELDS)
+    assert not any(off.values())
 
 
 def test_the_stratified_error_is_the_mean_over_components():
@@ -78,7 +58,7 @@ def test_the_stratified_error_is_the_mean_over_components():
 
 def test_it_is_evaluated_as_any_other(own_runs):
     run = trained("run", ll_samples=10, fid_layer=0)
-    found = evaluate(run, load_data(dict(x=X)), progress=False)
+    found = evaluate(run, load_data(dict(x=ROWS)), progress=False)
     assert np.isfinite(found["ll"]) and np.isfinite(found["divergence"])
 
 
