@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIX', 'VAMP', 'JUDGED', 'LEVEL', 'VERDICTS', 'OWN', 'RECIPES', 'SIMILAR', 'CLAIMS', 'KEY', 'relative_spread',
-           'with_errors', 'clear', 'compare', 'Estimate', 'welch', 'p_value', 'holm', 'tested', 'judge', 'judge_all',
+           'with_errors', 'compare', 'Estimate', 'welch', 'p_value', 'holm', 'tested', 'judge', 'judge_all',
            'difference', 'alike', 'contenders', 'plot_sampling', 'Duel', 'sampling_duels', 'duel_line', 'duel_reading',
            'matching_weight', 'Claim', 'evidence', 'picked', 'fid_claim', 'mixture_claim', 'pattern_claim', 'middle',
            'Gain', 'knn_duels', 'knn_claim', 'knn_gain_claim', 'pairs', 'latent_claim', 'judge_rank', 'tradeoff_claim',
@@ -89,11 +89,6 @@ def with_errors(rows: list[dict], pool: list[dict]) -> list[dict]:
     return [r | dict(errors(r)) for r in rows]
 
 # %% ../nbs/13b_claims.ipynb #130020
-def clear(gap: float, error: float) -> int:  # 1: above zero; -1: below; 0: neither is clear
-    "Whether a gap is more than two of its errors."
-    return (gap > 2 * error) - (-gap > 2 * error)
-
-
 def compare(
     a: dict | None,
     b: dict | None,  # rows; None: not measured
@@ -106,13 +101,18 @@ def compare(
         return None
     if dx is None or dy is None:
         return 0
-    return clear(y - x, math.hypot(dx, dy))
+    return _clear(y - x, math.hypot(dx, dy))
 
 
 def _mean_error(row, metric):
     "What a comparison sees of a row, which may be None."
     row = row or {}
     return row.get(f"{metric}_mean"), row.get(f"{metric}_err", row.get(f"{metric}_se"))
+
+
+def _clear(gap, error):
+    "Whether a gap is more than two of its errors above zero (1), below (-1), or neither (0)."
+    return (gap > 2 * error) - (-gap > 2 * error)
 
 # %% ../nbs/13b_claims.ipynb #130320
 LEVEL = 0.05  # of the tests
@@ -520,7 +520,7 @@ class Gain:
         part = 1 - percent / 100
         rival = Estimate(part * self.rival.mean, part * self.rival.se, self.rival.n)
         error, _ = welch(self.ours, rival)
-        return clear(rival.mean - self.ours.mean, error), p_value(self.ours, rival)
+        return _clear(rival.mean - self.ours.mean, error), p_value(self.ours, rival)
 
 # %% ../nbs/13b_claims.ipynb #130180
 def knn_duels(tables: dict, name: str = MIX) -> list[list[Gain]]:  # for each data set and z, for each k

@@ -15,10 +15,10 @@ from torch import Tensor
 # %% ../nbs/06d_constraint.ipynb #064003
 from .models import Weight
 
-# %% ../nbs/06d_constraint.ipynb #064006
+# %% ../nbs/06d_constraint.ipynb #064106
 TOLERANCE = 0.01  # part of a bound by which it may be missed on validation images
 
-
+# %% ../nbs/06d_constraint.ipynb #064006
 @dataclass(frozen=True)
 class Constraint:
     "What a term of the loss may be at most, in nats an example."
