@@ -301,7 +301,7 @@ def test_the_wheel_works_away_from_the_repository(copy, tmp_path_factory):
 
 
 def test_sidebar_lists_the_pages():
-    "The sidebar lists the home page and the notebooks, each once and in order."
+    "The sidebar lists the home page and the notebooks, each once and in order; the kernels come later there."
     site = yaml.safe_load((root / "_quarto.yml").read_text())
 
     def pages(contents):
@@ -311,10 +311,14 @@ def test_sidebar_lists_the_pages():
             else:
                 yield entry
 
-    assert list(pages(site["website"]["sidebar"]["contents"])) == [
+    listed = list(pages(site["website"]["sidebar"]["contents"]))
+    assert sorted(listed) == sorted(["index.qmd", *(f"nbs/{p.name}" for p in notebooks)])
+    kernels = "nbs/01a_kernels.ipynb"  # to skip at a first reading, and so behind the models
+    assert [p for p in listed if p != kernels] == [
         "index.qmd",
-        *(f"nbs/{p.name}" for p in notebooks),
+        *(f"nbs/{p.name}" for p in notebooks if p.name not in kernels),
     ]
+    assert listed.index("nbs/06_models.ipynb") < listed.index(kernels)
     for pattern in site["project"]["render"]:
         assert list(root.glob(pattern)), pattern
 
