@@ -1,7 +1,8 @@
 """What the website does with each notebook after nbdev, before Quarto renders it, in the folder of the pages.
 
 A chapter keeps its number in its title and its address. The code of a picture is folded, the imports of the
-tests above the first sentence are left out, and a number and its error stay on one line.
+tests above the first sentence are left out, a number and its error stay on one line, and the caption of a
+picture in the text is also its alternative.
 """
 
 import ast
@@ -53,10 +54,15 @@ def folded(cell):
         put(cell, f'#| code-fold: true\n#| code-summary: "How it is drawn"\n{source(cell)}')
 
 
+def described(text):
+    "Text whose pictures, one on a line of its own, have their caption as their alternative, too."
+    return re.sub(r'^(!\[([^\]"]+)\]\([^)]+\))$', r'\1{fig-alt="\2"}', text, flags=re.M)
+
+
 def unbroken(cell):
     "No line ends before or after ±."
     if cell["cell_type"] == "markdown":
-        put(cell, source(cell).replace(" ± ", "\u00a0±\u00a0"))
+        put(cell, described(source(cell)).replace(" ± ", "\u00a0±\u00a0"))
     for out in cell.get("outputs", ()):
         if text := out.get("data", {}).get("text/markdown"):
             text = "".join(text).replace(" ± ", "\u00a0±\u00a0")
@@ -77,3 +83,5 @@ def prepare(path):
 if __name__ == "__main__":
     for path in sorted(Path("nbs").glob("*.ipynb")):
         prepare(path)
+    for path in Path().glob("*.md"):
+        path.write_text(described(path.read_text(encoding="utf-8")), encoding="utf-8")
