@@ -262,11 +262,12 @@ def test_metadata():
         assert required(extra) <= required("dev"), extra
 
 
-def test_readme_examples(tmp_path, monkeypatch):
-    "The Python in README runs as it stands."
+def test_examples_of_the_pages(tmp_path, monkeypatch):
+    "The Python in USING runs as it stands, from top to bottom."
     monkeypatch.chdir(tmp_path)
-    names = {}
-    for block in re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.S):
+    names, blocks = {}, re.findall(r"```python\n(.*?)```", (root / "USING.md").read_text(), re.S)
+    assert blocks
+    for block in blocks:
         exec(block, names)
 
 
@@ -306,21 +307,60 @@ def test_sidebar_lists_the_pages():
 
     def pages(contents):
         for entry in contents:
-            if isinstance(entry, dict):
+            if isinstance(entry, dict) and "contents" in entry:
                 yield from pages(entry["contents"])
             else:
-                yield entry
+                yield entry["href"] if isinstance(entry, dict) else entry
 
     listed = list(pages(site["website"]["sidebar"]["contents"]))
-    assert sorted(listed) == sorted(["index.qmd", *(f"nbs/{p.name}" for p in notebooks)])
+    assert listed[0] == "index.qmd" and len(listed) == len(set(listed))
     kernels = "nbs/01a_kernels.ipynb"  # to skip at a first reading, and so behind the models
-    assert [p for p in listed if p != kernels] == [
-        "index.qmd",
-        *(f"nbs/{p.name}" for p in notebooks if p.name not in kernels),
-    ]
+    chapters = [p for p in listed if p.endswith(".ipynb") and p != kernels]
+    assert chapters == [f"nbs/{p.name}" for p in notebooks if p.name not in kernels]
     assert listed.index("nbs/06_models.ipynb") < listed.index(kernels)
-    for pattern in site["project"]["render"]:
-        assert list(root.glob(pattern)), pattern
+    assert set(listed) == {str(f.relative_to(root)) for p in site["project"]["render"] for f in root.glob(p)}
+
+
+def test_the_list_of_chapters_is_whole():
+    "nbs/README.md, for who reads on GitHub, links the chapters, each once and in order."
+    linked = re.findall(r"\]\(([^)#]+\.ipynb)\)", (root / "nbs" / "README.md").read_text())
+    assert linked == [p.name for p in notebooks]
+
+
+def test_home_is_one_screen():
+    "README and the home page stay short, and say things once."
+    readme, home = (root / "README.md").read_text(), (root / "index.qmd").read_text()
+    assert len(readme.splitlines()) <= 80 and len(home.splitlines()) <= 70
+    for page in readme, home:
+        links = re.findall(r"\]\(([^)#]+\.(?:ipynb|qmd|md))\)", page)
+        assert len(links) == len(set(links)), "a page is linked twice"
+
+
+# chapters whose pictures are described, and whose references linked, with the next revision of their text
+REVISED = """00_two_gaussians 01a_kernels 01b_mixtures 01c_divergence 02_derivation 02b_registry 03_priors
+04_likelihoods 05_networks 06_models 06b_aggregate 06e_posterior 06f_layers 16_action_units""".split()
+
+
+@per_notebook
+def test_pictures_are_described(path):
+    "A cell whose output is a picture says in words what is to be seen."
+    if path.stem in REVISED:
+        pytest.xfail("its text is being revised")
+    pictures = [s for s, outs in code_cells(path) if any("image/png" in o.get("data", {}) for o in outs)]
+    assert not [s[:80] for s in pictures if not re.match(r'#\| fig-alt: "[^"]{20,}"\n', s)]
+
+
+@per_notebook
+def test_other_chapters_are_linked(path):
+    "Text that names a chapter, by its number or by what it is about, links it."
+    if path.stem in REVISED:
+        pytest.xfail("its text is being revised")
+    for cell in json.loads(path.read_text())["cells"]:
+        if cell["cell_type"] == "markdown":
+            plain = re.sub(r"\[[^\]]*\]\([^)]*\)|```.*?```", "", "".join(cell["source"]), flags=re.S)
+            named = re.findall(r"[Tt]he chapters? (?:on|of|about) [\w ]{3,30}|[Cc]hapter \d+", plain)
+            named += re.findall(r"`\d\d[a-f]?_[a-z_]+`", plain)
+            assert not named, (cell["id"], named)
 
 
 def headings(path):
@@ -334,14 +374,17 @@ def headings(path):
     return {re.sub(r"^[^a-z]*", "", re.sub(r"\s+", "-", h.strip())) for h in plain}
 
 
-@pytest.mark.parametrize("page", ["index.qmd", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+PAGES = "index.qmd equations.qmd README.md USING.md CONTRIBUTING.md CHANGELOG.md nbs/README.md".split()
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links(page):
     "Every file that a page links, shows or includes exists."
-    text = (root / page).read_text()
+    text, folder = (root / page).read_text(), (root / page).parent
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text) + re.findall(r"{{< include (\S+) >}}", text)
-    assert not [l for l in links if not (root / l).exists()]
+    assert not [l for l in links if not (folder / l).exists()]
     for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", text):
-        assert anchor in headings(root / (target or page)), f"{target}#{anchor}"
+        assert anchor in headings(folder / target if target else root / page), f"{target}#{anchor}"
 
 
 def test_site_up_to_quarto(copy):
@@ -350,6 +393,14 @@ def test_site_up_to_quarto(copy):
     for nb in set(notebooks) - set(pages):
         (copy / "nbs" / nb.name).unlink()  # its imports are an extra's, which is not installed
     in_copy(copy, sys.executable, "-c", "from nbdev.serve import proc_nbs; proc_nbs(n_workers=0)")
+    in_copy(copy / "_proc", sys.executable, "../.ci/pages.py")  # as _quarto.yml says
     for nb in pages:
         page = nbformat.read(copy / "_proc" / "nbs" / nb.name, 4)
-        assert page.cells[0].cell_type == "raw" and "title:" in page.cells[0].source, nb.name
+        matter = yaml.safe_load(page.cells[0].source.strip().strip("-"))
+        number = re.match(r"(?:\d+[a-z]* )?", nb.stem.replace("_", " "))[0]
+        assert page.cells[0].cell_type == "raw" and matter["title"].startswith(number), nb.name
+        assert not number or matter["output-file"] == f"{nb.stem}.html"
+        first = next(c for c in page.cells[1:] if "<!--" not in c.source)
+        assert first.cell_type == "markdown" or "import" not in first.source, (
+            f"{nb.name}: {first.source[:80]}"
+        )

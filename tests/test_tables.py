@@ -244,8 +244,9 @@ def test_a_page_without_a_place_for_answers_is_left_as_it_is(tmp_path, text):
     assert page.read_text() == text
 
 
-def test_readme_shows_the_answers_of_the_committed_tables():
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["README.md", "index.qmd"])
+def test_pages_show_the_answers_of_the_committed_tables(page):
+    text = (Path(__file__).parents[1] / page).read_text(encoding="utf-8")
     shown = text.split("<!-- answers -->")[1].split("<!-- /answers -->")[0].strip()
     renewed = answers.answers_markdown().strip()
-    assert shown == renewed, "run csrae_nb.answers.update_readme('README.md')"
+    assert shown == renewed, f"run csrae_nb.answers.update_readme({page!r})"
