@@ -59,14 +59,18 @@ def described(text):
     return re.sub(r'^(!\[([^\]"]+)\]\([^)]+\))$', r'\1{fig-alt="\2"}', text, flags=re.M)
 
 
+def together(text):
+    "No line ends between a number and its error, or between two numbers with × or / between them."
+    return re.sub(r"(?<=[\d%]) ([±×/]) (?=[\d])", "\u00a0\\1\u00a0", text)
+
+
 def unbroken(cell):
-    "No line ends before or after ±."
+    "The same for the text of a cell and for the tables that it shows."
     if cell["cell_type"] == "markdown":
-        put(cell, described(source(cell)).replace(" ± ", "\u00a0±\u00a0"))
+        put(cell, together(described(source(cell))))
     for out in cell.get("outputs", ()):
         if text := out.get("data", {}).get("text/markdown"):
-            text = "".join(text).replace(" ± ", "\u00a0±\u00a0")
-            out["data"]["text/markdown"] = text.splitlines(keepends=True)
+            out["data"]["text/markdown"] = together("".join(text)).splitlines(keepends=True)
 
 
 def prepare(path):
