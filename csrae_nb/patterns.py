@@ -117,8 +117,8 @@ def informed(
     p: Patterns,  # a single mixture, the prior
 ) -> Float[Tensor, "n L"]:
     "Logits of a yes to each question given what the classifier says of all of them, by Bayes' rule."
-    mean = (p.logw.exp()[:, None] * p.logits.sigmoid()).sum(0).logit()
-    each = p.logits + (logits - mean)[:, None]  # (n, K, L)
+    yes, no = ((p.logw[:, None] + F.logsigmoid(s * p.logits)).logsumexp(0) for s in (1, -1))
+    each = p.logits + (logits - (yes - no))[:, None]  # (n, K, L)
     weight = p.logw + (F.softplus(each) - F.softplus(p.logits)).sum(-1)
     yes, no = ((weight[..., None] + F.logsigmoid(s * each)).logsumexp(1) for s in (1, -1))
     return yes - no

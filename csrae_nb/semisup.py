@@ -1053,6 +1053,11 @@ class LabelTask(_LabelledBatches, _ChosenByLabels, _MadeWithLabels):
         else:
             super().start(model, run_first)
 
+# %% ../nbs/14_semi_supervised.ipynb #140934
+def _of_batch(logits):
+    "Logits of the batch that several processes share."
+    return of_all_processes(GMM.gaussian(logits, torch.ones_like(logits))).mu[:, 0]
+
 # %% ../nbs/14_semi_supervised.ipynb #140034
 class Supervised(_Classifying, nn.Module):
     "q(y|x) alone, with the same h_x: what labelled images teach without the others."
@@ -1090,11 +1095,6 @@ class Supervised(_Classifying, nn.Module):
         said = _of_batch(logits if n == len(x) else logits[n:])
         apart = patterns_divergence(Patterns.together(said), self.patterns)
         return Terms(wrong.mean() + self.lam_patterns * apart, each, dict(patterns=apart))
-
-
-def _of_batch(logits):
-    "Logits of the batch that several processes share."
-    return of_all_processes(GMM.gaussian(logits, torch.ones_like(logits))).mu[:, 0]
 
 # %% ../nbs/14_semi_supervised.ipynb #140734
 MOST_FRAMES = 1000  # in a divergence between what is said of frames and patterns, whose pairs are counted
