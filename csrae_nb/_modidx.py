@@ -1410,6 +1410,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'csrae_nb.semisup._predicted': ('nbs/semi_supervised.html#_predicted', 'csrae_nb/semisup.py'),
                                   'csrae_nb.semisup._waited_for': ('nbs/semi_supervised.html#_waited_for', 'csrae_nb/semisup.py'),
                                   'csrae_nb.semisup.agreement': ('nbs/semi_supervised.html#agreement', 'csrae_nb/semisup.py'),
+                                  'csrae_nb.semisup.average_precision': ( 'nbs/semi_supervised.html#average_precision',
+                                                                          'csrae_nb/semisup.py'),
                                   'csrae_nb.semisup.balanced': ('nbs/semi_supervised.html#balanced', 'csrae_nb/semisup.py'),
                                   'csrae_nb.semisup.best_threshold': ('nbs/semi_supervised.html#best_threshold', 'csrae_nb/semisup.py'),
                                   'csrae_nb.semisup.class_weights': ('nbs/semi_supervised.html#class_weights', 'csrae_nb/semisup.py'),

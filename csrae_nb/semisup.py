@@ -7,8 +7,8 @@ __all__ = ['MOST_LABELS', 'LABEL_NETWORKS', 'RARE', 'MOST_FRAMES', 'OneLabel', '
            'best_threshold', 'counts_of_answers', 'tuned_answers', 'cycled', 'balanced', 'Cutpoints', 'Intensities',
            'agreement', 'class_weights', 'classification', 'Joined', 'LabelNetwork', 'label_features',
            'LabelClassifier', 'LabelEncoder', 'LabelDecoder', 'SemiSupervised', 'how_many', 'labelled_images',
-           'temperature', 'summed', 'label_kind', 'kind_from', 'LabelTask', 'Supervised', 'of_patterns',
-           'SupervisedTask', 'first_phase', 'take_over', 'plot_classes']
+           'temperature', 'summed', 'label_kind', 'kind_from', 'LabelTask', 'Supervised', 'average_precision',
+           'of_patterns', 'SupervisedTask', 'first_phase', 'take_over', 'plot_classes']
 
 # %% ../nbs/14_semi_supervised.ipynb #140002
 import math
@@ -1096,6 +1096,18 @@ class Supervised(_Classifying, nn.Module):
         apart = patterns_divergence(Patterns.together(said), self.patterns)
         return Terms(wrong.mean() + self.lam_patterns * apart, each, dict(patterns=apart))
 
+# %% ../nbs/14_semi_supervised.ipynb #141434
+def average_precision(
+    logits: Float[Tensor, "n L"],
+    y: Int[Tensor, "n L"],  # -1: not known
+) -> float | None:  # None without a question that has been answered both ways
+    "Average precision in percent, a mean over questions: whatever threshold, how well frames are ranked."
+    from sklearn.metrics import average_precision_score
+
+    pairs = [(b[b >= 0].cpu(), a[b >= 0].cpu()) for a, b in zip(logits.T, y.T)]
+    found = [100 * average_precision_score(b, a) for b, a in pairs if len(b.unique()) > 1]
+    return float(sum(found) / len(found)) if found else None
+
 # %% ../nbs/14_semi_supervised.ipynb #140734
 MOST_FRAMES = 1000  # in a divergence between what is said of frames and patterns, whose pairs are counted
 
@@ -1106,11 +1118,12 @@ def of_patterns(
     test: tuple[Tensor, Tensor] | None,  # logits and labels of the test images; None without labels
     val: tuple[Tensor, Tensor] | None,  # of the validation images
 ) -> dict[str, float | None]:
-    "F1 of answers that are informed by the patterns, and D_CS to these of what is said, and of the labels."
+    "F1 and ranks of answers that patterns inform, and D_CS to these of what is said, and of the labels."
     if test is None:
         return {}
     known = [(informed(logits, p), y) for logits, y in (s for s in (test, val) if s)]
     found = dict(informed_f1=kind.judge(*known[0])["f1"])
+    found |= dict(ap=average_precision(*test), informed_ap=average_precision(*known[0]))
     if val:
         found["informed_tuned_f1"] = kind.measured(*known)["tuned_f1"]
     rows = (test[1] >= 0).all(1).nonzero()[:, 0]
