@@ -74,6 +74,8 @@ class Config(ModelConfig):
     labelled_batch: int | None = None  # of a batch, images with labels
     alpha: float | None = None  # α, weight of the classification term of Eq. (27)
     balance: str = "batches"  # how rare answers are made up for: batches, weights, asymmetric, none
+    patterns: int = 0  # of answers, K: a prior over rows of them, of model Supervised; 0: none
+    lam_patterns: float = 1.0  # weight of D_CS between what is said of frames together and the patterns
     lr: float = 5e-4  # Adam's learning rate
     seed: int = 0  # weights, batches, draws of z, binarisation
     split_seed: int = 0  # split of data that come unsplit
@@ -145,6 +147,7 @@ _of_one = (
 )
 _of_one += " expost_components threads labelled_batch"
 _of_zero = "queue kmeans_epoch warmup seed split_seed fold ll_samples lam beta labels pretrain alpha"
+_of_zero += " patterns lam_patterns"
 _least = dict(
     image_size=32, fid_images=2, **dict.fromkeys(_of_one.split(), 1), **dict.fromkeys(_of_zero.split(), 0)
 )
@@ -240,6 +243,18 @@ def _check_constraint(c):
         field = "lam" if has_cs(c) else "beta"
         raise ValueError(f"{field}=0; the multiplier of a constraint starts from a number above 0")
 
+# %% ../nbs/09_config.ipynb #090515
+def _check_patterns(c):
+    "ValueError for patterns of answers that cannot be."
+    if not c.patterns:
+        if c.lam_patterns != Config.lam_patterns:
+            raise ValueError(f"lam_patterns={c.lam_patterns} has no effect without patterns; set patterns")
+        return
+    if c.model != SUPERVISED:
+        raise ValueError(f"patterns={c.patterns} is for model={SUPERVISED}, not for {c.model}")
+    if c.answers == "intensity":
+        raise ValueError(f"patterns={c.patterns} is of answers yes or no; answers='intensity' has others")
+
 # %% ../nbs/09_config.ipynb #090115
 def _of_data_sets():
     "The fields that belong to some data sets: the names of these."
@@ -270,6 +285,7 @@ def _check_config(c):
     _check_values(c)
     _check_posterior(c)
     _check_constraint(c)
+    _check_patterns(c)
     _check_effects(c)
 
 # %% ../nbs/09_config.ipynb #090016
@@ -314,9 +330,10 @@ _not_identity = ("name", "device", "threads", "tracker", *EVALUATION)
 _of_parts = "latent_dim prior components importance_samples kl_samples lam beta posterior_components"
 _of_parts += " posterior_draws constraint objective prior_network learned_weights prior_objective queue"
 _of_parts += " kmeans_epoch warmup pretrain labelled_batch alpha balance encoder_weights"
+_of_parts += " patterns lam_patterns"
 _of_parts += " fold image_size validation answers"
 # that runs of before they were there do not have
-_later = ("validation", "answers", "balance", "encoder_weights")
+_later = ("validation", "answers", "balance", "encoder_weights", "patterns")
 
 # %% ../nbs/09_config.ipynb #090121
 def task_class(cfg: Config) -> type:  # an entry of TASKS
@@ -327,6 +344,7 @@ def task_class(cfg: Config) -> type:  # an entry of TASKS
 def used_fields(cfg: Config) -> set[str]:  # of those that belong to parts
     "The fields that the parts of a configuration use."
     out = {*task_class(cfg).uses, "encoder_weights", *fields_of_data(cfg)}
+    out |= {"lam_patterns", "labelled_batch"} if cfg.patterns else set()
     if cfg.model not in MODELS:
         return out
     own = MODELS.about(cfg.model, "options", {}).values()

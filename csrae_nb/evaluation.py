@@ -307,6 +307,7 @@ DIAGNOSTICS = (
 )
 # of runs whose task measures them, and of each answer, with its name
 OF_TASKS = ("error", "error_val", "f1", "f1_val", "tuned_f1", "icc", "pcc", "mae")
+OF_TASKS += ("informed_f1", "informed_tuned_f1", "ap", "informed_ap", "to_patterns", "labels_to_patterns")
 _counts = ("tp", "fp", "fn")
 OF_ANSWERS = ("f1", "tuned_f1", "threshold", *_counts, *(f"tuned_{c}" for c in _counts), "icc", "pcc", "mae")
 
@@ -518,6 +519,7 @@ def _settings(c):
     "Fields of the model that no column says and that are not at their defaults: field=value field=value."
     fields = "objective constraint posterior_components posterior_draws prior_network learned_weights"
     fields += " prior_objective queue kmeans_epoch answers balance encoder_weights"
+    fields += " patterns lam_patterns"
     default, used = Config(), identity(c)
     values = {k: used[k] for k in fields.split() if k in used and used[k] != getattr(default, k)}
     return " ".join(f"{k}={v}" for k, v in values.items())
