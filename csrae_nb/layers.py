@@ -23,7 +23,7 @@ def _in_batch(q, z):
     "A batch of Gaussians, in the batch axes of z."
     return GMM(*(t.unflatten(0, z.shape[:-1]) for t in q.broadcast()))
 
-
+# %% ../nbs/06f_layers.ipynb #066108
 class Lower(nn.Module):
     "q(z₁|x), or q(z₁|x, z₂), and p(z₁|z₂)."
 
