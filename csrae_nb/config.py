@@ -21,6 +21,7 @@ from typing import get_args
 from .aggregate import PRIOR_OBJECTIVES
 from .catalogue import ARRAYS, DATASETS, FOLDERS, about_data, dataset_name, preset
 from .constraint import Constraint
+from .layers import two_layers
 from .likelihoods import LIKELIHOODS
 from .models import DIVERGENCES, MODELS
 from .networks import NETWORKS
@@ -47,6 +48,10 @@ class ModelConfig:
     beta: float = 1.0  # β, weight of the KL, of what WAE, CWAE and RAE have for it, and of the labels' KL
     posterior_components: int = 1  # N, Gaussians of q(z|x)
     posterior_draws: str = "stratified"  # of a mixture, to decode: one of each Gaussian; or implicit
+    layers: int = 1  # 2: z₂ → z₁ → x, the prior on z₂, of latent_dim dimensions
+    lower_dim: int | None = None  # of two layers: dimensions of z₁; None: latent_dim
+    lower_weight: float = 1.0  # of two layers: weight of the divergence of z₁
+    skip: bool = False  # of two layers: the decoder and q(z₁) see z₂, too
     constraint: str | None = None  # a bound on divergence or reconstruction, in nats: λ or β follows
     objective: str = "cs"  # "cs": Eq. (2); "paper_eq21": as printed, wrong
     prior_network: bool = False  # mog by Table 6's network from one-hot codes, in place of free parameters
@@ -55,7 +60,7 @@ class ModelConfig:
     queue: int = 0  # posteriors of earlier batches in the aggregate that a mog learns from
     kmeans_epoch: int = 3  # epoch after which free mog components are set by k-means on the codes; 0: never
     likelihood: str | None = None  # bernoulli, gaussian, discretized_logistic; None: what the data call for
-    network: str | None = None  # a row of Table 6: mlp, pinwheel, residual, faces; or resnet18
+    network: str | None = None  # a row of Table 6: mlp, pinwheel, residual, faces; resnet18, gated
     encoder_weights: str | None = None  # of resnet18: a file of torchvision's weights to begin with
 
 # %% ../nbs/09_config.ipynb #090008
@@ -130,6 +135,7 @@ def _choices(c):
         prior=priors,
         objective=list(DIVERGENCES),
         posterior_draws=("stratified", "implicit"),
+        layers=(1, 2),
         prior_objective=list(PRIOR_OBJECTIVES),
         likelihood=LIKELIHOODS,
         network=NETWORKS,
@@ -145,9 +151,10 @@ def _choices(c):
 _of_one = (
     "latent_dim components posterior_components importance_samples kl_samples epochs patience batch_size"
 )
-_of_one += " expost_components threads labelled_batch"
+_of_one += " expost_components threads labelled_batch lower_dim"
 _of_zero = "queue kmeans_epoch warmup seed split_seed fold ll_samples lam beta labels pretrain alpha"
 _of_zero += " patterns lam_patterns"
+_of_zero += " lower_weight"
 _least = dict(
     image_size=32, fid_images=2, **dict.fromkeys(_of_one.split(), 1), **dict.fromkeys(_of_zero.split(), 0)
 )
@@ -229,6 +236,26 @@ def _check_posterior(c):
             f"{field}={getattr(c, field)!r} takes posteriors of one Gaussian; posterior_components=1"
         )
 
+# %% ../nbs/09_config.ipynb #090515
+def _check_layers(c):
+    "ValueError for a second layer that cannot be."
+    of_two = ("lower_dim", "lower_weight", "skip")
+    changed = [f for f in of_two if getattr(c, f) != Config.__dataclass_fields__[f].default]
+    if c.layers == 1:
+        if changed:
+            raise ValueError(f"{changed[0]}={getattr(c, changed[0])!r} is for layers=2")
+        return
+    if c.model not in MODELS or _with_labels(c):
+        raise ValueError(f"layers=2 is for autoencoders without labels, not for this {c.model}")
+    two_layers(MODELS[c.model])
+    alone = dict(posterior_components=1, constraint=None, objective="cs", encoder_weights=None)
+    for field, value in alone.items():
+        if (given := getattr(c, field)) != value:
+            raise ValueError(f"{field}={given!r} is for models of one layer; layers=1")
+    network = c.network or preset(c.dataset)["network"]
+    if c.skip and network and NETWORKS[network].pair is None:
+        raise ValueError(f"skip=True takes fully connected networks, such as mlp or gated, not {network}")
+
 # %% ../nbs/09_config.ipynb #090315
 def _check_constraint(c):
     "ValueError for a constraint that cannot be."
@@ -284,6 +311,7 @@ def _check_config(c):
     _check_types(c)
     _check_values(c)
     _check_posterior(c)
+    _check_layers(c)
     _check_constraint(c)
     _check_patterns(c)
     _check_effects(c)
@@ -305,6 +333,7 @@ def resolve(cfg: Config) -> Config:  # without None, but for likelihood, which t
     labels = p["labels"] if cfg.labels is None else cfg.labels
     p = {
         **p,
+        "lower_dim": (cfg.latent_dim or p["latent_dim"]) if cfg.layers == 2 else None,
         "warmup": round(p["warmup"] * (cfg.epochs or p["epochs"]) / p["epochs"]),
         "pretrain": p["pretrain"] if labels else 0,
         "labelled_batch": max(1, round(p["labelled_batch"] * cfg.batch_size / 100)),
@@ -328,6 +357,7 @@ EVALUATION = ("ll_samples", "fid_layer", "fid_images", "expost_components")
 _not_identity = ("name", "device", "threads", "tracker", *EVALUATION)
 # fields that some models, priors, tasks or data sets use
 _of_parts = "latent_dim prior components importance_samples kl_samples lam beta posterior_components"
+_of_parts += " layers lower_dim lower_weight skip"
 _of_parts += " posterior_draws constraint objective prior_network learned_weights prior_objective queue"
 _of_parts += " kmeans_epoch warmup pretrain labelled_batch alpha balance encoder_weights"
 _of_parts += " patterns lam_patterns"
@@ -351,6 +381,7 @@ def used_fields(cfg: Config) -> set[str]:  # of those that belong to parts
     out |= {"latent_dim", "pretrain", MODELS.about(cfg.model, "weight"), *own}
     out.add("constraint" if cfg.constraint else "warmup")
     out |= {"posterior_components", "posterior_draws"} if cfg.posterior_components > 1 else set()
+    out |= {"layers", "lower_dim", "lower_weight", "skip"} if cfg.layers > 1 else set()
     if MODELS.about(cfg.model, "prior") is None:
         out.add("prior")
     uses = PRIORS.about(prior_kind(cfg), "uses", ())

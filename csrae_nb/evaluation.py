@@ -17,7 +17,7 @@ import math
 import platform
 import subprocess
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -81,12 +81,14 @@ def run_codes(
     run: Run,
     data: Dataset,  # what it was trained on
     split: str,  # train, val or test
+    encode: Callable[[Tensor], GMM] | None = None,  # x to posteriors; None: the model's
 ) -> Float[Tensor, "n D"]:  # on the model's device
     "One code z ~ q(z|x) for each example of a split: the same draw for numbers and pictures."
     return draw_codes(
         run.model,
         data.fixed(split).to(run.device),
         generator(run.cfg.seed, f"{split} codes", device=run.device),
+        encode,
     )
 
 
@@ -247,14 +249,14 @@ def _shares(run, real, features, source, some):
     return precision_and_coverage(torch.cat([*near]), torch.cat([*drawn]))
 
 # %% ../nbs/10b_evaluation.ipynb #100037
-def _knn(run, data, codes):
+def _knn(run, data, codes, encode=None):
     "Errors on test and validation data, by the names of the metrics."
     names, out, train = {"test": "knn{}", "val": "knn{}_val"}, {}, labelled_rows(data, "train")
     ks = tuple(k for k in (3, 5, 10) if k <= len(train))
     for split, name in names.items():
         y, rows, known = getattr(data, f"y_{split}"), labelled_rows(data, split), {}
         if ks and len(rows) and y.ndim == 1:
-            z = run_codes(run, data, split)[rows]
+            z = run_codes(run, data, split, encode)[rows]
             known = knn_error(codes[train], data.y_train[train], z, y[rows], ks)
         out |= {name.format(k): known.get(k) for k in (3, 5, 10)}
     return out
@@ -286,6 +288,25 @@ def _usage(prior, refit, z, y):
         log_prior_refit=refit.log_prob(z).mean().item(),
     )
 
+# %% ../nbs/10b_evaluation.ipynb #100237
+def _of_lower(run, data, terms):
+    "The divergence of z₁, its active units and its neighbours' errors, of a model that has one."
+    if run.cfg.layers == 1:
+        return {}
+    encode = run.model.encode_lower
+    near = _knn(run, data, run_codes(run, data, "train", encode), encode)
+    return dict(
+        divergence_lower=terms["divergence_lower"],
+        active_units_lower=active_units(run.model, data.fixed("test"), encode),
+        **{f"{k}_lower": v for k, v in near.items()},
+    )
+
+# %% ../nbs/10b_evaluation.ipynb #100338b
+_OF_LOWER = (  # of two layers
+    *("divergence_lower", "active_units_lower"),
+    *(f"knn{k}{s}_lower" for s in ("", "_val") for k in (3, 5, 10)),
+)
+
 # %% ../nbs/10b_evaluation.ipynb #100038
 SETS = ("floor", "reconstructions", "samples", "samples_refit", "samples_refit15", "samples_expost")
 METRICS = (
@@ -297,9 +318,9 @@ METRICS = (
 TEMPERATURES = (0.85, 0.7)  # parts of the standard deviations that samples are drawn with, too
 DRAWN = ("samples", "samples_expost")  # of which more is measured
 SHARES = ("precision", "recall", "density", "coverage")
-# of codes; all but the first of runs with a mixture prior; and of samples
+# of codes; all but the first of runs with a mixture prior or two layers; and of samples
 DIAGNOSTICS = (
-    *("active_units", "distinct_k"),
+    *("active_units", "distinct_k", *_OF_LOWER),
     *("cluster_accuracy", "cluster_purity", "cluster_nmi", "cluster_ari"),
     *("merged_accuracy", "merged_nmi", "merged_ari"),
     *(f"frechet_classifier_{s}_t{round(100 * t)}" for s in DRAWN for t in TEMPERATURES),
@@ -392,6 +413,7 @@ def _evaluate(run, data, progress, known):
         ll=ll,
         active_units=active_units(run.model, test),
         **_knn(run, data, codes),
+        **_of_lower(run, data, terms),
         **_usage(sources["samples"], sources["samples_refit"], run_codes(run, data, "test"), data.y_test),
         **_frechet(run, data, sources, progress),
         **of_task,
@@ -518,6 +540,7 @@ def _row_key(c):
 def _settings(c):
     "Fields of the model that no column says and that are not at their defaults: field=value field=value."
     fields = "objective constraint posterior_components posterior_draws prior_network learned_weights"
+    fields += " layers lower_dim lower_weight skip"
     fields += " prior_objective queue kmeans_epoch answers balance encoder_weights"
     fields += " patterns lam_patterns"
     default, used = Config(), identity(c)

@@ -364,7 +364,8 @@ def _validate(fleet, ts):
 
 # %% ../nbs/09f_fleet.ipynb #170017
 def stackable(cfg: Config) -> bool:  # resolved
-    "Whether a run can be in a fleet: fully connected networks, no labels, no network in the prior, no IWAE."
+    """Whether a run can be in a fleet: fully connected networks, one layer, no labels, no network in the
+    prior, no IWAE."""
     if task_class(cfg) is not Task or cfg.model not in MODELS:  # labels, and what others have added
         return False
     kind = prior_kind(cfg)
@@ -372,7 +373,7 @@ def stackable(cfg: Config) -> bool:  # resolved
     plain_loss = (
         MODELS[cfg.model] in (VAE, MixtureVAE, VampPriorVAE, CSRAE, MixtureCSRAE) and cfg.objective == "cs"
     )
-    plain_loss &= cfg.posterior_components == 1
+    plain_loss &= cfg.posterior_components == 1 and cfg.layers == 1
     return plain_prior and plain_loss and cfg.network in ("mlp", "pinwheel")
 
 
@@ -529,9 +530,10 @@ def fit_fleet(
     not go together, or not into memory."""
     configs = [resolve(c) for c in configs]
     if fleets(configs, len(configs)) != [configs]:
+        two = "; those with layers=2 are trained one by one" if any(c.layers == 2 for c in configs) else ""
         raise ValueError(
             "these runs do not go together: a fleet's differ in seed, lam, beta and a constraint's bound "
-            "only, with fully connected networks and without labels"
+            f"only, with fully connected networks and without labels{two}"
         )
     with torch_defaults(configs[0].threads):
         data = prepare_data(configs[0], data)

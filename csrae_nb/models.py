@@ -162,19 +162,25 @@ class Pictures(Unchecked):
         z = (prior or self.prior()).sample(n, generator, component)
         return torch.cat([self.likelihood.mean(self.decode(zb)) for zb in z.split(rows)])
 
-# %% ../nbs/06_models.ipynb #060209
-@unchecked()
-def _log_weights(model, x, q, log_prior, samples, generator):
-    "log p(x|z) and log p(z) − log q(z|x) at `samples` draws of z for each x, both of shape (S, B)."
-    q = GMM(*(t.expand(samples, *t.shape) for t in (q.logw, q.mu, q.var)))
-    z = q.rsample(generator)  # (S, B, D)
-    xs = x.expand(samples, *x.shape).flatten(0, 1)  # (S·B, *X)
-    rec = model.likelihood.log_prob(xs, model.decode(z.flatten(0, 1))).view(samples, -1)
-    return rec, log_prior(z) - q.log_prob(z)
-
 # %% ../nbs/06_models.ipynb #060309
 class LogLikelihood(Unchecked):
     "log p(x) by importance sampling; Eq. (28), explained at the end of the chapter."
+
+    @unchecked()
+    def log_weights(
+        self,
+        x: Float[Tensor, "B *X"],
+        q: GMM,  # q(z|x)
+        log_prior: Callable[[Tensor], Tensor],  # log p of z
+        samples: int,  # S, draws of z for each x
+        generator: torch.Generator | Draws | None = None,
+    ) -> tuple[Float[Tensor, "S B"], Float[Tensor, "S B"]]:
+        "log p(x|z) and log p(z) − log q(z|x) at each draw."
+        q = GMM(*(t.expand(samples, *t.shape) for t in (q.logw, q.mu, q.var)))
+        z = q.rsample(generator)  # (S, B, D)
+        xs = x.expand(samples, *x.shape).flatten(0, 1)  # (S·B, *X)
+        rec = self.likelihood.log_prob(xs, self.decode(z.flatten(0, 1))).view(samples, -1)
+        return rec, log_prior(z) - q.log_prob(z)
 
     @in_eval_mode
     def log_likelihood(
@@ -191,7 +197,7 @@ class LogLikelihood(Unchecked):
         for xb in x.split(max(1, rows // s)):
             q = self.encode(xb)
             some = (min(s, samples - i) for i in range(0, samples, s))
-            draws = [sum(_log_weights(self, xb, q, log_prior, m, generator)) for m in some]
+            draws = [sum(self.log_weights(xb, q, log_prior, m, generator)) for m in some]
             out.append(torch.cat(draws).logsumexp(0) - math.log(samples))
         return torch.cat(out)
 
@@ -420,7 +426,7 @@ class IWAE(VAE):
 
     def loss(self, x, generator=None) -> Terms:
         q, p = self.prior.jointly(self.posterior, self.likelihood.inputs(x))
-        rec, ratio = _log_weights(self, x, q, p.log_prob, self.samples, generator)
+        rec, ratio = self.log_weights(x, q, p.log_prob, self.samples, generator)
         bound = (rec + self.weighed("divergence", ratio)).logsumexp(0) - math.log(self.samples)
         div = kl_divergence(q, p) if q.mu.shape[-2] == p.mu.shape[-2] == 1 else -ratio.mean(0)
         whole = self.of_batch(q, p)

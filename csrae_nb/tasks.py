@@ -21,6 +21,7 @@ from .constraint import Constraint, Multiplier
 from .config import TASKS, Config, divergence_weight, prior_kind, task_class
 from .data import Dataset, LazyImages
 from .files import generator
+from .layers import Lower, layered_networks, two_layers
 from .likelihoods import Likelihood, Units, make_likelihood
 from .mixtures import GMM
 from .models import MODELS, Autoencoder, BatchTerm, Weight, in_eval_mode, rows_at_once
@@ -67,27 +68,44 @@ def assemble(
     decoder: nn.Module,
     likelihood: Likelihood,
     pseudo_inputs: Tensor,  # (K, *x_shape), where a VampPrior starts
+    lower: Lower | None = None,  # the layer below, of two
 ) -> Autoencoder:
     "The model of a configuration around given networks."
     prior = make_prior(cfg, encoder, pseudo_inputs)
     own = {k: getattr(cfg, field) for k, field in MODELS.about(cfg.model, "options", {}).items()}
-    weight = _divergence_weight(cfg)
-    model = MODELS[cfg.model](encoder, decoder, prior, likelihood, weight, **own)
-    if cfg.posterior_components > 1 and own.get("objective") == "cs":
-        warnings.warn(
-            "D_CS of a mixture posterior is satisfied by a small part of it, while the rest goes where it "
-            "likes; objective='cs_each' asks each of its Gaussians"
-        )
+    kind, weight = MODELS[cfg.model], _divergence_weight(cfg)
+    if lower:
+        own |= dict(lower=lower, lower_weight=Weight(cfg.lower_weight, cfg.warmup))
+        kind = two_layers(kind)
+    model = kind(encoder, decoder, prior, likelihood, weight, **own)
+    if own.get("objective") == "cs":
+        _warn_of_mixtures(cfg)
     model.stratified = cfg.posterior_draws == "stratified"
     if make_term := PRIOR_OBJECTIVES[cfg.prior_objective]:
         model.batch_terms[cfg.prior_objective] = make_term(cfg)
     return model
 
-
+# %% ../nbs/09b_tasks.ipynb #092207
 def _divergence_weight(cfg):
     if cfg.constraint:
         return Multiplier(Constraint.read(cfg.constraint), divergence_weight(cfg))
     return Weight(divergence_weight(cfg), cfg.warmup)
+
+
+def _networks(cfg, x_shape, n_params, generator=None):
+    "Encoder, decoder and, of two layers, the one below, else None."
+    sizes = cfg.network, x_shape, cfg.latent_dim
+    if cfg.layers == 2:
+        return layered_networks(*sizes, cfg.lower_dim, n_params, generator, cfg.skip)
+    return *make_networks(*sizes, n_params, generator, cfg.posterior_components), None
+
+
+def _warn_of_mixtures(cfg):
+    if cfg.posterior_components > 1:
+        warnings.warn(
+            "D_CS of a mixture posterior is satisfied by a small part of it, while the rest goes where it "
+            "likes; objective='cs_each' asks each of its Gaussians"
+        )
 
 # %% ../nbs/09b_tasks.ipynb #092107
 def make_model(
@@ -99,11 +117,9 @@ def make_model(
 ) -> Autoencoder:
     "The untrained model of a configuration; its weights depend on the seed alone."
     lik, g = make_likelihood(likelihood, units), generator(cfg.seed, "weights")
-    encoder, decoder = make_networks(
-        cfg.network, x_shape, cfg.latent_dim, lik.n_params, g, cfg.posterior_components
-    )
+    encoder, decoder, lower = _networks(cfg, x_shape, lik.n_params, g)
     first = torch.zeros(cfg.components, *x_shape) if pseudo_inputs is None else lik.inputs(pseudo_inputs)
-    return assemble(cfg, encoder, decoder, lik, first)
+    return assemble(cfg, encoder, decoder, lik, first, lower)
 
 # %% ../nbs/09b_tasks.ipynb #092010
 @in_eval_mode
@@ -126,18 +142,22 @@ def draw_codes(
     model: Autoencoder,
     x: Tensor | LazyImages,  # (n, *X), as the model sees it
     generator: torch.Generator | None = None,
+    encode: Callable[[Tensor], GMM] | None = None,  # x to q(z|x); None: the model's
 ) -> Tensor:  # (n, D)
     "One code z ~ q(z|x) for each example."
-    return torch.cat([model.encode(xb).rsample(generator) for xb in x.split(rows_at_once(x))])
+    encode = encode or model.encode
+    return torch.cat([encode(xb).rsample(generator) for xb in x.split(rows_at_once(x))])
 
 
 @in_eval_mode
 def active_units(
     model: Autoencoder,
     x: Tensor | LazyImages,  # (n, *X), as the model sees it
+    encode: Callable[[Tensor], GMM] | None = None,  # x to q(z|x); None: the model's
 ) -> int | None:  # between 0 and D; None of a single x, which has no variance
     "Latent dimensions in which the mean of q(z|x) has a variance above 0.01 over x (Burda et al., 2016)."
-    mu = torch.cat([model.encode(xb).mean for xb in x.split(rows_at_once(x))])
+    encode = encode or model.encode
+    mu = torch.cat([encode(xb).mean for xb in x.split(rows_at_once(x))])
     return (mu.var(0) > 0.01).sum().item() if len(mu) > 1 else None
 
 # %% ../nbs/09b_tasks.ipynb #092112
@@ -190,7 +210,8 @@ class Validation:
 def validated(terms: dict[str, float]) -> dict:  # column of the history: value
     "The terms on validation images, and the sum that runs with different weights are compared by."
     columns = {f"val_{k}": v for k, v in terms.items()}
-    return {**columns, "criterion": terms["reconstruction"] + terms["divergence"]}
+    divergences = (v for k, v in terms.items() if k.startswith("divergence"))  # of each layer
+    return {**columns, "criterion": terms["reconstruction"] + sum(divergences)}
 
 # %% ../nbs/09b_tasks.ipynb #092116
 class Epochs:
@@ -230,8 +251,8 @@ class Task(Epochs, Validation):
     def check(self, data: Dataset) -> None:
         "ValueError if the data do not serve."
         with torch.device("meta"):
-            networks = make_networks(self.cfg.network, data.x_shape, self.cfg.latent_dim, 1)
-        check_rows(self.cfg, *networks)
+            networks = _networks(self.cfg, data.x_shape, 1)
+        check_rows(self.cfg, *filter(None, networks))
 
     def about(self, data: Dataset) -> dict:
         "What must be known of the data to make the model."

@@ -407,10 +407,11 @@ def _collapse(t, x):
         z, p = draw_codes(t.model, x, generator(t.cfg.seed, "collapse", device=t.acc.device)), t.model.prior()
     K, weight = len(p.logw), "lam" if has_cs(t.cfg) else "beta"
     if not active_units(t.model, x):
-        return (
-            f"no latent dimension is active: the encoder ignores x, and a smaller {weight} "
-            "or a longer warmup is the usual remedy"
-        )
+        what = "no latent dimension is active: the encoder ignores x"
+        if t.cfg.layers == 2:
+            what = "no dimension of z₂ is active: all is left to z₁"
+        skip = ", or skip=True," if t.cfg.layers == 2 and not t.cfg.skip else ""
+        return f"{what}, and a smaller {weight} or a longer warmup{skip} is the usual remedy"
     if K > 1 and (count := distinct_components(p, occupancy(p, z))) < 1.5:
         return (
             f"the prior's {K} components act as {count:.1f}: the mixture has collapsed, and free components "
