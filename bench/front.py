@@ -1,6 +1,6 @@
 """The picture of README and of the home page: `python -m bench.front` trains a VAE and a MixtureCSRAE on
 MNIST, 30 epochs each with seed 0 (the second is a run of sweeps/aggregate.toml), and draws
-nbs/images/front.png. Runs that are there already are read. On one core it takes about half an hour."""
+nbs/images/front.png. Runs that are there already are read. One core needs a quarter of an hour."""
 
 from pathlib import Path
 
