@@ -270,7 +270,7 @@ def _check_constraint(c):
         field = "lam" if has_cs(c) else "beta"
         raise ValueError(f"{field}=0; the multiplier of a constraint starts from a number above 0")
 
-# %% ../nbs/09_config.ipynb #090515
+# %% ../nbs/09_config.ipynb #8a220b67
 def _check_patterns(c):
     "ValueError for patterns of answers that cannot be."
     if not c.patterns:

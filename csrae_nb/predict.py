@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from multiprocessing import get_context, parent_process
@@ -86,23 +86,33 @@ def sees_faces(run: Run) -> bool:
     return run.cfg.image_size is not None
 
 
+def _cut_out(run, seen):
+    "The face of a frame as a run sees it; None: there is none."
+    S = run.x_shape[-1]
+    size = prepared_size(S)
+    o = (size - S) // 2
+    picture = face_picture(seen.image, seen.eyes, size)
+    return None if picture is None else picture[o : o + S, o : o + S]
+
+
+def _answers(run, pictures):
+    "The probability of each answer, of faces that were cut out."
+    kind, there = run.model.kind, [i for i, p in enumerate(pictures) if p is not None]
+    out = torch.full((len(pictures), kind.outputs), torch.nan)
+    if there:
+        x = torch.from_numpy(np.stack([pictures[i].transpose(2, 0, 1) for i in there]))
+        out[there] = kind.mean(run.model.predict(centred(x, run.x_shape[-1]).to(run.device))).cpu()
+    return out
+
+# %% ../nbs/23a_predict.ipynb #232308
 @torch.no_grad()
 def predict_faces(
     run: Run,  # on faces
     seen: list[Seen],
 ) -> tuple[Float[Tensor, "n C"], list[np.ndarray | None]]:  # NaN: no face; the pictures that it saw
     "The probability of each answer, of frames in which faces were found."
-    S, kind = run.x_shape[-1], run.model.kind
-    size = prepared_size(S)
-    o = (size - S) // 2
-    pictures = [face_picture(s.image, s.eyes, size) for s in seen]
-    pictures = [None if p is None else p[o : o + S, o : o + S] for p in pictures]
-    there = [i for i, p in enumerate(pictures) if p is not None]
-    out = torch.full((len(seen), kind.outputs), torch.nan)
-    if there:
-        x = torch.from_numpy(np.stack([pictures[i].transpose(2, 0, 1) for i in there]))
-        out[there] = kind.mean(run.model.predict(centred(x, S).to(run.device))).cpu()
-    return out, pictures
+    pictures = [_cut_out(run, s) for s in seen]
+    return _answers(run, pictures), pictures
 
 # %% ../nbs/23a_predict.ipynb #232011
 @dataclass(frozen=True)
@@ -208,26 +218,38 @@ def _blocks(items):
     while block := list(islice(items, BLOCK)):
         yield block
 
+# %% ../nbs/23a_predict.ipynb #232216
+_NO_IMAGE = np.empty((0, 0, 3), np.uint8)
+
+
+def _cut(run, item, keep):
+    "Of a frame what its row needs: it itself is kept where it is shown, since those of a block may be large."
+    name, number, seen = item
+    return name, number, seen if keep else replace(seen, image=_NO_IMAGE), _cut_out(run, seen)
+
 # %% ../nbs/23a_predict.ipynb #232016
+@torch.no_grad()
 def _write_rows(job, clip, part, tools, progress):
     "The rows of a clip, from the first that is missing."
     run, detector = tools
     names, done = answers_of(run), _whole_blocks(part)
+    shown = (lambda k: k % _step(job, clip) == 0) if job.overlay else (lambda k: False)
     with open(part, "a" if done else "w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f, lineterminator="\n")
         if not done:
             writer.writerow([*COLUMNS, *_columns(names, COLUMNS, names)])
-        for block in _blocks(seen_in(clip, detector, done, progress)):
-            answers, pictures = predict_faces(run, [seen for *_, seen in block])
-            for k, ((name, number, seen), values) in enumerate(zip(block, answers.tolist()), done):
+        frames = enumerate(seen_in(clip, detector, done, progress), done)
+        for block in _blocks(_cut(run, item, shown(k)) for k, item in frames):
+            answers = _answers(run, [picture for *_, picture in block]).tolist()
+            for k, ((name, number, seen, picture), values) in enumerate(zip(block, answers), done):
                 writer.writerow(_row(name, number, seen, values))
-                if job.overlay and k % _step(job, clip) == 0:
-                    fig = show_prediction(seen, pictures[k - done], names, values)
+                if shown(k):
+                    fig = show_prediction(seen, picture, names, values)
                     _save_shown(fig, job.overlay / f"{name.replace('/', '_')}-{number:06}.png")
             f.flush()
             done += len(block)
 
-
+# %% ../nbs/23a_predict.ipynb #232116
 def _few_found(clip, part):
     "What is to be said of the faces that were found; ValueError for none."
     with open(part, newline="", encoding="utf-8") as f:
