@@ -337,7 +337,7 @@ def test_home_is_one_screen():
 
 
 # chapters whose pictures are described, and whose references linked, with the next revision of their text
-REVISED = "06f_layers 16_action_units".split()
+REVISED = []
 
 
 @per_notebook
