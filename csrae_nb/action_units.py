@@ -173,7 +173,7 @@ def plot_f1(
     answers: tuple[str, ...],
     chance: list[float | None],
 ) -> Figure:
-    "F1 by AU: a bar a row, and chance as a line."
+    "F1 by AU: a bar per row, and chance as a line."
     fig, ax = plt.subplots(figsize=(9, 3), layout="constrained")
     at, width = np.arange(len(answers)), 0.8 / max(1, len(rows))
     for i, r in enumerate(rows):
@@ -211,7 +211,7 @@ def ways_table(
     metrics: dict[str, str] = WAYS,  # and what they are called
     answer: str | None = None,  # one of them; None: the mean
 ) -> str:  # Markdown
-    "What answers are judged by: a row a setting, with errors over seeds."
+    "What answers are judged by: a row per setting, with errors over seeds."
     of = "" if answer is None else f"_{answer}"
     name = lambda r: r.get("settings") or "balance=batches"
     lines = [[name(r), *(shown(r, m + of, _digits(m)) for m in metrics)] for r in rows]

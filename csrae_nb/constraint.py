@@ -21,7 +21,7 @@ TOLERANCE = 0.01  # part of a bound by which it may be missed on validation imag
 # %% ../nbs/06d_constraint.ipynb #064006
 @dataclass(frozen=True)
 class Constraint:
-    "What a term of the loss may be at most, in nats an example."
+    "What a term of the loss may be at most, in nats per example."
 
     term: str  # divergence or reconstruction
     bound: float

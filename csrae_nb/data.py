@@ -269,7 +269,7 @@ def _labels(name, y):
         return y
     raise ValueError(
         f"{name} has dtype {given.dtype} and shape {given.shape}, expected a vector of classes (whole "
-        "numbers or text), one an example, or a matrix of answers (1, 0, or -1 where one is not known)"
+        "numbers or text), one per example, or a matrix of answers (1, 0, or -1 where one is not known)"
     )
 
 # %% ../nbs/08_data.ipynb #080031

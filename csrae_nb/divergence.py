@@ -20,7 +20,7 @@ from .mixtures import GMM, FullGMM, as_gmm, as_mixture, common_batch, pairwise_l
 def log_overlap(
     q: GMM | FullGMM | Distribution,  # N components
     p: GMM | FullGMM | Distribution,  # M components, same D
-) -> Float[Tensor, "*B"]:  # one value an element of the broadcast batch
+) -> Float[Tensor, "*B"]:  # one value per element of the broadcast batch
     "log ∫ q(x) p(x) dx = log Σₙₘ wₙ vₘ z_{n,m}: the first sum of Eq. (4)."
     q, p = as_mixture(q), as_mixture(p)
     return log_sum_exp(log_sum_exp(pairwise_log_overlap(q, p) + p.logw[..., None, :]) + q.logw)

@@ -57,7 +57,7 @@ class _Parameters(BaseEstimator):
         epochs=100,  # passes over the training rows, at most
         warmup=None,  # epochs over which the divergence's weight grows; None: a fifth of them
         patience=None,  # epochs to wait for a better validation loss, after the warm-up; None: 50
-        batch_size=100,  # rows a step; at most the number of training rows is used
+        batch_size=100,  # rows per step; at most the number of training rows is used
         lr=1e-3,  # Adam's learning rate; twice that of a Config, as small tables give few steps
         validation_fraction=0.1,  # of the rows, to choose the epoch by; under two rows: the training rows
         config=None,  # a dict of further fields of a Config
@@ -118,7 +118,7 @@ class _Components(_Parameters):
         "The component, or the cluster of components, that is most responsible for each row's code."
         return self.predict_proba(X).argmax(1)
 
-    def score(self, X, y=None) -> float:  # nats a row; y is ignored
+    def score(self, X, y=None) -> float:  # nats per row; y is ignored
         "Mean of E log p(x|z) − D(q‖p), greater is better; D without λ or β, densities in the data's units."
         return _score(self, X)
 

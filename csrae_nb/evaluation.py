@@ -97,7 +97,7 @@ def mean_log_likelihood(
     x: Float[Tensor, "n *X"],  # images as the model sees them
     samples: int,  # S of Eq. (28)
     progress: bool = True,  # show a progress bar on stderr
-) -> float:  # nats an image
+) -> float:  # nats per image
     "Mean log p(x) over x, Eq. (28)."
     g, total = generator(run.cfg.seed, "log-likelihood", device=x.device), 0.0
     for xb in progress_bar(progress, x.split(100), desc="log-likelihood"):

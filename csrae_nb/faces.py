@@ -159,7 +159,7 @@ def prepare_faces(
     root: Path,  # its folders
     out: Path,  # where the prepared frames go
     size: int = 256,  # of the pictures, in pixels
-    jobs: int | None = None,  # processes; None: one a core
+    jobs: int | None = None,  # processes; None: one per core
     progress: bool = True,  # show a progress bar on stderr
     eyes: str = "fixed",  # where they come to lie: fixed, at EYES, or mean, where they are on average
 ) -> dict:  # the contents of index.json: what became of each recording

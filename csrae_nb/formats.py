@@ -473,7 +473,7 @@ def _decoded(raw):
     "One image: (H, W) if grey, else (H, W, 3); uint8."
     with Image.open(io.BytesIO(raw), formats=("PNG", "JPEG", "BMP")) as image:
         if image.mode[0] in "IF":
-            raise ValueError(f"its mode {image.mode} has more than 8 bits a pixel")
+            raise ValueError(f"its mode {image.mode} has more than 8 bits per pixel")
         grey = image.mode in ("1", "L", "LA")
         return np.asarray(ImageOps.exif_transpose(image).convert("L" if grey else "RGB"))
 

@@ -78,7 +78,7 @@ def free_memory(
 def check_memory(
     pairs: int,  # of components, over the whole batch
     like: Tensor,  # of the numbers' type and device
-    numbers: int = 1,  # numbers a pair
+    numbers: int = 1,  # numbers per pair
 ) -> None:
     "ValueError if these, and what a log-sum-exp and its gradient add to them, will not fit."
     if (need := 3 * pairs * numbers * like.element_size()) < 2**30:

@@ -133,7 +133,7 @@ class Gaussian(Likelihood):
 class DiscretizedLogistic(Likelihood):
     "p(x|z) of values on an even grid: a logistic density cut into bins, by mean and log scale."
 
-    bins: int = 256  # values a pixel can take, evenly from low to high
+    bins: int = 256  # values that a pixel can take, evenly from low to high
     n_params = 2
     low, high = -0.5, 0.5
     remedy = "give grey levels from 0 to 255 as uint8, or as x/255 - 0.5; other numbers call for gaussian"

@@ -196,7 +196,7 @@ class _Diagonal(Mixture):
         return w if w == m == v else np.broadcast_shapes(w, m, v)
 
     def rsample(self, generator: torch.Generator | Draws | None = None) -> Float[Tensor, "*B D"]:
-        """One draw an element of the batch, with first derivatives to all parameters: of several components,
+        """One draw per element of the batch, with first derivatives to all parameters: of several components,
         those of implicit reparametrisation."""
         if self.mu.shape[-2] > 1:
             logw, mu, var = self.broadcast()
@@ -407,7 +407,7 @@ def common_batch(
 
 # %% ../nbs/01b_mixtures.ipynb #010123
 def _full_log_z(q, p):
-    "log z of Eq. (5) for full covariances, all pairs at once: D² numbers a pair."
+    "log z of Eq. (5) for full covariances, all pairs at once: D² numbers per pair."
     (N, D), M, B = q.mu.shape[-2:], p.mu.shape[-2], common_batch(q, p)
     check_memory(math.prod(B) * N * M, q.mu, D * D)
     dtype = torch.promote_types(q.cov.dtype, p.cov.dtype)

@@ -359,7 +359,7 @@ def write_predictions(
     force: bool = False,  # overwrite what is there
     progress: bool = True,  # show a progress bar on stderr
 ) -> Path:
-    """The probability of each answer as a table: a row a frame of a run on faces, else a row an example.
+    """The probability of each answer as a table: a row per frame of a run on faces, else a row per example.
     ValueError for what cannot be, or is there already; one of several videos is left out with a warning."""
     check_output(out := Path(out), (".csv",), force)
     answers_of(run)

@@ -23,7 +23,7 @@ from .results import MARGIN, TITLES, WEIGHED, markdown_table, n_seeds, plain_log
 KINDS = ("samples", "samples_refit15", "samples_expost")  # of samples: as trained, after EM, of a mixture
 
 
-def measured(folder: Path | str | None = None) -> list[dict]:  # a row a model, data set, z and weight
+def measured(folder: Path | str | None = None) -> list[dict]:  # a row per model, data set, z and weight
     "The runs of this chapter, from its tables; None: those in results/."
     return [with_best(r) for name in WEIGHED for r in read_results(name, folder)]
 
@@ -60,7 +60,7 @@ AXES = {
 
 
 def plot_frontier(rows: list[dict]) -> Figure:
-    "Each metric against the reconstruction error, a row a data set and z, a line a model."
+    "Each metric against the reconstruction error, a row per data set and z, a line per model."
     groups = cells(rows)
     size = dict(figsize=(10, 2.3 * len(groups)), layout="constrained")
     fig, axs = plt.subplots(len(groups), len(AXES), squeeze=False, **size)
@@ -75,7 +75,7 @@ def plot_frontier(rows: list[dict]) -> Figure:
 
 # %% ../nbs/13c_equal_pressure.ipynb #133107
 def _lines(ax, rows, metric):
-    "A line a model; a note where nobody could measure."
+    "A line per model; a note where nobody could measure."
     rows = [r for r in rows if r.get(f"{metric}_mean") is not None]
     if not rows:
         ax.text(0.5, 0.5, "not measured: no labels", ha="center", transform=ax.transAxes, fontsize=8)

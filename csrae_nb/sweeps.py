@@ -351,7 +351,7 @@ def _add_what(p):
         "--jobs",
         type=int,
         metavar="N",
-        help="runs at a time, of one thread each (default: one a core); "
+        help="runs at a time, of one thread each (default: one per core); "
         "a cluster that is joined decides itself",
     )
     p.add_argument(
@@ -365,7 +365,7 @@ def _add_what(p):
         type=Path,
         metavar="PATH",
         help="afterwards, write a table of all that is finished of the whole "
-        "grid, a row a run; a table that is there gains or renews rows, and loses none",
+        "grid, a row per run; a table that is there gains or renews rows, and loses none",
     )
 
 # %% ../nbs/12b_sweeps.ipynb #120347
@@ -469,7 +469,7 @@ def main(
 ) -> int:  # exit status
     "The command csrae-sweep."
     o = (parser := _parser()).parse_intermixed_args(words)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a run
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread per run
     try:
         return _carry_out(o)
     except BrokenPipeError:

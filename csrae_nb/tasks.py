@@ -127,7 +127,7 @@ def mean_terms(
     model: Autoencoder,
     x: Tensor | LazyImages,  # (n, *X), as the model sees it
     generator: torch.Generator | None = None,
-) -> dict[str, float]:  # reconstruction −E log p(x|z), divergence …, in nats an example
+) -> dict[str, float]:  # reconstruction −E log p(x|z), divergence …, in nats per example
     "The terms of the loss by name: means over x, one draw of z each, or of all x together."
     terms = [model.loss(xb, generator=generator) for xb in x.split(rows_at_once(x))]
     each = {k: torch.cat([t.each[k] for t in terms]).cpu().double().mean().item() for k in terms[0].each}

@@ -381,7 +381,7 @@ def cluster_table(
     run: Run,
     clusters: int | None = None,  # None: as many as the graph of components suggests
     examples: Examples | None = None,  # whose shares are wanted
-) -> tuple[list[dict], Tensor | None]:  # a row a component; the cluster of each example
+) -> tuple[list[dict], Tensor | None]:  # a row per component; the cluster of each example
     "The components of a run's prior, joined into clusters; ValueError for fewer than three components."
     p = run.model.prior()
     places = component_map(p)
