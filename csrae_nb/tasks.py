@@ -206,7 +206,7 @@ class Validation:
         "What is measured besides that which is measured of every model."
         return {}
 
-
+# %% ../nbs/09b_tasks.ipynb #092115
 def validated(terms: dict[str, float]) -> dict:  # column of the history: value
     "The terms on validation images, and the sum that runs with different weights are compared by."
     columns = {f"val_{k}": v for k, v in terms.items()}
