@@ -23,8 +23,8 @@ import torch
 
 from csrae_nb.catalogue import load_data
 from csrae_nb.divergence import cs_divergence
-from csrae_nb.overlap import naive_log_z
 from csrae_nb.mixtures import GMM, Draws
+from csrae_nb.overlap import naive_log_z
 from csrae_nb.evaluation import complete_run, finished_metrics, write_table
 from csrae_nb.fleet import _Graph, _Steps, Fleet, fit_fleet, fleets, stackable, train_fleets
 from csrae_nb.grids import attempt, distinct, read_sweep

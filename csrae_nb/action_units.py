@@ -75,17 +75,8 @@ def pooled_f1(
     return {f"{of}pooled_f1": _mean_of_known(out.values()), **out} if out else {}
 
 # %% ../nbs/16_action_units.ipynb #160166
-_measures = (
-    "f1",
-    "tuned_f1",
-    "icc",
-    "pcc",
-    "mae",
-    "ap",
-    "informed",
-    "to_patterns",
-    "labels_to_patterns",
-)  # what is averaged over folds, of all answers and of each
+# what is averaged over folds, of all answers and of each
+_measures = ("f1", "tuned_f1", "icc", "pcc", "mae", "ap", "informed", "to_patterns", "labels_to_patterns")
 
 
 def _of_seed(rows):

@@ -21,7 +21,7 @@ from typing import get_args
 from .aggregate import PRIOR_OBJECTIVES
 from .catalogue import ARRAYS, DATASETS, FOLDERS, about_data, dataset_name, preset
 from .constraint import Constraint
-from .layers import two_layers
+from .layers import check_skip, two_layers
 from .likelihoods import LIKELIHOODS
 from .models import DIVERGENCES, MODELS
 from .networks import NETWORKS
@@ -153,8 +153,7 @@ _of_one = (
 )
 _of_one += " expost_components threads labelled_batch lower_dim"
 _of_zero = "queue kmeans_epoch warmup seed split_seed fold ll_samples lam beta labels pretrain alpha"
-_of_zero += " patterns lam_patterns"
-_of_zero += " lower_weight"
+_of_zero += " patterns lam_patterns lower_weight"
 _least = dict(
     image_size=32, fid_images=2, **dict.fromkeys(_of_one.split(), 1), **dict.fromkeys(_of_zero.split(), 0)
 )
@@ -240,7 +239,7 @@ def _check_posterior(c):
 def _check_layers(c):
     "ValueError for a second layer that cannot be."
     of_two = ("lower_dim", "lower_weight", "skip")
-    changed = [f for f in of_two if getattr(c, f) != Config.__dataclass_fields__[f].default]
+    changed = [f for f in of_two if getattr(c, f) != getattr(Config, f)]
     if c.layers == 1:
         if changed:
             raise ValueError(f"{changed[0]}={getattr(c, changed[0])!r} is for layers=2")
@@ -253,8 +252,8 @@ def _check_layers(c):
         if (given := getattr(c, field)) != value:
             raise ValueError(f"{field}={given!r} is for models of one layer; layers=1")
     network = c.network or preset(c.dataset)["network"]
-    if c.skip and network and NETWORKS[network].pair is None:
-        raise ValueError(f"skip=True takes fully connected networks, such as mlp or gated, not {network}")
+    if c.skip and network:
+        check_skip(network)
 
 # %% ../nbs/09_config.ipynb #090315
 def _check_constraint(c):

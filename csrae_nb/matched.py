@@ -58,7 +58,7 @@ LINES = {  # what a line is: name, source, queue, kind of samples, colour, style
 
 # %% ../nbs/13d_matched.ipynb #134107
 def plot_matched(panels: dict[str, list[dict]]) -> Figure:  # title: rows
-    "Distance of samples against the reconstruction error, a panel a number of components, a line per recipe."
+    "Distance of samples against the reconstruction error: a panel per K, a line per recipe."
     size = dict(figsize=(5.5 * len(panels), 4), layout="constrained")
     fig, axs = plt.subplots(1, len(panels), squeeze=False, sharey=True, **size)
     shown = {}

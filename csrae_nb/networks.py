@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['gated_network', 'IMAGENET', 'NETWORKS', 'glorot_', 'mlp', 'Linears', 'side_by_side', 'Encoder', 'Decoder', 'Network',
            'fully_connected', 'ResidualBlock', 'residual_encoder', 'residual_decoder', 'GatedDense', 'gated_prior',
-           'Joined', 'gated', 'gated_pair', 'face_features', 'face_images', 'face_encoder', 'face_decoder',
+           'TwoRows', 'gated', 'gated_pair', 'face_features', 'face_images', 'face_encoder', 'face_decoder',
            'torchvision_module', 'resnet18_features', 'resnet18_encoder', 'load_resnet18', 'make_networks',
            'prior_network']
 
@@ -242,7 +242,7 @@ def gated_prior(components: int, outputs: int, generator: torch.Generator | None
     )
 
 # %% ../nbs/05_networks.ipynb #050048
-class Joined(nn.Module):
+class TwoRows(nn.Module):
     "A network of two rows in one: each by a network of its own, and what comes out by another."
 
     def __init__(self, numbers: int, first: nn.Module, second: nn.Module, both: nn.Module):
@@ -260,9 +260,10 @@ def gated(*sizes: int, generator: torch.Generator | None = None) -> nn.Sequentia
     return glorot_(nn.Sequential(*layers, nn.Linear(*sizes[-2:])), generator)
 
 # %% ../nbs/05_networks.ipynb #050049
-def gated_pair(a: int, b: int, outputs: int, generator: torch.Generator | None = None) -> Joined:
+def gated_pair(a: int, b: int, outputs: int, generator: torch.Generator | None = None) -> TwoRows:
     "Tomczak and Welling's network of two rows, of a and b numbers."
-    net = Joined(a, GatedDense(a, 300), GatedDense(b, 300), gated(600, 300, outputs))
+    both = nn.Sequential(GatedDense(600, 300), nn.Linear(300, outputs))
+    net = TwoRows(a, GatedDense(a, 300), GatedDense(b, 300), both)
     return glorot_(net, generator)
 
 

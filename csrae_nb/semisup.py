@@ -1056,7 +1056,7 @@ class LabelTask(_LabelledBatches, _ChosenByLabels, _MadeWithLabels):
 # %% ../nbs/14_semi_supervised.ipynb #140934
 def _of_batch(logits):
     "Logits of the batch that several processes share."
-    return of_all_processes(GMM.gaussian(logits, torch.ones_like(logits))).mu[:, 0]
+    return of_all_processes(GMM.gaussian(logits, torch.ones_like(logits))).mean
 
 # %% ../nbs/14_semi_supervised.ipynb #140034
 class Supervised(_Classifying, nn.Module):
