@@ -51,7 +51,7 @@ class FaceSet:
     aus: tuple[int | str, ...]  # action units, or other questions by their names
     folds: tuple[tuple[str, ...], ...]  # subjects, tested in turn
     tasks: tuple[str, ...] = ()  # recordings of each subject
-    least: int = 2  # intensity from which on an AU is present
+    least: int | tuple[int, ...] = 2  # intensity from which on an AU is present; of all, or of each
     root: Path | None = None  # its folders; None: below CSRAE_DATA
 
     def recordings(self) -> dict[str, str]:  # name: subject
@@ -485,7 +485,7 @@ def _answers(store, rows, fold, answers):
         raise ValueError(f"{which} has no frames to {' and '.join(empty)}; there are {there}")
     y = {s: torch.from_numpy(store.intensities[rows[s]]).long() for s in SPLITS}
     least, asked = store.faces.least, store.faces.aus
-    present = {s: torch.where(v == UNKNOWN, UNKNOWN, (v >= least).long()) for s, v in y.items()}
+    present = {s: torch.where(v == UNKNOWN, UNKNOWN, (v >= torch.tensor(least)).long()) for s, v in y.items()}
     shown = [(s, au, n) for s in SPLITS for au, n in zip(asked, (present[s] == 1).sum(0).tolist())]
     if rare := [f"{au if isinstance(au, str) else f'AU {au}'} ({s})" for s, au, n in shown if not n]:
         warnings.warn(f"{which} has no frame that shows {', '.join(rare)}")
@@ -567,7 +567,7 @@ def load_faces(
 # %% ../nbs/15c_faces.ipynb #150052
 def plot_activations(store: FrameStore) -> Figure:
     "Fig. 8: frames with and without each AU."
-    aus, yes = store.faces.aus, (store.intensities >= store.faces.least).sum(0)
+    aus, yes = store.faces.aus, (store.intensities >= np.array(store.faces.least)).sum(0)
     fig, ax = plt.subplots(figsize=(6, 2.6), layout="constrained")
     at = np.arange(len(aus))
     ax.bar(at - 0.2, yes, 0.4, label="present (intensity 2 to 5)")

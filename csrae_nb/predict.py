@@ -56,7 +56,7 @@ def answers_of(run: Run) -> tuple[str, ...]:
             f"{run.path.name} was trained without labels, so it has no answers to predict; "
             "train with labels (labels=0.25), or see what csrae encode says"
         )
-    return kind.names or tuple(map(str, range(kind.outputs)))
+    return kind.names or tuple(map(str, range(kind.scores)))
 
 # %% ../nbs/23a_predict.ipynb #232105
 @torch.no_grad()
@@ -65,20 +65,20 @@ def predict_examples(
     examples: Examples,
     progress: bool = True,  # show a progress bar on stderr
 ) -> Iterator[dict[str, list]]:  # column: values, of a block of examples
-    "name, of classes the most probable as `answer`, and the probability of each answer, block by block."
+    "name, of classes the most probable as `answer`, and how probable or intense each is, block by block."
     names, kind, rows = answers_of(run), run.model.kind, rows_at_once(examples.x)
     with progress_bar(progress, total=len(examples), unit="example", desc="predicting") as bar:
         for i in range(0, len(examples), rows):
             logits = run.model.predict(examples.x[i : i + rows].to(run.device))
             best = [names[k] for k in kind.best(logits)] if isinstance(kind, OneLabel) else None
             block = dict(name=list(examples.names[i : i + rows])) | (dict(answer=best) if best else {})
-            yield block | _columns(names, block, kind.mean(logits).T.tolist())
+            yield block | _columns(names, block, kind.expected(logits).T.tolist())
             bar.update(len(logits))
 
 
 def _columns(names, taken, values):
     "Values by the names of the answers, of which none hides a column that is there already."
-    return {f"answer {n}" if n in taken else n: v for n, v in zip(names, values)}
+    return {f"answer {n}" if n in taken else n: v for n, v in zip(names, values, strict=True)}
 
 # %% ../nbs/23a_predict.ipynb #232008
 def sees_faces(run: Run) -> bool:
@@ -96,12 +96,12 @@ def _cut_out(run, seen):
 
 
 def _answers(run, pictures):
-    "The probability of each answer, of faces that were cut out."
+    "How probable each answer is, or its expected intensity, of faces that were cut out."
     kind, there = run.model.kind, [i for i, p in enumerate(pictures) if p is not None]
-    out = torch.full((len(pictures), kind.outputs), torch.nan)
+    out = torch.full((len(pictures), kind.scores), torch.nan)
     if there:
         x = torch.from_numpy(np.stack([pictures[i].transpose(2, 0, 1) for i in there]))
-        out[there] = kind.mean(run.model.predict(centred(x, run.x_shape[-1]).to(run.device))).cpu()
+        out[there] = kind.expected(run.model.predict(centred(x, run.x_shape[-1]).to(run.device))).cpu()
     return out
 
 # %% ../nbs/23a_predict.ipynb #232308
@@ -110,7 +110,7 @@ def predict_faces(
     run: Run,  # on faces
     seen: list[Seen],
 ) -> tuple[Float[Tensor, "n C"], list[np.ndarray | None]]:  # NaN: no face; the pictures that it saw
-    "The probability of each answer, of frames in which faces were found."
+    "How probable each answer is, or its expected intensity, of frames in which faces were found."
     pictures = [_cut_out(run, s) for s in seen]
     return _answers(run, pictures), pictures
 
@@ -244,7 +244,7 @@ def _write_rows(job, clip, part, tools, progress):
             for k, ((name, number, seen, picture), values) in enumerate(zip(block, answers), done):
                 writer.writerow(_row(name, number, seen, values))
                 if shown(k):
-                    fig = show_prediction(seen, picture, names, values)
+                    fig = show_prediction(seen, picture, names, values, run.model.kind.levels)
                     _save_shown(fig, job.overlay / f"{name.replace('/', '_')}-{number:06}.png")
             f.flush()
             done += len(block)
@@ -359,7 +359,7 @@ def write_predictions(
     force: bool = False,  # overwrite what is there
     progress: bool = True,  # show a progress bar on stderr
 ) -> Path:
-    """The probability of each answer as a table: a row per frame of a run on faces, else a row per example.
+    """How probable each answer is, or its expected intensity, as a table: a row per frame or example.
     ValueError for what cannot be, or is there already; one of several videos is left out with a warning."""
     check_output(out := Path(out), (".csv",), force)
     answers_of(run)
@@ -422,7 +422,8 @@ def show_prediction(
     seen: Seen,
     picture: np.ndarray | None,  # (S, S, 3): the face as the model saw it; None: no face
     names: tuple[str, ...],  # of the answers
-    values: list[float],  # their probabilities
+    values: list[float],  # how probable they are, or how intense
+    levels: int = 2,  # of an answer: no and yes, or intensities from 0
 ) -> Figure:
     "A frame with its eyes, its face, and the answers as bars."
     fig = Figure(figsize=(9, 3), layout="constrained")
@@ -434,7 +435,8 @@ def show_prediction(
     if picture is not None:
         face.imshow(picture)
     bars.barh(range(len(names)), np.nan_to_num(values))
-    bars.set(xlim=(0, 1), xlabel="probability", yticks=range(len(names)), yticklabels=names)
+    what = "probability" if levels == 2 else "expected intensity"
+    bars.set(xlim=(0, levels - 1), xlabel=what, yticks=range(len(names)), yticklabels=names)
     bars.invert_yaxis()
     for ax in (frame, face):
         ax.axis("off")

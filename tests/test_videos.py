@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from csrae_nb import faces, videos
 from csrae_nb.catalogue import folder_kind, load_data
@@ -22,9 +23,9 @@ from csrae_nb.detection import Face, face_picture
 from csrae_nb.drawings import DISFA_AUS, some_frames
 from csrae_nb.evaluation import complete_run
 from csrae_nb.files import runs_folder
-from csrae_nb.predict import COLUMNS, write_predictions
+from csrae_nb.predict import COLUMNS, predict_examples, write_predictions
 from csrae_nb.runs import load_run
-from csrae_nb.trained import open_run
+from csrae_nb.trained import Examples, open_run
 from csrae_nb.videos import Coding, coded_videos, video_eyes
 
 cv2 = pytest.importorskip("cv2")
@@ -172,7 +173,8 @@ def test_names_of_files_numbers_as_tables_write_them_and_blank_lines(clips):
     "says, header, rows",
     [
         ("line 2: there is no video 'c.avi' in", "", ["c.avi,0,1"]),
-        ("line 3, column 'smile' holds '2'; expected 0, 1, −1 or nothing", "", ["a.avi,0,1", "b.avi,0,2"]),
+        ("line 3, column 'smile' holds '6'; expected 0 to 5, −1 or nothing", "", ["a.avi,0,1", "b.avi,0,6"]),
+        ("line 3, column 'smile' holds '1.5'; expected 0 to 5", "", ["a.avi,0,1", "b.avi,0,1.5"]),
         ("line 2, column 'smile' holds 'nan'", "", ["a.avi,0,nan"]),
         ("line 2, column frame holds '0.5'; expected the number of a frame", "", ["a.avi,0.5,1"]),
         ("line 2, column frame holds '-1'", "", ["a.avi,-1,1"]),
@@ -378,11 +380,43 @@ def test_a_run_from_videos_to_answers_for_a_new_one(clips, looked, own_runs, tmp
 
 
 def test_fields_that_a_folder_of_videos_takes(clips):
-    with pytest.raises(ValueError, match="answers='intensity' is for disfa, fera2015, faces_demo, not for"):
-        Config(dataset=str(clips), answers="intensity")
+    with pytest.raises(ValueError, match="unknown answers 'strength'; expected one of presence, intensity"):
+        Config(dataset=str(clips), answers="strength")
     with pytest.raises(ValueError, match="unknown validation 'videos'; expected one of frames, subjects"):
         Config(dataset=str(clips), validation="videos")
     with pytest.raises(ValueError, match="fold=1 is for"):
         Config(dataset=str(clips / "more"), fold=1)  # is there, and has no table
-    with pytest.raises(ValueError, match="has no answers; expected likelihood, split_seed, fold, image_size"):
-        load_data(clips, answers="presence")
+    with pytest.raises(ValueError, match="has no eyes; expected likelihood, split_seed, fold, image_size"):
+        load_data(clips, eyes="mean")
+
+
+def test_intensities(clips, looked, own_runs, tmp_path):
+    "A column that holds more than 1 is one of intensities: a yes from 2 on, or learned and told as it is."
+    rows = [f"{video},{k},{k % 6},{k % 2}" for video in CLIPS for k in range(N)]
+    labels(clips, *rows)
+    assert coded_videos(clips).least == (2, 1)
+    present, coded = load(clips), load(clips, answers="intensity")
+    assert (present.levels, coded.levels) == (2, 6)
+    strong = torch.tensor([[k % 6, k % 2] for k in range(N)])
+    assert torch.equal(coded.y_test, strong)
+    assert torch.equal(present.y_test, torch.stack([strong[:, 0] >= 2, strong[:, 1] == 1], 1).long())
+    brief = dict(epochs=1, labelled_batch=4, batch_size=8, fold=2, image_size=32, fid_layer=0)
+    cfg = Config(dataset=str(clips), model="Supervised", labels=1.0, answers="intensity", **brief)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        metrics = complete_run(cfg, progress=False)
+    assert {"icc_smile", "mae_open", "f1_smile"} <= set(metrics)
+    run = open_run(runs_folder() / run_name(cfg), codes=False)
+    told = list(predict_examples(run, Examples(coded.x_test[:9], tuple("abcdefghi")), progress=False))
+    q = run.model.kind.log_levels(run.model.predict(coded.x_test[:9])).exp()
+    means = (q * torch.arange(6)).sum(-1)
+    np.testing.assert_allclose([told[0]["smile"], told[0]["open"]], means.T, rtol=1e-4)
+    out = tmp_path / "answers.csv"
+    write_predictions(run, clips, out, detector=somewhere, progress=False, overlay=tmp_path / "shown")
+    rows = [row.split(",")[-2:] for row in out.read_text().splitlines()[1:]]
+    assert len(rows) == 3 * N and all(0 < float(v) < 5 for row in rows for v in row)
+    labels(clips, *by_frame())
+    with pytest.raises(
+        ValueError, match="labels.csv holds no intensity above 1; expected answers='presence'"
+    ):
+        load(clips, answers="intensity")
