@@ -78,6 +78,7 @@ RUNS = {
     "MixtureCSRAE": dict(),
     "aggregate": dict(prior_objective="aggregate", learned_weights=True),
     "IWAE": dict(model="IWAE"),
+    "constraint": dict(constraint="divergence<=2"),
 }
 FILES = [".lock", "config.json", "history.csv", "metrics.json", "model.safetensors"]
 
