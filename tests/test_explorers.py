@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 from csrae_nb.explorers import (
-    SWEEP,
+    LADDERS,
     TABS,
     pinwheel_configs,
     pinwheel_explorer,
@@ -47,8 +47,25 @@ def runs(made, tmp_path, monkeypatch):
     return shutil.copytree(made, folder)
 
 
-def test_the_sweep_makes_the_panels_runs():
-    assert distinct(read_sweep(root / SWEEP.split()[1])) == pinwheel_configs()
+@pytest.mark.parametrize("by", LADDERS)
+def test_the_sweep_makes_the_panels_runs(by):
+    command, config = LADDERS[by][2].split()
+    assert distinct(read_sweep(root / config)) == pinwheel_configs(by) and command == "csrae-sweep"
+
+
+def test_a_slider_of_bounds(tmp_path, monkeypatch):
+    monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "runs"))
+    configs = [
+        dataclasses.replace(c, epochs=2, warmup=1, kmeans_epoch=1) for c in pinwheel_configs("constraint")[:2]
+    ]
+    parts = pinwheel_explorer(configs=configs).parts
+    assert "pinwheel_epsilon.toml" in parts["note"].value and parts["step"].description == "ε"
+    parts["train"].click()
+    parts["training"].join()
+    assert [v for _, v in parts["step"].options] == [0.5, 1.0] and not parts["message"].value
+    first = parts["picture"].value
+    parts["step"].value = 0.5 if parts["step"].value == 1.0 else 1.0
+    assert parts["picture"].value != first
 
 
 def test_stored_outputs_need_no_kernel():
@@ -129,14 +146,15 @@ def test_no_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "nowhere"))
     assert run_folders() == []
     assert run_explorer().parts["message"].value == ""
-    assert SWEEP in pinwheel_explorer().parts["note"].value
+    for by, (_, _, command) in LADDERS.items():
+        assert command in pinwheel_explorer(by).parts["note"].value
 
 
 def test_a_damaged_checkpoint_of_the_pinwheel_is_left_out(runs):
     damage(runs / run_name(pinwheel_configs()[3]) / "model.safetensors")
     parts = pinwheel_explorer().parts
     assert "λ = 1 is left out" in parts["note"].value
-    assert len(parts["lam"].options) == 6
+    assert len(parts["step"].options) == 6
     assert parts["picture"].value
 
 
@@ -190,12 +208,12 @@ def test_a_kernel_that_is_restarted_while_it_trains(tmp_path, monkeypatch):
 from csrae_nb.explorers import pinwheel_explorer
 from csrae_nb.config import Config, resolve
 cfgs = [resolve(Config(dataset='pinwheel', epochs=n, lam=lam)) for lam, n in ((.5, 1), (2., 8))]
-parts = pinwheel_explorer(cfgs).parts
+parts = pinwheel_explorer(configs=cfgs).parts
 parts['train'].click()
 """
     end_of = """
 parts['training'].join()
-print(parts['message'].value, len(parts['lam'].options), len(parts['picture'].value) > 1000)
+print(parts['message'].value, len(parts['step'].options), len(parts['picture'].value) > 1000)
 """
     try:
         said = []
@@ -318,7 +336,7 @@ def click(page, canvas, number):
 
 def visit(page, shot):
     "Drag, and see numbers and pictures change; choose a run, and click a point."
-    gauss, wheel, run = (page.locator(".csrae-panel").nth(i) for i in range(3))
+    gauss, wheel, run = (page.locator(".csrae-panel").nth(i) for i in (0, 1, 3))
     for panel, number in (gauss, gauss.locator(".csrae-numbers")), (wheel, wheel.locator(".widget-readout")):
         number.wait_for()
         said, picture = number.inner_text(), panel.locator("img").get_attribute("src")
