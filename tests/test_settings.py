@@ -99,6 +99,7 @@ def settings():
         torch.get_default_dtype(),
         torch.get_default_device(),
         torch.is_grad_enabled(),
+        torch.is_autocast_enabled("cpu"),
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_rng_state().tolist(),
@@ -108,6 +109,7 @@ def settings():
 SETTINGS = {
     "double precision": lambda: torch.set_default_dtype(torch.float64),
     "another device": lambda: torch.set_default_device("meta"),
+    "mixed precision": lambda: torch.set_autocast_enabled("cpu", True),
     "no gradients": lambda: torch.set_grad_enabled(False),
     "deterministic": lambda: torch.use_deterministic_algorithms(True),
     "threads": lambda: torch.set_num_threads(2),
@@ -139,6 +141,7 @@ def test_settings_of_torch_are_neither_needed_nor_changed(name):
         torch.set_default_dtype(torch.float32)
         torch.set_default_device("cpu")
         torch.set_grad_enabled(True)
+        torch.set_autocast_enabled("cpu", False)
         torch.use_deterministic_algorithms(False)
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(usual[0], here[0]))
