@@ -12,7 +12,7 @@ from csrae_nb import CSRAEEmbedding, Pretrained
 from csrae_nb.evaluation import evaluate
 from csrae_nb.fleet import fit_fleet
 from csrae_nb.catalogue import DATASETS
-from csrae_nb.config import Config, make_config, resolve
+from csrae_nb.config import Config, make_config, resolve, run_name
 from csrae_nb.files import RunLocked, run_lock
 from csrae_nb.runs import fit, load_run, prepare_data
 
@@ -65,6 +65,21 @@ def test_a_config_does_not_look_at_the_disk(monkeypatch):
     monkeypatch.setattr(os, "stat", looked)
     for name in ("mnist", "arrays"):
         assert make_config(dict(dataset=name, epochs=3)).dataset == name
+
+
+def test_a_config_of_videos_is_the_same_where_its_name_is_a_folder_of_pictures(tmp_path, monkeypatch):
+    "What a folder holds is asked when its data are read."
+    from PIL import Image
+
+    fields = dict(dataset="clips", image_size=64, network="faces", labels=0.1)
+    monkeypatch.chdir(tmp_path)
+    elsewhere = resolve(make_config(fields))
+    (tmp_path / "clips").mkdir()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "clips" / "a.png")
+    assert resolve(make_config(fields)) == elsewhere
+    assert run_name(make_config(fields)) == run_name(elsewhere)
+    with pytest.raises(ValueError, match="image_size=64 is for .*, a folder of videos .*, not for clips"):
+        prepare_data(elsewhere)
 
 
 @pytest.mark.parametrize("first, then", [("bf16", "no"), ("no", "bf16")])
