@@ -1116,6 +1116,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'csrae_nb.priors._greedy_start': ('nbs/priors.html#_greedy_start', 'csrae_nb/priors.py'),
                                  'csrae_nb.priors._normalises_batches': ('nbs/priors.html#_normalises_batches', 'csrae_nb/priors.py'),
                                  'csrae_nb.priors._rows': ('nbs/priors.html#_rows', 'csrae_nb/priors.py'),
+                                 'csrae_nb.priors._spread': ('nbs/priors.html#_spread', 'csrae_nb/priors.py'),
                                  'csrae_nb.priors.component_graph': ('nbs/priors.html#component_graph', 'csrae_nb/priors.py'),
                                  'csrae_nb.priors.component_map': ('nbs/priors.html#component_map', 'csrae_nb/priors.py'),
                                  'csrae_nb.priors.cut_map': ('nbs/priors.html#cut_map', 'csrae_nb/priors.py'),

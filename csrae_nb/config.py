@@ -183,6 +183,10 @@ def _check_values(c):
     for k, low in _least.items():
         if (v := getattr(c, k)) is not None and not low <= v < math.inf:
             raise ValueError(f"{k}={v}; expected at least {low}")
+    if (c.labels or 0) > 1 and c.labels % 1:
+        raise ValueError(
+            f"labels={c.labels}; expected a whole number of images, or a share of them up to 1.0"
+        )
     if not 0 < c.lr < math.inf:
         raise ValueError(f"lr={c.lr}; expected a positive number")
     if c.name is not None and (not c.name or c.name != os.path.basename(c.name) or c.name.startswith(".")):
