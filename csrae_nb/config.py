@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'SUPERVISED', 'EVALUATION', 'ModelConfig', 'Config', 'known_models', 'has_cs', 'fields_of_data',
-           'make_config', 'resolve', 'prior_kind', 'divergence_weight', 'task_class', 'used_fields', 'unused_fields',
-           'identity', 'run_name', 'command']
+           'check_fields_of_data', 'make_config', 'resolve', 'prior_kind', 'divergence_weight', 'task_class',
+           'used_fields', 'unused_fields', 'identity', 'run_name', 'command']
 
 # %% ../nbs/09_config.ipynb #090002
 import dataclasses
@@ -19,7 +19,7 @@ from typing import get_args
 
 # %% ../nbs/09_config.ipynb #090003
 from .aggregate import PRIOR_OBJECTIVES
-from .catalogue import ARRAYS, DATASETS, FOLDERS, about_data, dataset_name, preset
+from .catalogue import ARRAYS, DATASETS, FOLDERS, about_data, dataset_name, folder_kind, preset
 from .constraint import Constraint
 from .layers import check_skip, two_layers
 from .likelihoods import LIKELIHOODS
@@ -183,6 +183,10 @@ def _check_values(c):
     for k, low in _least.items():
         if (v := getattr(c, k)) is not None and not low <= v < math.inf:
             raise ValueError(f"{k}={v}; expected at least {low}")
+    if (c.labels or 0) > 1 and c.labels % 1:
+        raise ValueError(
+            f"labels={c.labels}; expected a whole number of images, or a share of them up to 1.0"
+        )
     if not 0 < c.lr < math.inf:
         raise ValueError(f"lr={c.lr}; expected a positive number")
     if c.name is not None and (not c.name or c.name != os.path.basename(c.name) or c.name.startswith(".")):
@@ -209,10 +213,7 @@ def _check_effects(c):
         if value != Config.__dataclass_fields__[field].default and field not in used:
             needs = "a mog prior" if field == "prior_objective" else "prior_objective='aggregate'"
             raise ValueError(f"{field}={value!r} has no effect on this {c.model}; it is for {needs}")
-    for field, names in _of_data_sets().items():
-        default = Config.__dataclass_fields__[field].default
-        if getattr(c, field) != default and field not in fields_of_data(c):
-            raise ValueError(f"{field}={getattr(c, field)!r} is for {', '.join(names)}, not for {c.dataset}")
+    check_fields_of_data(c, fields_of_data(c))
 
 # %% ../nbs/09_config.ipynb #090215
 def _with_labels(c):
@@ -292,17 +293,30 @@ def _of_data_sets():
     return out
 
 
+def _is_set(c, field):
+    return getattr(c, field) != Config.__dataclass_fields__[field].default
+
+# %% ../nbs/09_config.ipynb #090116
 def fields_of_data(
     c,  # a Config
 ) -> tuple[str, ...]:
-    "The fields that a configuration's data set takes; of a folder that is not here, by those that are set."
+    "The fields that a configuration's data set takes; of any other folder, by those that are set."
     path, name = os.path.expanduser(c.dataset), dataset_name(c.dataset)
     known = name in ("arrays", *DATASETS) or os.path.splitext(path)[1].lower() in ARRAYS
-    if known or os.path.exists(path):
+    if known or folder_kind(path):
         return about_data(c.dataset, "uses", ())
-    default = Config.__dataclass_fields__
     kinds = [FOLDERS.about(kind, "uses", ()) for kind in FOLDERS]
-    return next((k for k in kinds if any(getattr(c, f) != default[f].default for f in k)), ())
+    return next((k for k in kinds if any(_is_set(c, f) for f in k)), ())
+
+
+def check_fields_of_data(
+    c,  # a Config
+    takes: tuple[str, ...],  # the fields that its data set takes
+) -> None:
+    "ValueError for a field that is set and belongs to other data sets."
+    for field, names in _of_data_sets().items():
+        if _is_set(c, field) and field not in takes:
+            raise ValueError(f"{field}={getattr(c, field)!r} is for {', '.join(names)}, not for {c.dataset}")
 
 # %% ../nbs/09_config.ipynb #090415
 def _check_config(c):

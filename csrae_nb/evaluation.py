@@ -268,7 +268,8 @@ def _clusters(prior, z, y):
         return {}
     z, y = z[y >= 0], y[y >= 0]
     out, C = clustering(y, prior.responsibilities(z).argmax(1)), len(y.unique())
-    if C < len(prior.logw) <= MOST_MAPPED:  # joined without a label, into as many as classes
+    # joined without a label, into as many as classes; of fewer than three there is no map
+    if max(C, 2) < len(prior.logw) <= MOST_MAPPED:
         merged = clustering(y, merged_labels(prior, merge_components(prior, C), z))
         out |= {f"merged_{k}": merged[f"cluster_{k}"] for k in ("accuracy", "nmi", "ari")}
     return out

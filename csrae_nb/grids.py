@@ -28,6 +28,7 @@ from filelock import FileLock, Timeout
 from .config import EVALUATION, Config, command, make_config, resolve, run_name
 from .evaluation import complete_run, finished_metrics
 from .files import RunLocked, runs_folder, write_atomic
+from .reading import read_text
 
 # %% ../nbs/12_grids.ipynb #120005
 # of a sweep, without `name`: its runs are named by what they are
@@ -95,8 +96,9 @@ def _read_toml(path):
         import tomllib
     except ModuleNotFoundError:
         import tomli as tomllib  # Python 3.10
+    text = read_text(path)
     try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        content = tomllib.loads(text)
     except ValueError as e:
         raise ValueError(f"{path} is no TOML: {e}") from e
     if unknown := [k for k in content if k not in ("title", "description", "defaults", "grid")]:

@@ -180,6 +180,11 @@ def _clusters_on_cpu(codes, K, seed):
     with threadpool_limits(1):
         return torch.as_tensor(found.fit(codes.double().numpy()).labels_).long()
 
+# %% ../nbs/03_priors.ipynb #030312
+def _spread(codes):  # (n, D)
+    "The variances of codes; of a single one, which has none, 0."
+    return codes.var(0) if len(codes) > 1 else torch.zeros_like(codes[0])
+
 # %% ../nbs/03_priors.ipynb #030012
 def kmeans(
     codes: Float[Tensor, "n D"],  # draws from q(z|x)
@@ -200,7 +205,7 @@ def kmeans(
     square = r.T @ (codes - r @ mu) ** 2  # (K, D)
     var = (square + square.sum(0) / len(codes)) / (n[:, None] + 1)
     # where each code is a cluster, none has a spread
-    return n, mu, var.maximum(1e-6 * codes.var(0)).clamp_min(1e-30)
+    return n, mu, var.maximum(1e-6 * _spread(codes)).clamp_min(1e-30)
 
 # %% ../nbs/03_priors.ipynb #030016
 def _normalises_batches(net):
@@ -373,7 +378,7 @@ def em_step(
     n, centre = r.sum(0)[:, None], codes.mean(0)
     used, z, count = n > 1e-3, codes - centre, n.clamp_min(1e-3)
     mu = (r.T @ z) / count
-    var = ((r.T @ z**2) / count - mu**2).clamp_min(1e-30).maximum(floor * codes.var(0))
+    var = ((r.T @ z**2) / count - mu**2).clamp_min(1e-30).maximum(floor * _spread(codes))
     return GMM(
         (n[:, 0] / len(codes)).log(), torch.where(used, mu + centre, gmm.mu), torch.where(used, var, gmm.var)
     )

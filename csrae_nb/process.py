@@ -100,13 +100,16 @@ def torch_defaults(
     threads: int | None = None,  # CPU threads, as in cpu_threads; None: leave that as it is
 ):  # a context
     """Inside a with, torch is as if the process had only begun: new tensors in single precision and on the
-    CPU, gradients recorded. Afterwards it is as the caller had it, its global random numbers included."""
+    CPU, nothing cast to a lower one, gradients recorded. Afterwards it is as the caller had it, its global
+    random numbers included."""
     dtype = torch.get_default_dtype()
     device = nullcontext() if torch.get_default_device() == torch.device("cpu") else torch.device("cpu")
     with (
         torch.random.fork_rng(devices=[]),
         torch.inference_mode(False),
         torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
         device,
         cpu_threads(threads) if threads else nullcontext(),
     ):

@@ -8,6 +8,7 @@ __all__ = ['Run', 'load_run', 'open_run', 'prepare_data', 'fit']
 # %% ../nbs/09e_runs.ipynb #095002
 import dataclasses
 import json
+import os
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,7 +20,15 @@ from torch import Tensor, nn
 
 # %% ../nbs/09e_runs.ipynb #095003
 from .catalogue import dataset_name, load_data, loader_of
-from .config import Config, identity, make_config, resolve, run_name, unused_fields
+from csrae_nb.config import (
+    Config,
+    check_fields_of_data,
+    identity,
+    make_config,
+    resolve,
+    run_name,
+    unused_fields,
+)
 from .data import SPLITS, Dataset
 from .files import load_tensors, run_lock, runs_folder, write_atomic, writing
 from .likelihoods import make_likelihood
@@ -128,6 +137,8 @@ def prepare_data(
     "The data of a configuration, loaded if need be and checked against it; ValueError if they do not fit."
     if data is None and cfg.dataset == "arrays":
         raise ValueError('dataset="arrays" needs the arrays: fit(cfg, dict(x=..., y=...))')
+    if os.path.exists(os.path.expanduser(cfg.dataset)):  # only here is it asked what it holds
+        check_fields_of_data(cfg, loader_of(cfg.dataset)[1])
     if not isinstance(data, Dataset):
         own = {f: getattr(cfg, f) for f in loader_of(cfg.dataset)[1]} if data is None else {}
         data = load_data(cfg.dataset if data is None else data, cfg.likelihood, cfg.split_seed, **own)

@@ -8,6 +8,7 @@ __all__ = ['PRELOAD', 'UNGUARDED', 'local_engine', 'ray_engine', 'run_sweep', 's
 # %% ../nbs/12b_sweeps.ipynb #120002
 import argparse
 import csv
+import io
 import multiprocessing
 import os
 import re
@@ -20,6 +21,7 @@ from contextlib import closing, contextmanager
 from multiprocessing import connection
 from pathlib import Path
 
+from filelock import FileLock
 from tqdm import tqdm
 
 # %% ../nbs/12b_sweeps.ipynb #120102
@@ -44,6 +46,7 @@ from csrae_nb.grids import (
     surroundings,
     trained_epochs,
 )
+from .reading import read_text
 
 # %% ../nbs/12b_sweeps.ipynb #120030
 PRELOAD = [
@@ -316,9 +319,8 @@ def read_csv(path):
     "The rows of a table, as text, [] without the file; ValueError for a file that is no such table."
     if not path.exists():
         return []
-    with open(path, newline="", encoding="utf-8") as f:
-        rows = csv.DictReader(f)
-        there = list(rows)
+    rows = csv.DictReader(io.StringIO(read_text(path)))
+    there = list(rows)
     if not {"command", "seeds"} <= set(rows.fieldnames or []):
         raise ValueError(
             f"{path} is there and no table of csrae-sweep: "
@@ -432,11 +434,11 @@ def _report(configs, outcome, before):
 
 def _write_csv(path, configs):
     "The table of what is finished here, or was when the file was written."
-    if rows := sweep_table(configs, read_csv(path)):
-        write_table(path, rows)
-        print(f"{path}: {len(rows)} rows")
-    else:
-        print(f"{path}: not written, no run is finished")
+    runs_folder().mkdir(parents=True, exist_ok=True)
+    with FileLock(runs_folder() / ".tables.lock"):  # of two sweeps that end together, one waits
+        if rows := sweep_table(configs, read_csv(path)):
+            write_table(path, rows)
+    print(f"{path}: {f'{len(rows)} rows' if rows else 'not written, no run is finished'}")
 
 # %% ../nbs/12b_sweeps.ipynb #120249
 def _check_sources(configs):

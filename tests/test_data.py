@@ -25,7 +25,8 @@ from scipy.sparse import csr_array, csr_matrix
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torch.utils.data import Dataset as TorchDataset
 
-from csrae_nb import catalogue, data, formats, results
+from csrae_nb import catalogue, data, formats, results, sweeps
+from csrae_nb.grids import read_words
 
 NAME = "t10k-labels-idx1-ubyte"
 CONTENT = struct.pack(">BBBBI", 0, 0, 8, 1, 6) + bytes(range(6))
@@ -807,18 +808,28 @@ def test_a_file_of_one_array_is_as_long_as_it_says(tmp_path):
             catalogue.load_data(tmp_path / "a.npy")
 
 
-def test_tables_of_results_as_excel_saves_them(tmp_path):
+@pytest.mark.parametrize("read", [results.read_rows, sweeps.read_csv])
+def test_tables_of_results_as_excel_saves_them(tmp_path, read):
     "With a byte-order mark; in Latin-1 they are refused by name."
     text, path = (
         (Path(__file__).parents[1] / "results" / "table1_short.csv").read_text(encoding="utf-8"),
         tmp_path / "table.csv",
     )
-    before = results.read_rows(Path(__file__).parents[1] / "results" / "table1_short.csv")
+    before = read(Path(__file__).parents[1] / "results" / "table1_short.csv")
     path.write_text(text.replace("\n", "\r\n"), encoding="utf-8-sig", newline="")
-    assert before and results.read_rows(path) == before
+    assert before and read(path) == before
     path.write_text(text + "caf\u00e9", encoding="latin-1")
     with pytest.raises(ValueError, match="table.csv is not UTF-8 .* save it as UTF-8"):
-        results.read_rows(path)
+        read(path)
+
+
+def test_a_grid_with_a_byte_order_mark_is_read(tmp_path):
+    file = tmp_path / "grid.toml"
+    file.write_text('[[grid]]\ndataset = "digits"\nseed = [0, 1]\n', encoding="utf-8-sig")
+    assert len(read_words([str(file)])) == 2
+    file.write_text('[[grid]]\ndataset = "caf\u00e9"\n', encoding="latin-1")
+    with pytest.raises(ValueError, match="grid.toml is not UTF-8 .* save it as UTF-8"):
+        read_words([str(file)])
 
 
 # The real files, where there are any --------------------

@@ -216,6 +216,8 @@ def test_labels_count_as_in_scikit_learn():
     task = task_of(resolve(replace(CFG, labels=1)))
     assert len(task.labelled(load_data(dict(x=x, y=y)))) == 1
     assert fit(replace(CFG, labels=1), dict(x=x, y=y), False).cfg.labels == 1
+    with pytest.raises(ValueError, match="labels=1.5; expected a whole number of images, or a share"):
+        Config(labels=1.5)
 
 
 def test_names_of_runs_are_those_of_version_0_1_0():

@@ -12,7 +12,7 @@ from csrae_nb import CSRAEEmbedding, Pretrained
 from csrae_nb.evaluation import evaluate
 from csrae_nb.fleet import fit_fleet
 from csrae_nb.catalogue import DATASETS
-from csrae_nb.config import Config, make_config, resolve
+from csrae_nb.config import Config, make_config, resolve, run_name
 from csrae_nb.files import RunLocked, run_lock
 from csrae_nb.runs import fit, load_run, prepare_data
 
@@ -67,6 +67,21 @@ def test_a_config_does_not_look_at_the_disk(monkeypatch):
         assert make_config(dict(dataset=name, epochs=3)).dataset == name
 
 
+def test_a_config_of_videos_is_the_same_where_its_name_is_a_folder_of_pictures(tmp_path, monkeypatch):
+    "What a folder holds is asked when its data are read."
+    from PIL import Image
+
+    fields = dict(dataset="clips", image_size=64, network="faces", labels=0.1)
+    monkeypatch.chdir(tmp_path)
+    elsewhere = resolve(make_config(fields))
+    (tmp_path / "clips").mkdir()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "clips" / "a.png")
+    assert resolve(make_config(fields)) == elsewhere
+    assert run_name(make_config(fields)) == run_name(elsewhere)
+    with pytest.raises(ValueError, match="image_size=64 is for .*, a folder of videos .*, not for clips"):
+        prepare_data(elsewhere)
+
+
 @pytest.mark.parametrize("first, then", [("bf16", "no"), ("no", "bf16")])
 def test_each_run_has_its_own_precision(first, then):
     alone = fit(arrays(precision=then, name="alone"), dict(x=X), progress=False)
@@ -99,6 +114,7 @@ def settings():
         torch.get_default_dtype(),
         torch.get_default_device(),
         torch.is_grad_enabled(),
+        torch.is_autocast_enabled("cpu"),
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_rng_state().tolist(),
@@ -108,6 +124,7 @@ def settings():
 SETTINGS = {
     "double precision": lambda: torch.set_default_dtype(torch.float64),
     "another device": lambda: torch.set_default_device("meta"),
+    "mixed precision": lambda: torch.set_autocast_enabled("cpu", True),
     "no gradients": lambda: torch.set_grad_enabled(False),
     "deterministic": lambda: torch.use_deterministic_algorithms(True),
     "threads": lambda: torch.set_num_threads(2),
@@ -139,6 +156,7 @@ def test_settings_of_torch_are_neither_needed_nor_changed(name):
         torch.set_default_dtype(torch.float32)
         torch.set_default_device("cpu")
         torch.set_grad_enabled(True)
+        torch.set_autocast_enabled("cpu", False)
         torch.use_deterministic_algorithms(False)
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(usual[0], here[0]))

@@ -28,6 +28,7 @@ from csrae_nb.grids import (
     shard,
     trained_epochs,
 )
+from csrae_nb import sweeps
 from csrae_nb.sweeps import main, ray_engine, run_sweep
 from csrae_nb.config import run_name
 from csrae_nb.files import runs_folder
@@ -370,3 +371,16 @@ def test_a_table_only_gains_rows(points, tmp_path):
         ("CSRAE", "0"),
         ("VAE", "2"),
     ]
+
+
+def test_two_sweeps_that_end_together_lose_no_rows(tmp_path, monkeypatch):
+    def slow(configs, earlier):
+        time.sleep(0.3)
+        return [*earlier, *configs]
+
+    monkeypatch.setattr(sweeps, "sweep_table", slow)
+    monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "runs"))
+    rows = [[dict(command=c, seeds="0")] for c in "ab"]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(sweeps._write_csv, [tmp_path / "table.csv"] * 2, rows))
+    assert {r["command"] for r in sweeps.read_csv(tmp_path / "table.csv")} == {"a", "b"}

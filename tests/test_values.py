@@ -286,3 +286,22 @@ def test_one_validation_row_leaves_out_the_floor_only(hasty):
         and metrics["frechet_classifier_samples"] > 0
         and metrics["active_units"] is not None
     )
+
+
+@pytest.mark.parametrize("fields", [dict(model="VAE"), dict(components=1)])
+def test_one_training_row_is_evaluated(hasty, fields):
+    "Codes without a spread have mixtures with the smallest variance there can be, not with none."
+    x = np.random.default_rng(0).normal(size=(9, 4))
+    cfg = replace(CFG, batch_size=1, **fields)
+    metrics = complete_run(cfg, dict(x_train=x[:1], x_val=x[1:5], x_test=x[5:]), progress=False)
+    assert np.isfinite(metrics["reconstruction"]) and np.isfinite(metrics["log_prior_refit"])
+
+
+@pytest.mark.parametrize("components", [2, 3])
+def test_examples_of_one_class_need_no_three_components(hasty, components):
+    "Fewer components than three are not mapped, and so not joined."
+    x = np.random.default_rng(0).normal(size=(60, 4))
+    cfg = replace(CFG, components=components, kmeans_epoch=0)
+    metrics = complete_run(cfg, dict(x=x, y=np.zeros(60, int)), progress=False)
+    assert 0 < metrics["cluster_accuracy"] <= 1
+    assert metrics.get("merged_accuracy") == (1 if components == 3 else None)

@@ -24,7 +24,7 @@ from csrae_nb.drawings import DISFA_AUS, some_frames
 from csrae_nb.evaluation import complete_run
 from csrae_nb.files import runs_folder
 from csrae_nb.predict import COLUMNS, predict_examples, write_predictions
-from csrae_nb.runs import load_run
+from csrae_nb.runs import load_run, prepare_data
 from csrae_nb.trained import Examples, open_run
 from csrae_nb.videos import Coding, coded_videos, video_eyes
 
@@ -385,7 +385,7 @@ def test_fields_that_a_folder_of_videos_takes(clips):
     with pytest.raises(ValueError, match="unknown validation 'videos'; expected one of frames, subjects"):
         Config(dataset=str(clips), validation="videos")
     with pytest.raises(ValueError, match="fold=1 is for"):
-        Config(dataset=str(clips / "more"), fold=1)  # is there, and has no table
+        prepare_data(resolve(Config(dataset=str(clips / "more"), fold=1)))  # is there, and has no table
     with pytest.raises(ValueError, match="has no eyes; expected likelihood, split_seed, fold, image_size"):
         load_data(clips, eyes="mean")
 
