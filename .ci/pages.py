@@ -1,8 +1,8 @@
 """What the website does with each notebook after nbdev, before Quarto renders it, in the folder of the pages.
 
 A chapter keeps its number in its title and its address. The code of a picture is folded, the imports of the
-tests above the first sentence are left out, a number and its error stay on one line, and the caption of a
-picture in the text is also its alternative.
+tests above the first sentence, which an opening table is not, are left out, a number and its error stay on
+one line, and the caption of a picture in the text is also its alternative.
 """
 
 import ast
@@ -39,9 +39,11 @@ def only_imports(cell):
 
 
 def from_the_first_sentence(cells):
-    "The cells of a page without the imports above its first sentence."
+    "The cells of a page without the imports above its first sentence; an opening table has none."
     said = [
-        i for i, c in enumerate(cells) if c["cell_type"] == "markdown" and source(c)[:4] not in ("", "<!--")
+        i
+        for i, c in enumerate(cells)
+        if c["cell_type"] == "markdown" and source(c)[:4] not in ("", "<!--") and source(c)[0] != "|"
     ]
     first = said[0] if said else 0
     return [c for i, c in enumerate(cells) if i > first or not only_imports(c)]

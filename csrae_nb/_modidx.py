@@ -534,6 +534,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'csrae_nb.faces.prepared_size': ('nbs/faces.html#prepared_size', 'csrae_nb/faces.py')},
             'csrae_nb.files': { 'csrae_nb.files.RunLocked': ('nbs/files.html#runlocked', 'csrae_nb/files.py'),
                                 'csrae_nb.files._checksum': ('nbs/files.html#_checksum', 'csrae_nb/files.py'),
+                                'csrae_nb.files._damaged': ('nbs/files.html#_damaged', 'csrae_nb/files.py'),
+                                'csrae_nb.files._text': ('nbs/files.html#_text', 'csrae_nb/files.py'),
                                 'csrae_nb.files.generator': ('nbs/files.html#generator', 'csrae_nb/files.py'),
                                 'csrae_nb.files.load_tensors': ('nbs/files.html#load_tensors', 'csrae_nb/files.py'),
                                 'csrae_nb.files.progress_bar': ('nbs/files.html#progress_bar', 'csrae_nb/files.py'),

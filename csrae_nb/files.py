@@ -48,22 +48,30 @@ FORMAT = 1  # of model.safetensors and checkpoint.safetensors
 
 
 def _checksum(tensors):
-    "CRC of names and values: safetensors has none."
+    "CRC of names and values."
     crc = 0
     for k in sorted(tensors):
         crc = zlib.crc32(tensors[k].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(k.encode(), crc))
     return crc
 
 
+def _text(meta):
+    "Metadata as JSON, with a CRC of all else in it."
+    rest = {k: v for k, v in meta.items() if k != "meta_checksum"}
+    return json.dumps({**rest, "meta_checksum": zlib.crc32(json.dumps(rest).encode())})
+
+
 def save_tensors(path: Path | str, tensors: dict[str, Tensor], meta: dict) -> None:
     "Tensors and JSON-able metadata in one safetensors file, written atomically."
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    header = {
-        "csrae_nb": json.dumps(
-            {**meta, "format": FORMAT, "version": __version__, "checksum": _checksum(tensors)}
-        )
-    }
-    write_atomic(path, save(tensors, header))
+    own = {"format": FORMAT, "version": __version__, "checksum": _checksum(tensors)}
+    write_atomic(path, save(tensors, {"csrae_nb": _text({**meta, **own})}))
+
+# %% ../nbs/07b_files.ipynb #0721d
+def _damaged(path, what, why):
+    "The error for a file that is not as it was written."
+    what = f"is damaged {what}".strip()
+    return ValueError(f"{path} {what} ({why}); move it away to start this run anew, or put back a whole copy")
 
 # %% ../nbs/07b_files.ipynb #072010
 def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict]:  # tensors on the CPU, metadata
@@ -72,23 +80,21 @@ def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict]:  # tensors
         with safe_open(str(path), "pt") as f:
             header, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, ValueError) as e:
-        raise ValueError(
-            f"{path} is damaged or no safetensors file ({e}); "
-            "move it away to start this run anew, or put back a whole copy"
-        ) from e
+        raise _damaged(path, "or no safetensors file", e) from e
     if "csrae_nb" not in header:
         raise ValueError(f"{path} was not written by csrae_nb; expected a model or checkpoint of a run")
-    meta = json.loads(header["csrae_nb"])
-    if meta["format"] > FORMAT:
+    try:
+        newer = (meta := json.loads(header["csrae_nb"]))["format"] > FORMAT
+    except (ValueError, KeyError, TypeError) as e:
+        raise _damaged(path, "in its header", repr(e)) from e
+    if newer:
         raise ValueError(
-            f"{path} was written by csrae_nb {meta['version']} (format {meta['format']}), "
+            f"{path} was written by csrae_nb {meta.get('version')} (format {meta['format']}), "
             f"newer than this {__version__} (format {FORMAT}); upgrade csrae_nb"
         )
-    if meta.get("checksum") not in (None, _checksum(tensors)):
-        raise ValueError(
-            f"{path} is damaged (its checksum is wrong); "
-            "move it away to start this run anew, or put back a whole copy"
-        )
+    sealed = "meta_checksum" not in meta or _text(meta) == header["csrae_nb"]  # 0.1.0 had none
+    if not sealed or meta.get("checksum") not in (None, _checksum(tensors)):
+        raise _damaged(path, "", "its checksum is wrong")
     return tensors, meta
 
 # %% ../nbs/07b_files.ipynb #072013

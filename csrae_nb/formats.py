@@ -78,7 +78,7 @@ def _even_text(raw, columns):
 
 def read_amat(
     raw: bytes,  # a whole file, unzipped
-    columns: int = 784,  # pixels a line
+    columns: int = 784,  # pixels per line
 ) -> np.ndarray:  # (lines, columns) of 0 and 1, uint8
     "The images in an amat file. ValueError for anything but lines of `columns` zeros and ones."
     raw = raw.removeprefix(codecs.BOM_UTF8)  # some editors put it before a text

@@ -51,7 +51,7 @@ class Run:
     cfg: Config  # resolved
     path: Path  # its folder
     model: Model  # the weights of best_epoch, in eval mode
-    history: list[dict]  # a row per epoch: weight, and both terms in training and validation
+    history: list[dict]  # one row per epoch: weight, and both terms in training and validation
     best_epoch: int  # the epoch of the smallest validation loss
     seconds: float  # spent in training, over all sittings
     sha256: dict[str, str]  # of the data it was trained on

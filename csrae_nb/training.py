@@ -210,7 +210,7 @@ def _check_space(file, times):
 
 # %% ../nbs/09d_training.ipynb #094016
 def _write_history(path, history):
-    "history.csv, a row per epoch."
+    "history.csv, one row per epoch."
     out = io.StringIO()
     writer = csv.DictWriter(out, list(history[0]))
     writer.writeheader()

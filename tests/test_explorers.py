@@ -15,6 +15,7 @@ from csrae_nb.explorers import (
     run_folders,
     two_gaussians_explorer,
 )
+from csrae_nb.files import load_tensors, save_tensors
 from csrae_nb.grids import distinct, read_sweep
 from csrae_nb.config import Config, run_name
 from csrae_nb.runs import fit, load_run, prepare_data
@@ -85,7 +86,8 @@ def damage(path):
 
 
 def unlike_its_config(path):
-    path.write_bytes(path.read_bytes().replace(b'"MixtureCSRAE', b'"MixtureCSRAX'))
+    tensors, meta = load_tensors(path)
+    save_tensors(path, tensors, meta | dict(config=meta["config"] | dict(model="MixtureCSRAX")))
 
 
 def arrays(path):

@@ -86,6 +86,8 @@ def stop(monkeypatch, epoch, **cfg):
         (lambda b: b"", "damaged"),
         (lambda b: b.replace(b"csrae_nb", b"other_nb"), "not written by csrae_nb"),
         (lambda b: b.replace(b'\\"format\\": 1', b'\\"format\\": 2'), "upgrade csrae_nb"),
+        (lambda b: b.replace(b'\\"epoch\\": 2', b'\\"epoch\\": 1'), "checksum is wrong"),
+        (lambda b: b.replace(b'\\"format\\"', b'\\"farmat\\"'), "damaged in its header"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_used_is_named_and_kept(monkeypatch, damage, says):
