@@ -234,7 +234,7 @@ def contenders(
 def plot_sampling(
     rows: list[dict],  # of one data set and z
 ) -> Figure:
-    "Fréchet distance of samples, a line a way to sample, a colour a weight."
+    "Fréchet distance of samples, a line per way to sample, a colour per weight."
     found = contenders(rows)
     labels = list(dict.fromkeys(c[0] for c in found))
     fig, ax = plt.subplots(figsize=(8, 1 + 0.25 * len(labels)), layout="constrained")

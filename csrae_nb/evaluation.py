@@ -573,7 +573,7 @@ def _mean_se(values):
 # %% ../nbs/10b_evaluation.ipynb #100051
 def results_table(
     runs: Iterable[Path | str],  # folders of evaluated runs
-) -> list[dict]:  # a row a configuration
+) -> list[dict]:  # a row per configuration
     """Mean and standard error over seeds of each configuration's metrics, read from metrics.json.
 
     ValueError for a folder without one."""

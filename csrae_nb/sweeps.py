@@ -142,7 +142,7 @@ def ray_engine(
     todo: list[Config],  # resolved
     jobs: int,  # runs at a time, on a Ray that is started here
     address: str | None = None,  # of a cluster to join; None: start Ray on this machine
-    gpus: float = 0.0,  # GPUs a run; 0: CPU only
+    gpus: float = 0.0,  # GPUs per run; 0: CPU only
     losses: int = 2,  # of its worker, that a run survives
 ) -> Iterator[tuple[list[Config], str | None]]:  # as local_engine
     "Each run as a Ray task; ValueError if Ray is not there, or not the GPUs."
@@ -386,7 +386,7 @@ def _add_how(p):
     )
     p.add_argument("--address", help="with Ray: the cluster to join, e.g. auto (default: start Ray here)")
     p.add_argument(
-        "--gpus", type=float, default=0.0, help="with Ray: GPUs a run, e.g. 0.25 (default: 0, CPU only)"
+        "--gpus", type=float, default=0.0, help="with Ray: GPUs per run, e.g. 0.25 (default: 0, CPU only)"
     )
 
 # %% ../nbs/12b_sweeps.ipynb #120049
