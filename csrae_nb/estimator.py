@@ -125,7 +125,7 @@ class _Components(_Parameters):
     def score_samples(
         self,
         X,
-        ll_samples=1024,  # S of Eq. (28), codes a row; best a power of two
+        ll_samples=1024,  # S of Eq. (28), codes per row; best a power of two
     ) -> np.ndarray:  # (n,), nats, densities in the data's units
         """log p(x) of rows, by importance sampling: an estimate from below, the same each time.
         ValueError for a model whose codes are points, or for no samples."""
