@@ -830,7 +830,7 @@ class SemiSupervised(_Objective, _Trials, _Picturing, _LabelByLabel):
         self,
         inner: Autoencoder,  # made with a LabelEncoder and a LabelDecoder; its divergence is used
         prior: Float[Tensor, "C"],  # logits of p(y)
-        share: float,  # n_l/N, the labelled part of the training data
+        share: float,  # n_l/n, the labelled part of the training data
         alpha: float = 1.0,  # α, weight of the classification
         beta: float = 1.0,  # β, weight of KL(q(y|x)‖p(y))
         temperature: float | None = None,  # of a softened draw of y; None: sum over all y

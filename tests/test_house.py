@@ -1,10 +1,11 @@
 "What holds for the repository: notebooks and package agree, the site lists them, requirements are true."
 
 import ast, json, os, re, shutil, subprocess, sys, sysconfig
+from collections import Counter
 from configparser import ConfigParser
 from functools import cache
 from importlib.metadata import packages_distributions, requires
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 import nbformat, pytest, yaml
 import csrae_nb
@@ -401,3 +402,32 @@ def test_site_up_to_quarto(copy):
         assert first.cell_type == "markdown" or "import" not in first.source, (
             f"{nb.name}: {first.source[:80]}"
         )
+
+
+GREEK = "alpha beta gamma delta epsilon varepsilon theta lambda mu nu pi rho sigma tau phi Delta Phi".split()
+
+
+def tokens(text):
+    "Latin and Greek letters of the formulas of a text; not those of words and of letters in other faces."
+    formulas = re.findall(r"\$\$.*?\$\$|\$[^$]+\$", re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.S), re.S)
+    plain = re.sub(r"\\(?:text|math\w+|operatorname|tag)\s*(?:\{[^{}]*\}|\w)", "", " ".join(formulas))
+    commands = {f"\\{name}" for name in GREEK}
+    return {t for t in re.findall(r"\\[a-zA-Z]+|[a-zA-Z]", plain) if len(t) == 1 or t in commands}
+
+
+def test_the_table_of_symbols_is_that_of_the_chapters():
+    """equations.qmd has the symbols that chapters bring, each once; they are used there, their names
+    are in the package, and what eight chapters use is brought by one."""
+    spec = spec_from_file_location("symbols", root / ".ci" / "symbols.py")
+    spec.loader.exec_module(symbols := module_from_spec(spec))
+    page = (root / "equations.qmd").read_text()
+    assert symbols.written(page) == page, "run python .ci/symbols.py"
+    rows, code = list(symbols.brought()), "\n".join(p.read_text() for p in modules)
+    assert len({r[2] for r in rows}) == len(rows)
+    for path, _, symbol, names, *_ in rows:
+        other = "\n".join(t for t in symbols.texts(path) if symbols.HEADER not in t)
+        assert tokens(symbol) <= tokens(other), (path.stem, symbol)
+        assert all(re.search(rf"\b{n}\b", code) for n in re.findall(r"`([^`]+)`", names)), names
+    used = Counter(t for p in notebooks for t in tokens("\n".join(symbols.texts(p))))
+    often = {t for t, n in used.items() if n >= 8 and re.fullmatch(r"[A-Z]|\\[a-z]+", t)}
+    assert often - tokens(" ".join(r[2] + r[4] for r in rows)) <= {"I", r"\pi"}  # identity, and the number
