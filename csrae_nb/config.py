@@ -73,7 +73,7 @@ class Config(ModelConfig):
         None  # epochs in which the divergence's weight grows from 0; None: the preset's share
     )
     patience: int | None = None  # stop after so many epochs without a better validation loss, warm-up aside
-    batch_size: int = 100  # examples a step, over all processes together
+    batch_size: int = 100  # examples per step, over all processes together
     labels: int | float | None = None  # training images with labels: 1 is one, 1.0 all; 0: without labels
     pretrain: int | None = None  # epochs without labels, in a run of their own, before those with labels
     labelled_batch: int | None = None  # of a batch, images with labels

@@ -376,7 +376,7 @@ def _tracker(cfg, path):
 
 # %% ../nbs/09d_training.ipynb #094024
 def warn_of_collapse(t: Training) -> None:
-    "Warn, once a run, if the codes say nothing of x, or if a mixture prior acts as one Gaussian."
+    "Warn, once per run, if the codes say nothing of x, or if a mixture prior acts as one Gaussian."
     epoch = t.meta["epoch"]
     prior = getattr(t.model, "prior", None)
     if t.warned or epoch % 10 or epoch < t.cfg.warmup or prior is None or not t.acc.is_main_process:
