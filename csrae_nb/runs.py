@@ -87,7 +87,7 @@ def load_run(
         model.load_state_dict(weights)
         known = {k: meta[k] for k in ("history", "best_epoch", "seconds", "sha256", "likelihood")}
         known |= dict(x_shape=tuple(meta["x_shape"]), columns=tuple(meta.get("columns", ())))
-    except (KeyError, RuntimeError) as e:
+    except (KeyError, RuntimeError, TypeError) as e:
         raise ValueError(f"{file} is no model of a finished run ({e})") from e
     return Run(cfg, path, model.to(device).eval(), **known)
 

@@ -240,6 +240,8 @@ def open_run(
 ) -> Run:
     "A finished run. ValueError for a damaged, unfinished or codeless one, FileNotFoundError for none."
     folder = next((p for p in (Path(where).expanduser(), runs_folder() / where) if p.is_dir()), None)
+    if folder:
+        check_model(folder / "model.safetensors")  # who knows where it comes from
     run = load_run(folder) if folder else Pretrained.from_pretrained(str(where)).run
     run.model.to(device)
     if codes and not isinstance(run.model, Autoencoder):

@@ -14,7 +14,8 @@ from csrae_nb import Pretrained, sharing
 from csrae_nb.evaluation import complete_run
 from csrae_nb.config import Config, run_name
 from csrae_nb.files import load_tensors, runs_folder, save_tensors
-from csrae_nb.runs import fit
+from csrae_nb.runs import fit, load_run
+from csrae_nb.sharing import open_run
 
 
 @pytest.fixture(scope="module")
@@ -160,8 +161,11 @@ def rewritten(path, folder, change):
 LARGE = dict(latent_dim=2_000_000, components=50_000_000, network="residual", prior="vamp")
 
 
+@pytest.mark.parametrize("opened", [Pretrained, open_run])
 @pytest.mark.parametrize("field", LARGE)
-def test_a_small_file_that_describes_a_large_model_is_refused_unmade(run_path, tmp_path, monkeypatch, field):
+def test_a_small_file_that_describes_a_large_model_is_refused_unmade(
+    run_path, tmp_path, monkeypatch, field, opened
+):
     "Before anything is allocated."
 
     def change(tensors, meta):
@@ -174,7 +178,7 @@ def test_a_small_file_that_describes_a_large_model_is_refused_unmade(run_path, t
     assert (folder / "model.safetensors").stat().st_size < 10_000
     monkeypatch.setattr(sharing, "load_run", None)  # it is not reached
     with pytest.raises(ValueError, match="other weights than its header says|describes no model"):
-        Pretrained(folder)
+        opened(folder)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +193,15 @@ def test_a_header_without_what_it_must_say_is_a_value_error(run_path, tmp_path, 
     folder = rewritten(run_path, tmp_path / "run", change)
     with pytest.raises(ValueError, match=f"'{field}'|{field} cannot be|describes no model"):
         Pretrained(folder)
+
+
+@pytest.mark.parametrize("columns", [5, None])
+def test_columns_that_are_none_are_a_value_error(run_path, tmp_path, columns):
+    folder = rewritten(
+        run_path, tmp_path / "run", lambda tensors, meta: (tensors, {**meta, "columns": columns})
+    )
+    with pytest.raises(ValueError, match="is no model of a finished run"):
+        load_run(folder)
 
 
 @pytest.mark.parametrize(
