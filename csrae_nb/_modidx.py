@@ -1036,6 +1036,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'csrae_nb.patterns.rates': ('nbs/patterns.html#rates', 'csrae_nb/patterns.py')},
             'csrae_nb.pictures': { 'csrae_nb.pictures._label_rows': ('nbs/samples.html#_label_rows', 'csrae_nb/pictures.py'),
                                    'csrae_nb.pictures._of_component': ('nbs/samples.html#_of_component', 'csrae_nb/pictures.py'),
+                                   'csrae_nb.pictures._plot_shares': ('nbs/samples.html#_plot_shares', 'csrae_nb/pictures.py'),
                                    'csrae_nb.pictures._scatter_codes': ('nbs/samples.html#_scatter_codes', 'csrae_nb/pictures.py'),
                                    'csrae_nb.pictures._two_axes': ('nbs/samples.html#_two_axes', 'csrae_nb/pictures.py'),
                                    'csrae_nb.pictures.compare_reconstructions': ( 'nbs/samples.html#compare_reconstructions',

@@ -61,6 +61,15 @@ def _label_rows(ax, labels, columns, head):
     ax.text(0, 1.01, "mean", transform=ax.transAxes, ha="left", va="bottom", fontsize=8)
     ax.axvline((ax.get_xlim()[1] + 0.5) / columns - 1, c="k", lw=2)
 
+# %% ../nbs/11_samples.ipynb #110311
+def _plot_shares(ax, used, w, order):
+    "Shares of codes as points and weights as a line, of components in an order."
+    ax.plot(used[order].cpu(), "o", ms=4, label="share of test codes")
+    ax.plot(w[order].detach().cpu(), "-", c="0.5", label="weight in the prior")
+    ax.set(xlabel="component, by occupancy", ylim=0)
+    ax.set_title(f"in use: {effective_components(used):.1f} of {len(used)}", fontsize=10)
+    ax.legend(fontsize=8)
+
 # %% ../nbs/11_samples.ipynb #110211
 def plot_components(
     run: Run,
@@ -85,11 +94,7 @@ def plot_components(
         for xs in samples:
             show_examples(left, xs[1:])
         left.set_title("a colour for each component")
-    right.plot(used[order].cpu(), "o", ms=4, label="share of test codes")
-    right.plot(w[order].detach().cpu(), "-", c="0.5", label="weight in the prior")
-    right.set(xlabel="component, by occupancy", ylim=0)
-    right.set_title(f"in use: {effective_components(used):.1f} of {len(used)}", fontsize=10)
-    right.legend(fontsize=8)
+    _plot_shares(right, used, w, order)
     return fig
 
 # %% ../nbs/11_samples.ipynb #110111

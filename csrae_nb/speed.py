@@ -22,7 +22,7 @@ def read_benchmark() -> list[dict]:  # rows of results/benchmark.csv, as `make b
 
 # %% ../nbs/18_speed.ipynb #180105
 def benchmark_table(rows: Iterable[dict]) -> str:  # Markdown
-    "A line a comparison; a ratio above 1 says how many times as long, or as large, the other is."
+    "A line per comparison; a ratio above 1 says how many times as long, or as large, the other is."
 
     def number(v):
         return "–" if v is None else f"{v:,.1f}" if v < 100 else f"{v:,.0f}"
