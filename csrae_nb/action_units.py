@@ -98,7 +98,9 @@ def _together(seeds):
 # %% ../nbs/16_action_units.ipynb #160216
 def over_folds(
     rows: Iterable[dict],  # of one run each
-) -> list[dict]:  # a row a model and share of labels, with means and errors of all f1 and pooled_f1 columns
+) -> list[
+    dict
+]:  # one row per model and share of labels, with means and errors of all f1 and pooled_f1 columns
     "F1 of each AU averaged over the folds, then over the seeds; of the seeds, those with most folds."
     groups = {}
     for r in rows:
@@ -202,7 +204,7 @@ def ways_table(
     metrics: dict[str, str] = WAYS,  # and what they are called
     answer: str | None = None,  # one of them; None: the mean
 ) -> str:  # Markdown
-    "What answers are judged by: a row per setting, with errors over seeds."
+    "What answers are judged by: one row per setting, with errors over seeds."
     of = "" if answer is None else f"_{answer}"
     name = lambda r: r.get("settings") or "balance=batches"
     lines = [[name(r), *(shown(r, m + of, _digits(m)) for m in metrics)] for r in rows]
@@ -214,7 +216,7 @@ def by_answer(
     answers: tuple[str, ...],
     metrics: dict[str, str] = WAYS,  # and what they are called
 ) -> str:  # Markdown
-    "The same of one setting: a row an answer."
+    "The same of one setting: one row per answer."
     lines = [[a, *(shown(row, f"{m}_{a}", _digits(m)) for m in metrics)] for a in answers]
     return markdown_table(
         ["", *metrics.values()], [*lines, ["mean", *(shown(row, m, _digits(m)) for m in metrics)]]

@@ -169,7 +169,7 @@ def _opened(path):
         video.release()
 
 
-def video_length(path: Path) -> tuple[int, float]:  # frames, frames a second
+def video_length(path: Path) -> tuple[int, float]:  # frames, frames per second
     "What a video's header says, which may be about right, or 0; ValueError for one that cannot be opened."
     cv2 = face_library("cv2")
     with _opened(path) as video:

@@ -261,7 +261,7 @@ def _write_index(faces, root, out, size, recordings):
     return index
 
 # %% ../nbs/15c_faces.ipynb #150137
-BYTES = 0.3  # a pixel, half as much again as drawn faces take: for the space that is needed
+BYTES = 0.3  # per pixel, half as much again as drawn faces take: for the space that is needed
 
 
 def _check_space(faces, root, out, size, todo):

@@ -31,7 +31,7 @@ UNKNOWN = -1  # intensity of an AU that nobody coded
 class Recording:
     "A subject's video, or its frames as files, and what is known of each frame."
 
-    images: Path | tuple[Path, ...]  # a video, or a file per frame
+    images: Path | tuple[Path, ...]  # a video, or one file per frame
     intensities: np.ndarray  # (n, A), 0 to 5, or UNKNOWN
     eyes: (
         np.ndarray

@@ -182,7 +182,7 @@ class _Job:
     detector: str | Detector  # a name, or one that is the caller's own
     model: Path | None  # yunet's file
     overlay: Path | None  # folder of pictures of what was seen
-    every: int | None  # frames from one such picture to the next; None: eight a clip
+    every: int | None  # frames from one such picture to the next; None: eight per clip
     parts: Path  # folder of the rows of each clip
 
     def tools(self):
@@ -353,9 +353,9 @@ def write_predictions(
     out: Path | str,  # .csv
     detector: str | Detector = "mtcnn",  # a key of DETECTORS, or your own
     model: Path | None = None,  # the file of yunet
-    jobs: int = 1,  # clips at a time, a process each
+    jobs: int = 1,  # clips at a time, one process each
     overlay: Path | None = None,  # folder for pictures of what was seen; None: none
-    every: int | None = None,  # frames from one such picture to the next; None: eight a clip
+    every: int | None = None,  # frames from one such picture to the next; None: eight per clip
     force: bool = False,  # overwrite what is there
     progress: bool = True,  # show a progress bar on stderr
 ) -> Path:

@@ -408,9 +408,9 @@ def report(run: Run) -> str:
     if (K := len(p.logw)) > 1:
         heaviest = p.logw.argsort(descending=True)[:12].tolist()
         samples = torch.cat([sample_examples(run, 16, k, seed=k) for k in heaviest])
-        figures["Samples of the heaviest components, a row each"] = show_sheet(samples, 16)
+        figures["Samples of the heaviest components, one row each"] = show_sheet(samples, 16)
     if 3 <= K <= MOST_MAPPED:
-        figures["Components in the plane, by their distances; a colour is a cluster"] = _map(run)
+        figures["Components in the plane, by their distances, coloured by cluster"] = _map(run)
     made = dict(
         command=command(run.cfg), epochs=len(run.history), kept=run.best_epoch, seconds=round(run.seconds)
     )
