@@ -610,7 +610,7 @@ def traversal(
     i: int,  # number of a test example
     axes: int = 8,  # how many, at most
     steps: int = 9,  # from −3 to 3 standard deviations
-) -> Float[Tensor, "M *X"]:  # steps images an axis
+) -> Float[Tensor, "M *X"]:  # steps images per axis
     "Along each leading axis alone."
     A = min(axes, len(seen.axes))
     return along_axes(seen, i, (torch.eye(A)[:, None] * torch.linspace(-3, 3, steps)[:, None]).flatten(0, 1))
@@ -621,7 +621,7 @@ def draw_examples(
     xs: Float[Tensor, "n *X"],
     columns: int,  # images in a row
     title: str = "",
-    size: float = 0.9,  # inches an image
+    size: float = 0.9,  # inches per image
 ) -> Figure:
     "Examples as a figure of their own."
     images, rows = is_picture(seen.data.x_shape), -(-len(xs) // columns)
@@ -680,8 +680,10 @@ def draw_moved(
 
 
 def draw_traversal(seen: Explored, i: int) -> Figure:
-    "An axis a row, from −3 to 3 standard deviations."
-    return draw_examples(seen, traversal(seen, i), 9, "an axis a row, from −3 to 3 standard deviations", 0.62)
+    "One row per axis, from −3 to 3 standard deviations."
+    return draw_examples(
+        seen, traversal(seen, i), 9, "one row per axis, from −3 to 3 standard deviations", 0.62
+    )
 
 # %% ../nbs/22_explorers.ipynb #220044
 def draw_component(
@@ -808,7 +810,7 @@ def _interpolation_tab(seen, guard):
 
 # %% ../nbs/22_explorers.ipynb #220052
 def _dimensions_tab(seen, guard):
-    "A slider an axis; beside them what is decoded, below all axes."
+    "One slider per axis; beside them what is decoded, below all axes."
     from ipywidgets import Button
 
     index, back = _index("from test example", len(seen.x)), Button(description="back to the start")
