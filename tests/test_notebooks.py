@@ -23,7 +23,7 @@ of_the_reader = {"explore.ipynb"}  # shows whatever runs there are
 EXACT, TRAINED = 0.05, 0.5  # parts of the larger number by which stored and fresh ones may differ
 trains = {
     *("00b_why_a_mixture", "06f_layers", "07_pinwheel", "10b_evaluation", "14_semi_supervised"),
-    *("16_action_units", "19_your_own", "19b_sharing"),
+    *("16_action_units", "19_your_own", "19b_sharing", "20_estimator", "23a_predict", "24_single_cell"),
 }
 volatile = {
     "070029": "the codes of three starts, one of which may end elsewhere",
