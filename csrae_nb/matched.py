@@ -46,6 +46,7 @@ LINES = {  # what a line is: name, source, queue, kind of samples, colour, style
     "aggregate, queue of 1,000": ("MixtureCSRAE", "aggregate", 1000, "samples", "C0", "o-"),
     "aggregate": ("MixtureCSRAE", "aggregate", 0, "samples", "C9", "o-"),
     "aggregate, KL in the encoder": ("MixtureVAE", "aggregate", 1000, "samples", "C4", "D-"),
+    "each image, by the KL": ("MixtureVAE", "image", 0, "samples", "C4", "^-"),
     "each image": ("MixtureCSRAE", "image", 0, "samples", "C1", "^-"),
     "each image, then fitted": ("MixtureCSRAE", "image", 0, "samples_expost", "C1", "^:"),
     "VampPriorVAE": ("VampPriorVAE", None, 0, "samples", "C3", "s-"),

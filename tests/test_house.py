@@ -404,6 +404,33 @@ def test_site_up_to_quarto(copy):
         )
 
 
+def in_order():
+    "The chapters in the order of the sidebar, without the two pages that are applications."
+    parts = yaml.safe_load((root / "_quarto.yml").read_text())["website"]["sidebar"]["contents"]
+    pages = [Path(c) for part in parts for c in part.get("contents", ()) if isinstance(c, str)]
+    return [root / p for p in pages if p.suffix == ".ipynb" and p.stem not in ("train", "explore")]
+
+
+@pytest.mark.parametrize("path", in_order(), ids=lambda p: p.stem)
+def test_form_of_a_chapter(path):
+    "Questions first; at the end three exercises, a solution that runs, what comes next, and the versions."
+    cells = json.loads(path.read_text())["cells"]
+    text = ["".join(c["source"]) for c in cells]
+    said = [t for t, c in zip(text, cells) if c["cell_type"] == "markdown"]
+    assert re.match(r"# .+\n> .+", said[0]) and said[1].startswith("| question | answer | where |\n")
+    (exercises,) = [i for i, t in enumerate(text) if t.startswith("## Exercises\n")]
+    assert re.findall(r"^(\d)\. ", text[exercises], re.M) == ["1", "2", "3"]
+    solutions = [
+        t
+        for t in text[exercises:]
+        if re.search(r'\n#| code-summary: "Solutions? of the ', t[:250]) or 'A solution of the ' in t[:250]
+    ]
+    assert solutions and any("assert" in t or "test_" in t for t in solutions)
+    after = in_order()[in_order().index(path) + 1 :]
+    assert said[-1].startswith("**Next**: ") and (not after or f"]({after[0].name})" in said[-1])
+    assert text[-1].startswith("#| echo: false\n%load_ext watermark\n")
+
+
 GREEK = "alpha beta gamma delta epsilon varepsilon theta lambda mu nu pi rho sigma tau phi Delta Phi".split()
 
 
