@@ -420,11 +420,7 @@ def test_form_of_a_chapter(path):
     assert re.match(r"# .+\n> .+", said[0]) and said[1].startswith("| question | answer | where |\n")
     (exercises,) = [i for i, t in enumerate(text) if t.startswith("## Exercises\n")]
     assert re.findall(r"^(\d)\. ", text[exercises], re.M) == ["1", "2", "3"]
-    solutions = [
-        t
-        for t in text[exercises:]
-        if re.search(r'\n#| code-summary: "Solutions? of the ', t[:250]) or 'A solution of the ' in t[:250]
-    ]
+    solutions = [t for t in text[exercises:] if re.search('#. code-summary: "(A s|S)olutions? of', t[:250])]
     assert solutions and any("assert" in t or "test_" in t for t in solutions)
     after = in_order()[in_order().index(path) + 1 :]
     assert said[-1].startswith("**Next**: ") and (not after or f"]({after[0].name})" in said[-1])
