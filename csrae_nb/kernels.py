@@ -27,7 +27,7 @@ GPU_BLOCK = 2**25  # the same on a GPU, where smaller ones take two to three tim
 
 
 def _blocks(mu, nu, same):
-    "Slices (of P, of N, of M) of a (P, N, M) grid, a block each; if same, none below the diagonal."
+    "Slices (of P, of N, of M) of a (P, N, M) grid, one block each; if same, none below the diagonal."
     (P, N, D), M, block = mu.shape, nu.shape[1], BLOCK if mu.is_cpu else GPU_BLOCK
     n = max(1, min(N, block // max(1, M * D)))
     p = max(1, block // max(1, n * M * D))

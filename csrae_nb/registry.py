@@ -85,7 +85,7 @@ _loaded: list[str] = []
 
 
 def load_plugins() -> None:
-    "Import what registers itself, ours first, once a process; a warning for what cannot be imported."
+    "Import what registers itself, ours first, once per process; a warning for what cannot be imported."
     if _loaded:
         return
     _loaded.append(GROUP)

@@ -421,7 +421,7 @@ def test_form_of_a_chapter(path):
     (exercises,) = [i for i, t in enumerate(text) if t.startswith("## Exercises\n")]
     assert re.findall(r"^(\d)\. ", text[exercises], re.M) == ["1", "2", "3"]
     solutions = [t for t in text[exercises:] if re.search('#. code-summary: "(A s|S)olutions? of', t[:250])]
-    assert solutions and any("assert" in t or "test_" in t for t in solutions)
+    assert solutions and any("assert" in t or "test_" in t for t in text[exercises + 1 :])
     after = in_order()[in_order().index(path) + 1 :]
     assert said[-1].startswith("**Next**: ") and (not after or f"]({after[0].name})" in said[-1])
     assert text[-1].startswith("#| echo: false\n%load_ext watermark\n")
