@@ -1633,6 +1633,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'csrae_nb.trained._map': ('nbs/after_training.html#_map', 'csrae_nb/trained.py'),
                                   'csrae_nb.trained._numbers': ('nbs/after_training.html#_numbers', 'csrae_nb/trained.py'),
                                   'csrae_nb.trained._one_array': ('nbs/after_training.html#_one_array', 'csrae_nb/trained.py'),
+                                  'csrae_nb.trained._part': ('nbs/after_training.html#_part', 'csrae_nb/trained.py'),
                                   'csrae_nb.trained._publish': ('nbs/after_training.html#_publish', 'csrae_nb/trained.py'),
                                   'csrae_nb.trained._read': ('nbs/after_training.html#_read', 'csrae_nb/trained.py'),
                                   'csrae_nb.trained._short': ('nbs/after_training.html#_short', 'csrae_nb/trained.py'),

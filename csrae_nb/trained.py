@@ -8,6 +8,7 @@ __all__ = ['CODES', 'Examples', 'as_trained', 'read_examples', 'encode_examples'
 
 # %% ../nbs/23_after_training.ipynb #230002
 import csv
+import hashlib
 import heapq
 import io
 import json
@@ -212,10 +213,22 @@ def write_encoded(
     write_atomic(out, file.getvalue())
     return out
 
+# %% ../nbs/23_after_training.ipynb #230015p
+def _part(run, examples, out):
+    "Where rows are begun, under a name that says of which weights and examples they are; older ones go."
+    of = hashlib.sha256((run.path / "model.safetensors").read_bytes())
+    if isinstance(examples.x, Tensor):
+        of.update(examples.x.contiguous().cpu().numpy())
+    part = out.with_name(f".{out.name}.{run.path.name}.{of.hexdigest()[:16]}.part")
+    for other in out.parent.glob(f".{out.name}.{run.path.name}.*.part"):
+        if other != part:
+            other.unlink()
+    return part
+
 # %% ../nbs/23_after_training.ipynb #230115
 def _write_rows(run, examples, out, ll_samples, progress, codes=True):
     "The rows in a .csv beside the file that is wanted: begun, or gone on with."
-    part = out.with_name(f".{out.name}.{run.path.name}.part")
+    part = _part(run, examples, out)
     done = _whole_rows(part, examples.names, ll_samples, codes)
     digits = 9 if out.suffix.lower() == ".parquet" else 7  # to the bit, or to be read
     with open(part, "r+" if done else "w", newline="", encoding="utf-8") as f:

@@ -251,12 +251,13 @@ def test_a_parquet_that_is_killed_goes_on(run, tmp_path):
     program = [sys.executable, "-c", "import sys; from csrae_nb.verbs import main; sys.exit(main())", *words]
     env = {k: v for k, v in os.environ.items() if k != "CSRAE_TYPECHECK"}
     p = subprocess.Popen(program, env=env, stderr=subprocess.DEVNULL)
-    part = tmp_path / ".codes.parquet.table.part"
-    while not (part.exists() and part.stat().st_size > 10_000):
+    name = ".codes.parquet.table.*.part"
+    while not (found := [f for f in tmp_path.glob(name) if f.stat().st_size > 10_000]):
         assert p.poll() is None
         time.sleep(0.002)
     p.send_signal(signal.SIGKILL)
     p.wait()
+    (part,) = found
     assert not (tmp_path / "codes.parquet").exists()
     lines = part.read_text().splitlines(keepends=True)
     first = dict(zip(lines[0].split(","), lines[1].split(",")))
@@ -302,7 +303,7 @@ def test_scores_are_the_table_of_codes_sorted(run, tmp_path, ll_samples):
 def test_a_score_does_not_go_on_from_a_table_of_codes(run, tmp_path):
     "Both are begun beside the same file."
     examples = trained.read_examples(run, FRAME)
-    part = tmp_path / ".t.csv.table.part"
+    part = trained._part(run, examples, tmp_path / "t.csv")
     trained.write_encoded(run, examples, tmp_path / "whole.csv", progress=False)
     part.write_text("".join((tmp_path / "whole.csv").read_text().splitlines(keepends=True)[:9]))
     trained.write_scored(run, examples, tmp_path / "t.csv", progress=False)

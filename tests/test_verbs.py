@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,9 @@ import torch
 from csrae_nb.catalogue import load_data
 from csrae_nb.config import Config
 from csrae_nb.runs import fit
+from csrae_nb import trained
 from csrae_nb.sharing import Pretrained
+from csrae_nb.trained import Examples, open_run
 from csrae_nb.verbs import VERBS, main
 
 BRIEF = dict(epochs=2, warmup=1, kmeans_epoch=1)
@@ -80,12 +83,12 @@ def test_encoding_that_is_killed_goes_on_where_it_was(runs, tmp_path):
     program = [sys.executable, "-c", "import sys; from csrae_nb.verbs import main; sys.exit(main())", *words]
     env = {k: v for k, v in os.environ.items() if k != "CSRAE_TYPECHECK"}
     p = subprocess.Popen(program, env=env, stderr=subprocess.DEVNULL)
-    part = tmp_path / ".codes.csv.mixture.part"
-    while not (part.exists() and part.stat().st_size > 10_000):
+    while not (found := [f for f in tmp_path.glob(".codes.csv.mixture.*.part") if f.stat().st_size > 10_000]):
         assert p.poll() is None
         time.sleep(0.002)
     p.send_signal(signal.SIGKILL)
     p.wait()
+    (part,) = found
     begun = part.read_text().splitlines()[1:-1]
     assert 0 < len(begun) < 30_000 and not (tmp_path / "codes.csv").exists()
     subprocess.run(program, env=env, stderr=subprocess.DEVNULL, check=True)
@@ -134,3 +137,20 @@ def test_no_folder_is_made_for_an_output(runs, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["report", str(runs / "mixture"), "--out", str(tmp_path / "new" / "page.html")])
     assert "there is no folder" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_rows_of_other_examples_or_weights_are_not_gone_on_with(runs, tmp_path):
+    "A picture of the same name, and a run that was trained anew."
+    run = open_run(shutil.copytree(runs / "mixture", tmp_path / "run"))
+    x, names = (torch.rand(40, 8, 8) > 0.5).float(), tuple(map(str, range(40)))
+    out = tmp_path / "codes.csv"
+    begun = trained._write_rows(run, Examples(x[:30], names[:30]), out, 0, False)
+    assert trained._part(run, Examples(x[:30], names[:30]), out) == begun and begun.exists()
+    other = x.clone()
+    other[3] = 1 - other[3]
+    for examples in Examples(other[:30], names[:30]), Examples(x, names):
+        assert trained._part(run, examples, out) != begun and not begun.exists()
+        begun = trained._write_rows(run, examples, out, 0, False)
+    weights = tmp_path / "run" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"0000")
+    assert trained._part(run, Examples(x, names), out) != begun and not begun.exists()
