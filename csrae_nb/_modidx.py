@@ -1176,6 +1176,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'csrae_nb.registry._Table.__len__': ('nbs/registry.html#_table.__len__', 'csrae_nb/registry.py'),
                                    'csrae_nb.registry._Table.__setitem__': ('nbs/registry.html#_table.__setitem__', 'csrae_nb/registry.py'),
                                    'csrae_nb.registry._path': ('nbs/registry.html#_path', 'csrae_nb/registry.py'),
+                                   'csrae_nb.registry._same': ('nbs/registry.html#_same', 'csrae_nb/registry.py'),
                                    'csrae_nb.registry.load_plugins': ('nbs/registry.html#load_plugins', 'csrae_nb/registry.py')},
             'csrae_nb.results': { 'csrae_nb.results._gap': ('nbs/results.html#_gap', 'csrae_nb/results.py'),
                                   'csrae_nb.results._in_cell': ('nbs/results.html#_in_cell', 'csrae_nb/results.py'),

@@ -42,8 +42,14 @@ class _Table(MutableMapping):
 
 
 def _path(entry):
-    "Where something was defined, as far as it says."
-    return getattr(entry, "__qualname__", repr(entry))
+    "What something is called where it was defined, and the module, as far as it says."
+    return getattr(entry, "__qualname__", repr(entry)), getattr(entry, "__module__", "")
+
+
+def _same(one, other):
+    "Whether two are one thing, defined again: in its module, or in a chapter that is run as a notebook."
+    (name, module), (its_name, its_module) = _path(one), _path(other)
+    return name == its_name and (module == its_module or "__main__" in (module, its_module))
 
 # %% ../nbs/02b_registry.ipynb #022105
 class Registry(_Table):
@@ -61,9 +67,10 @@ class Registry(_Table):
     def add(self, name: str, entry, **about) -> None:
         "The same for something that is there already."
         there, _ = self._rows.get(name, (entry, None))
-        if _path(there) != _path(entry):
+        if not _same(there, entry):
+            called, module = _path(there)
             raise ValueError(
-                f"the {self.kind} {name!r} is there already: {_path(there)}; choose another name"
+                f"the {self.kind} {name!r} is there already: {called} of {module}; choose another name"
             )
         self._rows[name] = entry, about
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from csrae_nb.registry import Registry
+
 ROOT = Path(__file__).parents[1]
 THEIRS = '''
 import torch
@@ -176,3 +178,19 @@ def test_what_a_fleet_does_not_know_goes_alone(run):
 def test_names_that_nobody_added_are_refused(run):
     said = run("-c", script("Config(dataset='theirs', prior='rings')"), status=1)
     assert "unknown prior 'rings'; expected one of mog, vamp, ring" in said
+
+
+def test_another_module_does_not_replace_an_entry_of_the_same_name():
+    "Only its own module does, when it is loaded again, and a chapter that is run as a notebook."
+    shapes = Registry("shape")
+    ours, again, theirs, on_a_page = (type("Square", (), {}) for _ in range(4))
+    for square, module in (ours, "ours"), (again, "ours"), (theirs, "theirs"), (on_a_page, "__main__"):
+        square.__module__ = module
+    shapes.add("Square", ours)
+    shapes.add("Square", again)
+    with pytest.raises(
+        ValueError, match="the shape 'Square' is there already: Square of ours; choose another"
+    ):
+        shapes.add("Square", theirs)
+    shapes.add("Square", on_a_page)
+    assert shapes["Square"] is on_a_page
