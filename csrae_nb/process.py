@@ -96,6 +96,22 @@ DTYPE = torch.float32  # of a run's weights
 
 
 @contextmanager
+def _nothing_cast():
+    "No autocast of the caller's; a run's own is one inside of it, which must not keep casts of old weights."
+    kinds, kept = ("cpu", "cuda"), torch.is_autocast_cache_enabled()
+    before = [torch.is_autocast_enabled(k) for k in kinds]
+    for kind in kinds:
+        torch.set_autocast_enabled(kind, False)
+    torch.set_autocast_cache_enabled(kept and not any(before))
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(kept)
+        for kind, on in zip(kinds, before):
+            torch.set_autocast_enabled(kind, on)
+
+
+@contextmanager
 def torch_defaults(
     threads: int | None = None,  # CPU threads, as in cpu_threads; None: leave that as it is
 ):  # a context
@@ -108,8 +124,7 @@ def torch_defaults(
         torch.random.fork_rng(devices=[]),
         torch.inference_mode(False),
         torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-        torch.autocast("cuda", enabled=False),
+        _nothing_cast(),
         device,
         cpu_threads(threads) if threads else nullcontext(),
     ):

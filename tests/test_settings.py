@@ -1,6 +1,7 @@
 "A run depends on its configuration alone, not on its folder or its process, whose settings it leaves alone."
 
 import os
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -173,3 +174,12 @@ def test_a_lock_is_the_same_file_for_all_who_wait(tmp_path):
         with pytest.raises(RunLocked):
             with run_lock(tmp_path):
                 pass
+
+
+@pytest.mark.parametrize("around", [nullcontext, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_a_run_in_bf16_learns_what_one_in_single_precision_does(around):
+    "Its own autocast casts the weights of each step anew, inside of a caller's, too."
+    plain = fit(Config(model="CSRAE", epochs=4, warmup=1, name="plain"), progress=False)
+    with around():
+        cast = fit(Config(model="CSRAE", epochs=4, warmup=1, name="cast", precision="bf16"), progress=False)
+    assert cast.history[-1]["criterion"] == pytest.approx(plain.history[-1]["criterion"], rel=0.02)
