@@ -351,6 +351,15 @@ def test_pictures_are_described(path):
 
 
 @per_notebook
+def test_headings_stand_apart(path):
+    "A line above a heading is empty; pandoc takes it for text otherwise."
+    for cell in json.loads(path.read_text())["cells"]:
+        if cell["cell_type"] == "markdown":
+            text = re.sub(r"```.*?```", "", "".join(cell["source"]), flags=re.S)
+            assert not re.search(r"[^\n]\n#{1,6} ", text), cell["id"]
+
+
+@per_notebook
 def test_other_chapters_are_linked(path):
     "Text that names a chapter, by its number or by what it is about, links it."
     for cell in json.loads(path.read_text())["cells"]:
