@@ -91,10 +91,7 @@ def cpu_threads(
         torch.set_num_threads(before)
         torch.set_flush_denormal(flushed)
 
-# %% ../nbs/09c_process.ipynb #093011
-DTYPE = torch.float32  # of a run's weights
-
-
+# %% ../nbs/09c_process.ipynb #012eb1ef
 @contextmanager
 def _nothing_cast():
     "No autocast of the caller's; a run's own is one inside of it, which must not keep casts of old weights."
@@ -109,6 +106,9 @@ def _nothing_cast():
         torch.set_autocast_cache_enabled(kept)
         for kind, on in zip(kinds, before):
             torch.set_autocast_enabled(kind, on)
+
+# %% ../nbs/09c_process.ipynb #093011
+DTYPE = torch.float32  # of a run's weights
 
 
 @contextmanager

@@ -40,7 +40,7 @@ class _Table(MutableMapping):
         load_plugins()
         return len(self._rows)
 
-
+# %% ../nbs/02b_registry.ipynb #022055
 def _path(entry):
     "What something is called where it was defined, and the module, as far as it says."
     return getattr(entry, "__qualname__", repr(entry)), getattr(entry, "__module__", "")
