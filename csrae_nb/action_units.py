@@ -98,9 +98,7 @@ def _together(seeds):
 # %% ../nbs/16_action_units.ipynb #160216
 def over_folds(
     rows: Iterable[dict],  # of one run each
-) -> list[
-    dict
-]:  # one row per model and share of labels, with means and errors of all f1 and pooled_f1 columns
+) -> list[dict]:  # one row per model and share of labels; means and errors of f1 and pooled_f1
     "F1 of each AU averaged over the folds, then over the seeds; of the seeds, those with most folds."
     groups = {}
     for r in rows:

@@ -115,8 +115,9 @@ def _parts(d):
 def _overlap_of(q, p):
     "The function of the table for two distributions; ValueError if there is none."
     kinds = [Normal if isinstance(d, GMM) else type(_innermost(d)) for d in (q, p)]
-    if found := [OVERLAPS[pair] for pair in product(*(k.__mro__ for k in kinds)) if pair in OVERLAPS]:
-        return found[0]
+    for pair in product(*(k.__mro__ for k in kinds)):
+        if pair in OVERLAPS:
+            return OVERLAPS[pair]
     known = ", ".join(sorted({" with ".join(sorted((a.__name__, b.__name__))) for a, b in OVERLAPS}))
     raise ValueError(
         f"the overlap of {kinds[0].__name__} with {kinds[1].__name__} is not known; register_overlap adds it "

@@ -91,7 +91,7 @@ def cpu_threads(
         torch.set_num_threads(before)
         torch.set_flush_denormal(flushed)
 
-# %% ../nbs/09c_process.ipynb #012eb1ef
+# %% ../nbs/09c_process.ipynb #c9f9d168
 @contextmanager
 def _nothing_cast():
     "No autocast of the caller's; a run's own is one inside of it, which must not keep casts of old weights."

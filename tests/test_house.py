@@ -19,6 +19,9 @@ ini = ConfigParser(delimiters=["="], interpolation=None)
 ini.read(root / "settings.ini")
 extras = set(ini["extras"]) - set(ini.defaults())
 per_notebook = pytest.mark.parametrize("path", notebooks, ids=lambda p: p.stem)
+spec = spec_from_file_location("symbols", root / ".ci" / "symbols.py")
+spec.loader.exec_module(symbols := module_from_spec(spec))
+in_order = [p for p in symbols.chapters() if p.stem not in ("train", "explore")]  # those are applications
 
 
 def house_files():
@@ -353,30 +356,26 @@ def test_pictures_are_described(path):
 @per_notebook
 def test_headings_stand_apart(path):
     "A line above a heading is empty; pandoc takes it for text otherwise."
-    for cell in json.loads(path.read_text())["cells"]:
-        if cell["cell_type"] == "markdown":
-            text = re.sub(r"```.*?```", "", "".join(cell["source"]), flags=re.S)
-            assert not re.search(r"[^\n]\n#{1,6} ", text), cell["id"]
+    for text in symbols.texts(path):
+        found = re.search(r"[^\n]\n#{1,6} .*", re.sub(r"```.*?```", "", text, flags=re.S))
+        assert not found, found[0]
 
 
 @per_notebook
 def test_other_chapters_are_linked(path):
     "Text that names a chapter, by its number or by what it is about, links it."
-    for cell in json.loads(path.read_text())["cells"]:
-        if cell["cell_type"] == "markdown":
-            plain = re.sub(r"\[[^\]]*\]\([^)]*\)|```.*?```", "", "".join(cell["source"]), flags=re.S)
-            named = re.findall(r"[Tt]he chapters? (?:on|of|about) [\w ]{3,30}|[Cc]hapter \d+", plain)
-            named += re.findall(r"`\d\d[a-f]?_[a-z_]+`", plain)
-            assert not named, (cell["id"], named)
+    for text in symbols.texts(path):
+        plain = re.sub(r"\[[^\]]*\]\([^)]*\)|```.*?```", "", text, flags=re.S)
+        named = re.findall(r"[Tt]he chapters? (?:on|of|about) [\w ]{3,30}|[Cc]hapter \d+", plain)
+        named += re.findall(r"`\d\d[a-f]?_[a-z_]+`", plain)
+        assert not named, (text[:60], named)
 
 
 def headings(path):
     "The anchors of a page's headings, as pandoc makes them."
     text = path.read_text()
     if path.suffix == ".ipynb":
-        text = "\n".join(
-            "".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown"
-        )
+        text = "\n".join(symbols.texts(path))
     plain = (re.sub(r"[^\w\s.-]", "", h).lower() for h in re.findall(r"^#+ (.*)", text, re.M))
     return {re.sub(r"^[^a-z]*", "", re.sub(r"\s+", "-", h.strip())) for h in plain}
 
@@ -413,25 +412,18 @@ def test_site_up_to_quarto(copy):
         )
 
 
-def in_order():
-    "The chapters in the order of the sidebar, without the two pages that are applications."
-    parts = yaml.safe_load((root / "_quarto.yml").read_text())["website"]["sidebar"]["contents"]
-    pages = [Path(c) for part in parts for c in part.get("contents", ()) if isinstance(c, str)]
-    return [root / p for p in pages if p.suffix == ".ipynb" and p.stem not in ("train", "explore")]
-
-
-@pytest.mark.parametrize("path", in_order(), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", in_order, ids=lambda p: p.stem)
 def test_form_of_a_chapter(path):
     "Questions first; at the end three exercises, a solution that runs, what comes next, and the versions."
     cells = json.loads(path.read_text())["cells"]
     text = ["".join(c["source"]) for c in cells]
-    said = [t for t, c in zip(text, cells) if c["cell_type"] == "markdown"]
+    said = symbols.texts(path)
     assert re.match(r"# .+\n> .+", said[0]) and said[1].startswith("| question | answer | where |\n")
     (exercises,) = [i for i, t in enumerate(text) if t.startswith("## Exercises\n")]
     assert re.findall(r"^(\d)\. ", text[exercises], re.M) == ["1", "2", "3"]
     solutions = [t for t in text[exercises:] if re.search('#. code-summary: "(A s|S)olutions? of', t[:250])]
     assert solutions and any("assert" in t or "test_" in t for t in text[exercises + 1 :])
-    after = in_order()[in_order().index(path) + 1 :]
+    after = in_order[in_order.index(path) + 1 :]
     assert said[-1].startswith("**Next**: ") and (not after or f"]({after[0].name})" in said[-1])
     assert text[-1].startswith("#| echo: false\n%load_ext watermark\n")
 
@@ -450,8 +442,6 @@ def tokens(text):
 def test_the_table_of_symbols_is_that_of_the_chapters():
     """equations.qmd has the symbols that chapters bring, each once; they are used there, their names
     are in the package, and what eight chapters use is brought by one."""
-    spec = spec_from_file_location("symbols", root / ".ci" / "symbols.py")
-    spec.loader.exec_module(symbols := module_from_spec(spec))
     page = (root / "equations.qmd").read_text()
     assert symbols.written(page) == page, "run python .ci/symbols.py"
     rows, code = list(symbols.brought()), "\n".join(p.read_text() for p in modules)
