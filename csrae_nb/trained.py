@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CODES', 'Examples', 'as_trained', 'read_examples', 'encode_examples', 'check_output', 'write_encoded',
-           'without_codes', 'most_unusual', 'write_scored', 'sample_examples', 'show_sheet', 'cluster_table', 'report']
+           'without_codes', 'most_unusual', 'write_scored', 'sample_examples', 'show_sheet', 'mean_codes',
+           'cluster_table', 'cluster_examples', 'report']
 
 # %% ../nbs/23_after_training.ipynb #230002
 import csv
@@ -40,6 +41,7 @@ from csrae_nb.data import (
     is_binary,
     scaled,
 )
+from .clusters import cluster_codes
 from .divergence import cs_divergence
 from .evaluation import at_temperature
 from .files import generator, progress_bar, write_atomic
@@ -390,6 +392,13 @@ def show_sheet(
 
 # %% ../nbs/23_after_training.ipynb #230024
 @torch.no_grad()
+def mean_codes(run: Run, examples: Examples) -> Float[Tensor, "n D"]:
+    "The means of q(z|x) of examples."
+    blocks = examples.x.split(rows_at_once(examples.x))
+    return torch.cat([run.model.encode(b.to(run.device)).mean for b in blocks])
+
+
+@torch.no_grad()
 def cluster_table(
     run: Run,
     clusters: int | None = None,  # None: as many as the graph of components suggests
@@ -405,12 +414,21 @@ def cluster_table(
     ]
     if examples is None:
         return rows, None
-    z = torch.cat(
-        [run.model.encode(b.to(run.device)).mean for b in examples.x.split(rows_at_once(examples.x))]
-    )
+    z = mean_codes(run, examples)
     for row, share in zip(rows, occupancy(p, z).tolist()):
         row["share"] = share
     return rows, merged_labels(p, cluster, z)
+
+# %% ../nbs/23_after_training.ipynb #230226
+def cluster_examples(
+    run: Run,
+    examples: Examples,
+    clusters: int | None = None,  # None: as many as their neighbourhoods suggest
+) -> list[dict]:  # name and cluster of each
+    "Examples in clusters, by the neighbours of their codes; ValueError for fewer than sixteen examples."
+    z = mean_codes(run, examples)
+    found = cluster_codes(z, clusters).predict(z)
+    return [dict(name=name, cluster=c) for name, c in zip(examples.names, found.tolist())]
 
 # %% ../nbs/23_after_training.ipynb #230028
 @torch.no_grad()

@@ -25,6 +25,7 @@ from .predict import write_predictions
 from csrae_nb.trained import (
     CODES,
     check_output,
+    cluster_examples,
     cluster_table,
     most_unusual,
     open_run,
@@ -111,13 +112,19 @@ def _write_examples(out, xs):
 # %% ../nbs/23b_csrae.ipynb #235007
 def _clusters(o):
     check_output(o.out, (".csv",), o.force)
+    if o.codes and not o.data:
+        raise ValueError("--codes clusters examples; say which: csrae clusters RUN DATA --codes --out FILE")
     run = open_run(o.run, o.device)
     examples = read_examples(run, o.data) if o.data else None
-    rows, cluster = cluster_table(run, o.clusters, examples)
+    if o.codes:
+        rows = cluster_examples(run, examples, o.clusters)
+        what = f"{len(rows):,} examples"
+    else:
+        rows, cluster = cluster_table(run, o.clusters, examples)
+        what = f"{len(rows)} components"
     write_table(o.out, rows)
-    found = 1 + max(r["cluster"] for r in rows)
-    print(f"{o.out}: {len(rows)} components in {found} clusters")
-    if examples:
+    print(f"{o.out}: {what} in {1 + max(r['cluster'] for r in rows)} clusters")
+    if examples and not o.codes:
         of = o.out.with_name(f"{o.out.stem}_examples.csv")
         write_table(of, [dict(name=n, cluster=c) for n, c in zip(examples.names, cluster.tolist())])
         print(f"{of}: the clusters of {len(examples):,} examples")
@@ -146,9 +153,7 @@ def _parser():
         one.add_argument("--ll-samples", type=int, default=0, help="draws for log p(x); 0: leave it out (0)")
     _add_predict(verbs)
     _add_pictures(verbs)
-    clusters = _on_data(verbs, "clusters", "the prior's components, joined into clusters", nargs="?")
-    clusters.add_argument("--clusters", type=int, help="how many (as their graph suggests)")
-    _with_output(clusters, "table of components, .csv")
+    _add_clusters(verbs)
     _with_output(_on_run(verbs, "report", "a page about a run, which needs no other file"), "page, .html")
     return p
 
@@ -192,6 +197,15 @@ def _on_data(verbs, name, what, data=".npz, .npy, .csv, .parquet, image, folder 
 def _with_output(p, what, required=True):
     p.add_argument("--out", type=Path, required=required, help=what)
     p.add_argument("--force", action="store_true", help="overwrite what is there")
+
+
+def _add_clusters(verbs):
+    clusters = _on_data(verbs, "clusters", "the prior's components joined, or examples", nargs="?")
+    clusters.add_argument("--clusters", type=int, help="how many (as they suggest)")
+    clusters.add_argument(
+        "--codes", action="store_true", help="cluster the examples, by their codes' neighbours"
+    )
+    _with_output(clusters, "table of components, or of examples, .csv")
 
 # %% ../nbs/23b_csrae.ipynb #235010
 VERBS = dict(

@@ -22,7 +22,14 @@ by_papermill = {"train.ipynb"}  # run as its readers run it, in a test of its ow
 of_the_reader = {"explore.ipynb"}  # shows whatever runs there are
 EXACT, TRAINED = 0.05, 0.5  # parts of the larger number by which stored and fresh ones may differ
 trains = {
-    *("00b_why_a_mixture", "06f_layers", "07_pinwheel", "10b_evaluation", "14_semi_supervised"),
+    *(
+        "00b_why_a_mixture",
+        "06f_layers",
+        "07_pinwheel",
+        "10a_clusters",
+        "10b_evaluation",
+        "14_semi_supervised",
+    ),
     *(
         "16_action_units",
         "19_your_own",
