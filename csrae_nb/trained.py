@@ -420,12 +420,8 @@ def cluster_table(
     return rows, merged_labels(p, cluster, z)
 
 # %% ../nbs/23_after_training.ipynb #230226
-def cluster_examples(
-    run: Run,
-    examples: Examples,
-    clusters: int | None = None,  # None: as many as their neighbourhoods suggest
-) -> list[dict]:  # name and cluster of each
-    "Examples in clusters, by the neighbours of their codes; ValueError for fewer than sixteen examples."
+def cluster_examples(run: Run, examples: Examples, clusters: int) -> list[dict]:  # name and cluster of each
+    "Examples in clusters, by the neighbours of their codes; ValueError for fewer than sixteen."
     z = mean_codes(run, examples)
     found = cluster_codes(z, clusters).predict(z)
     return [dict(name=name, cluster=c) for name, c in zip(examples.names, found.tolist())]

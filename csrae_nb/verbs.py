@@ -112,8 +112,8 @@ def _write_examples(out, xs):
 # %% ../nbs/23b_csrae.ipynb #235007
 def _clusters(o):
     check_output(o.out, (".csv",), o.force)
-    if o.codes and not o.data:
-        raise ValueError("--codes clusters examples; say which: csrae clusters RUN DATA --codes --out FILE")
+    if o.codes and not (o.data and o.clusters):
+        raise ValueError("--codes needs examples and a number: csrae clusters RUN DATA --codes --clusters 10")
     run = open_run(o.run, o.device)
     examples = read_examples(run, o.data) if o.data else None
     if o.codes:
@@ -201,7 +201,9 @@ def _with_output(p, what, required=True):
 
 def _add_clusters(verbs):
     clusters = _on_data(verbs, "clusters", "the prior's components joined, or examples", nargs="?")
-    clusters.add_argument("--clusters", type=int, help="how many (as they suggest)")
+    clusters.add_argument(
+        "--clusters", type=int, help="how many; of components, if not said, as their graph suggests"
+    )
     clusters.add_argument(
         "--codes", action="store_true", help="cluster the examples, by their codes' neighbours"
     )
