@@ -131,6 +131,9 @@ def works():
             rounds=7,
         )
         mog, _ = prepared("MixtureCSRAE")
-        yield Work(
-            f"{STEPS} training steps, {when}: MixtureCSRAE mog K=400", mog, {"our VAE": (vae, 1 / 3.2)}
-        )
+        name = f"{STEPS} training steps, {when}: MixtureCSRAE mog K=400"
+        yield Work(name, mog, {"our VAE": (vae, 1 / 3.2)})
+        for queue, aim in ((0, 1), (1000, None)):
+            matched, _ = prepared("MixtureCSRAE", prior_objective="aggregate", queue=queue)
+            of = "prior by the aggregate" + (f", queue of {queue:,}" if queue else "")
+            yield Work(f"{name}, {of}", matched, {"prior by each image": (mog, aim)})
