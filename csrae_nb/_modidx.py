@@ -822,6 +822,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'csrae_nb.matched._placed': ('nbs/matched.html#_placed', 'csrae_nb/matched.py'),
                                   'csrae_nb.matched._with_error': ('nbs/matched.html#_with_error', 'csrae_nb/matched.py'),
                                   'csrae_nb.matched.cluster_markdown': ('nbs/matched.html#cluster_markdown', 'csrae_nb/matched.py'),
+                                  'csrae_nb.matched.code_clusters': ('nbs/matched.html#code_clusters', 'csrae_nb/matched.py'),
                                   'csrae_nb.matched.fitted_components': ('nbs/matched.html#fitted_components', 'csrae_nb/matched.py'),
                                   'csrae_nb.matched.learns_from': ('nbs/matched.html#learns_from', 'csrae_nb/matched.py'),
                                   'csrae_nb.matched.matched_prior': ('nbs/matched.html#matched_prior', 'csrae_nb/matched.py'),
