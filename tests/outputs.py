@@ -9,13 +9,13 @@ NOTHING = 1e-5  # rounding errors are below: all such numbers are the same
 
 def shown(outputs):
     "The text of a cell's outputs; pictures, widgets and warnings are left out."
-    said = []
+    said = ""
     for out in outputs or ():
-        if out["output_type"] == "stream":
-            said += ["".join(out["text"])] if out["name"] == "stdout" else []
+        if out["output_type"] == "stream":  # what a cell prints may come in pieces, within a line
+            said += "".join(out["text"]) if out["name"] == "stdout" else ""
         elif not {"image/png", "text/html"} & set(data := out.get("data", {})):
-            said.append("".join(data.get("text/markdown") or data.get("text/plain") or ""))
-    return "\n".join(said)
+            said += "\n" + "".join(data.get("text/markdown") or data.get("text/plain") or "") + "\n"
+    return said
 
 
 def value(number):

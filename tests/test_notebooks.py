@@ -53,6 +53,16 @@ volatile = {
 chapters = [p for p in sorted((root / "nbs").glob("*.ipynb")) if p.name not in by_papermill]
 
 
+def test_pieces_of_what_a_cell_prints_are_one_text():
+    pieces, whole = (
+        [dict(output_type="stream", name="stdout", text=text) for text in texts]
+        for texts in (("after five, ", "after ten\n", "nats\n"), ("after five, after ten\nnats\n",))
+    )
+    value = dict(output_type="execute_result", data={"text/plain": "7"})
+    assert not differences(shown([*pieces, value]), shown([*whole, value]), 0)
+    assert differences(shown([*pieces, value]), shown(whole), 0) == [("7", "")]
+
+
 @pytest.fixture(autouse=True)
 def show_readers_errors(monkeypatch):
     "Where a chapter provokes an error, the package's own answer is wanted, not the shape checker's."
