@@ -46,6 +46,7 @@ volatile = {
     "155012": "frames per second",
     "160013": "F1 of a few frames after three epochs",
     "170221": "rounding errors after thirty steps",
+    "230326": "clusters of 179 digits by a small model",
     "232027": "what a classifier of two epochs says of a frame",
     "2329s": "events where it is above one half",
     "versions": "what it ran with",
