@@ -10,15 +10,14 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from csrae_nb.catalogue import load_data
 from csrae_nb.clusters import cluster_codes
-from csrae_nb.config import divergence_weight, prior_kind
 from csrae_nb.evaluation import write_table
 from csrae_nb.metrics import clustering, knn_error
 from csrae_nb.models import rows_at_once
 from csrae_nb.priors import merge_components, merged_labels
 from csrae_nb.results import read_rows
-from csrae_nb.runs import load_run
+
+from .rulers import described, of_one_data_set
 
 KEY = (
     "dataset",
@@ -33,17 +32,6 @@ KEY = (
     "seed",
 )
 NO_PRIOR = dict(purity=None, joined_accuracy=None, joined_nmi=None, joined_ari=None)
-
-
-def described(cfg):
-    "What a row says of a run."
-    prior = prior_kind(cfg)
-    mixture = dict(components=cfg.components, objective=cfg.prior_objective, queue=cfg.queue)
-    nothing = dict(components=1, objective="image", queue=0)
-    of = dict(dataset=cfg.dataset, model=cfg.model, prior=prior) | (nothing if prior == "normal" else mixture)
-    return of | dict(
-        latent_dim=cfg.latent_dim, weight=divergence_weight(cfg), epochs=cfg.epochs, seed=cfg.seed
-    )
 
 
 def of_codes(data, codes, seed):
@@ -84,17 +72,14 @@ def main():
     p.add_argument("--csv", type=Path, required=True, help="the table")
     o = p.parse_args()
     torch.set_num_threads(1)
-    runs = [load_run(r) for r in o.runs]
-    if len(names := {r.cfg.dataset for r in runs}) != 1:
-        p.error(f"runs of {', '.join(sorted(names))}; expected one data set")
-    data = load_data(runs[0].cfg.dataset)
+    runs, data = of_one_data_set(p, o.runs)
     rows = read_rows(o.csv, KEY)
     done = {tuple(r[k] for k in KEY) for r in rows}
     of = dict(
         model="pixels", prior=None, components=1, objective=None, queue=0, latent_dim=data.x_test[0].numel()
     )
     pixels = [dict(dataset=runs[0].cfg.dataset, **of, weight=0, epochs=0, seed=s) for s in range(3)]
-    todo = [(described(r.cfg), r) for r in runs] + [(row, None) for row in pixels]
+    todo = [(described(r) | dict(epochs=r.cfg.epochs), r) for r in runs] + [(row, None) for row in pixels]
     for row, run in tqdm([(row, run) for row, run in todo if tuple(row[k] for k in KEY) not in done]):
         rows.append(row | (of_run(data, run) if run else of_pixels(data, row["seed"])))
         write_table(o.csv, rows)

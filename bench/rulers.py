@@ -45,6 +45,14 @@ def described(run):
     return of | dict(weight=divergence_weight(c), seed=c.seed)
 
 
+def of_one_data_set(parser, folders):
+    "Finished runs, and their data; the parser's error for runs of several data sets."
+    runs = [load_run(f) for f in folders]
+    if len(names := {r.cfg.dataset for r in runs}) != 1:
+        parser.error(f"runs of {', '.join(sorted(names))}; expected one data set")
+    return runs, load_data(runs[0].cfg.dataset)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished runs of one data set")
@@ -52,10 +60,7 @@ def main():
     p.add_argument("--csv", type=Path, required=True, help="the table")
     o = p.parse_args()
     torch.set_num_threads(1)
-    runs = [load_run(r) for r in o.runs]
-    if len(names := {r.cfg.dataset for r in runs}) != 1:
-        p.error(f"runs of {', '.join(sorted(names))}; expected one data set")
-    data = load_data(runs[0].cfg.dataset)
+    runs, data = of_one_data_set(p, o.runs)
     real, rows = real_images(data), []
     sources = [
         {name: g for name, g in sample_sources(r, run_codes(r, data, "train")).items() if name in SETS}
