@@ -198,7 +198,7 @@ def _with_output(p, what, required=True):
     p.add_argument("--out", type=Path, required=required, help=what)
     p.add_argument("--force", action="store_true", help="overwrite what is there")
 
-# %% ../nbs/23b_csrae.ipynb #235209
+# %% ../nbs/23b_csrae.ipynb #235309
 def _add_clusters(verbs):
     clusters = _on_data(verbs, "clusters", "the prior's components joined, or examples", nargs="?")
     clusters.add_argument(
