@@ -3,9 +3,7 @@
 import csv
 import os
 
-import pytest
-
-gpu = pytest.importorskip("bench.gpu")
+from bench import gpu
 
 SWEEP = """
 title = "small"
