@@ -100,9 +100,12 @@ class Fleet(Autoencoder):
         z = z.unflatten(0, (len(self.models), -1))
         return self.models[0].divergence(GMM(*self.by_member(q)), p, z, generator).flatten()
 
-    def of_batch(self, q, p):
+    def shared(self):
+        return self.models[0].shared()
+
+    def in_batches(self, q, p):
         p = GMM(p.logw[:, 0], p.mu[:, 0], p.var[:, 0]) if p.batch_shape else p
-        return super().of_batch(GMM(*self.by_member(q)), p)
+        return GMM(*self.by_member(q)), p
 
     def by_member(self, q: GMM) -> tuple[Tensor, Tensor, Tensor]:
         "Log weights, means and variances of a batch, (R, B, …)."

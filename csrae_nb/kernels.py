@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'GPU_BLOCK', 'SKIP', 'SMALL', 'TILE', 'GRADIENT_TILE', 'transforming', 'free_memory', 'check_memory', 'log_z',
-           'log_sum_exp']
+           'log_z_by_side', 'log_sum_exp']
 
 # %% ../nbs/01a_kernels.ipynb #010002
 import math
@@ -49,20 +49,21 @@ def _log_z(mu, var, nu, tau2, same):
 
 # %% ../nbs/01a_kernels.ipynb #010115
 def _log_z_gradients(mu, var, nu, tau2, g, same):
-    "Gradients of mu, var, nu and tau2 from that of log z, block by block."
+    "Gradients of mu and var from g[0], that of log z, and of nu and tau2 from g[-1], block by block."
     gmu, gvar, gnu, gtau2 = (torch.zeros_like(t) for t in (mu, var, nu, tau2))
     if same:
         g = (g + g.mT).triu()
-        g.diagonal(dim1=1, dim2=2).mul_(0.5)
+        g.diagonal(dim1=2, dim2=3).mul_(0.5)
     for i, j, k in _blocks(mu, nu, same):
-        u, gb = (var[i, j, None] + tau2[i, None, k]).reciprocal_(), g[i, j, k, None]
+        u = (var[i, j, None] + tau2[i, None, k]).reciprocal_()
         r = (mu[i, j, None] - nu[i, None, k]).mul_(u)
-        h = r.square().sub_(u).mul_(gb).mul_(0.5)
-        r.mul_(gb)
-        gmu[i, j] = -r.sum(2)
-        gnu[i, k] += r.sum(1)
-        gvar[i, j] = h.sum(2)
-        gtau2[i, k] += h.sum(1)
+        h, gb = r.square().sub_(u).mul_(0.5), g[:, i, j, k, None]
+        left = right = r * gb[0], h * gb[0]
+        if len(g) == 2:
+            right = r.mul_(gb[1]), h.mul_(gb[1])
+        gmu[i, j], gvar[i, j] = -left[0].sum(2), left[1].sum(2)
+        gnu[i, k] += right[0].sum(1)
+        gtau2[i, k] += right[1].sum(1)
     return gmu, gvar, gnu, gtau2
 
 # %% ../nbs/01a_kernels.ipynb #010216
@@ -92,11 +93,11 @@ def check_memory(
 # %% ../nbs/01a_kernels.ipynb #010116
 def _plain_gradients(mu, var, nu, tau2, g):
     "What _log_z_gradients gives, all at once and by operations that have derivatives."
-    check_memory(g.numel(), mu, mu.shape[2])
+    check_memory(g[0].numel(), mu, mu.shape[2])
     u = 1 / (var[:, :, None] + tau2[:, None])
     r = (mu[:, :, None] - nu[:, None]) * u
-    h, r = 0.5 * (r * r - u) * g[..., None], r * g[..., None]
-    return -r.sum(2), h.sum(2), r.sum(1), h.sum(1)
+    h, left, right = 0.5 * (r * r - u), g[0, ..., None], g[-1, ..., None]
+    return -(r * left).sum(2), (h * left).sum(2), (r * right).sum(1), (h * right).sum(1)
 
 # %% ../nbs/01a_kernels.ipynb #010017
 SKIP = 1e-12  # share of a row's largest gradient below which a pair is skipped
@@ -176,15 +177,19 @@ def _log_z_loops(mu, var, nu, tau2, constant, bits, out, same):
 # %% ../nbs/01a_kernels.ipynb #010117
 def _used_pairs(g, p, n, first, same, w, used):
     "How many pairs of a row count, which are put into used; the gradients of its log z are put into w."
-    count, top = 0, w.dtype.type(0)
-    for m in range(len(w)):
-        w[m] = g[p, n, first + m] + g[p, first + m, n] if same and m else g[p, n, first + m]
-        if not abs(w[m]) <= top:
-            top = abs(w[m])  # NaN, too
-    least = SKIP * top if top < np.inf else w.dtype.type(0)
-    for m in range(len(w)):
-        if abs(w[m]) <= least:
-            w[m] = 0  # rather than some tiny number, which would be slow
+    least = np.zeros(len(g), w.dtype)
+    for side in range(len(g)):
+        v, top = w[side], w.dtype.type(0)
+        for m in range(len(v)):
+            mirrored = g[side, p, first + m, n] if same and m else v.dtype.type(0)
+            v[m] = g[side, p, n, first + m] + mirrored
+            if not abs(v[m]) <= top:
+                top = abs(v[m])  # NaN, too
+        least[side] = SKIP * top if top < np.inf else 0
+    count, left, right = 0, w[0], w[-1]
+    for m in range(len(left)):
+        if abs(left[m]) <= least[0] and abs(right[m]) <= least[-1]:
+            left[m] = right[m] = 0  # rather than some tiny number, which would be slow
         else:
             used[count] = m
             count += 1
@@ -193,36 +198,35 @@ def _used_pairs(g, p, n, first, same, w, used):
 # %% ../nbs/01a_kernels.ipynb #010246
 def _gradients_of_few(mu, var, nu, tau2, first, w, used, gmu, gvar, gnu, gtau2):
     "Pair by pair."
-    one, half = (
-        w.dtype.type(1),
-        w.dtype.type(0.5),
-    )  # of the arrays' precision: a plain 1 would make all doubles
+    # of the arrays' precision: a plain 1 would make all doubles
+    one, half = w.dtype.type(1), w.dtype.type(0.5)
     for m in used:
+        left, right = w[0, m], w[-1, m]
         for d in range(len(mu)):
             u = one / (var[d] + tau2[d, first + m])
             r = (mu[d] - nu[d, first + m]) * u
-            h, r = (r * r - u) * half * w[m], r * w[m]
-            gmu[d] -= r
-            gvar[d] += h
-            gnu[d, first + m] += r
-            gtau2[d, first + m] += h
+            h = (r * r - u) * half
+            gmu[d] -= r * left
+            gvar[d] += h * left
+            gnu[d, first + m] += r * right
+            gtau2[d, first + m] += h * right
 
 # %% ../nbs/01a_kernels.ipynb #010948
 def _gradients_of_all(mu, var, nu, tau2, first, w, gmu, gvar, gnu, gtau2):
     "All pairs of a row, along it."
-    one, half = w.dtype.type(1), w.dtype.type(0.5)
+    one, half, left, right = w.dtype.type(1), w.dtype.type(0.5), w[0], w[-1]
     for d in range(len(mu)):
         a, b, nu_d, tau2_d = mu[d], var[d], nu[d, first:], tau2[d, first:]
         gnu_d, gtau2_d = gnu[d, first:], gtau2[d, first:]
         sum_r = sum_h = w.dtype.type(0)
-        for m in range(len(w)):
+        for m in range(len(left)):
             u = one / (b + tau2_d[m])
             r = (a - nu_d[m]) * u
-            h, r = (r * r - u) * half * w[m], r * w[m]
-            gnu_d[m] += r
-            gtau2_d[m] += h
-            sum_r += r
-            sum_h += h
+            h = (r * r - u) * half
+            gnu_d[m] += r * right[m]
+            gtau2_d[m] += h * right[m]
+            sum_r += r * left[m]
+            sum_h += h * left[m]
         gmu[d] -= sum_r
         gvar[d] += sum_h
 
@@ -230,15 +234,15 @@ def _gradients_of_all(mu, var, nu, tau2, first, w, gmu, gvar, gnu, gtau2):
 def _gradient_loops(mu, var, nu, tau2, g, gmu, gvar, gnu, gtau2, same):
     "nu, tau2 and their gradients (P, D, M), as above."
     (P, N), M = mu.shape[:2], nu.shape[2]
-    weights, used = np.empty(M, mu.dtype), np.empty(M, np.int64)
+    weights, used = np.empty((len(g), M), mu.dtype), np.empty(M, np.int64)
     for p in range(P):
         for n in range(N):
             first = n if same else 0
-            w = weights[first:]
+            w = weights[:, first:]
             count = _used_pairs(g, p, n, first, same, w, used)
             a, b, x, y = mu[p, n], var[p, n], nu[p], tau2[p]
             ga, gb, gx, gy = gmu[p, n], gvar[p, n], gnu[p], gtau2[p]
-            if 16 * count < len(w):
+            if 16 * count < M - first:
                 _gradients_of_few(a, b, x, y, first, w, used[:count], ga, gb, gx, gy)
             else:
                 _gradients_of_all(a, b, x, y, first, w, ga, gb, gx, gy)
@@ -265,7 +269,7 @@ def _first_calls(log_z, gradient, kind):
     "Call both loops on a single pair: only then does numba read its cache, or compile."
     row, column, one = np.ones((1, 1, 4), kind), np.ones((1, 4, 1), kind), np.ones((1, 1, 1), kind)
     log_z(row, row, column, column, 0.0, np.ones(1, f"i{one.itemsize}"), one, False)
-    gradient(row, row, column, column, one, row, row, column, column, False)
+    gradient(row, row, column, column, one[None], row, row, column, column, False)
 
 
 def _loops(kind, cached):
@@ -426,8 +430,8 @@ def _gradients_by_tiles(mu, var, nu, tau2, g, same):
     "What _log_z_gradients does, by one kernel."
     left, right = ([t.contiguous() for t in side] for side in ((mu, var), (nu, tau2)))
     if same:
-        return *_side_by_tiles(*left, *left, g + g.mT), g.new_zeros(()), g.new_zeros(())
-    return *_side_by_tiles(*left, *right, g), *_side_by_tiles(*right, *left, g.mT)
+        return *_side_by_tiles(*left, *left, g[0] + g[0].mT), g.new_zeros(()), g.new_zeros(())
+    return *_side_by_tiles(*left, *right, g[0]), *_side_by_tiles(*right, *left, g[-1].mT)
 
 # %% ../nbs/01a_kernels.ipynb #010254
 @cache
@@ -435,7 +439,7 @@ def _tiles_work(device):
     "Whether Triton compiles both kernels for a GPU: it needs a C compiler, too."
     one = torch.ones(1, 1, 1, device=device)
     try:
-        _gradients_by_tiles(one, one, one, one, _log_z_by_tiles(one, one, one, one, False), False)
+        _gradients_by_tiles(one, one, one, one, _log_z_by_tiles(one, one, one, one, False)[None], False)
     except Exception as e:
         warnings.warn(f"Triton is installed but does not work ({e}); going on without it, more slowly")
         return False
@@ -459,6 +463,13 @@ def _forms(mu, nu):
     return _log_z, _log_z_gradients
 
 
+def _gradients(sides, g, same):
+    "Gradients of the four tensors of both sides."
+    if torch.is_grad_enabled() or transforming():
+        return _plain_gradients(*sides, g)  # for a second derivative
+    return _forms(sides[0], sides[2])[1](*sides, g, same)
+
+
 class _LogZ(torch.autograd.Function):
     "log z of Eq. (5) for (P, N, D) against (P, M, D), which may be the same."
 
@@ -470,12 +481,27 @@ class _LogZ(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        sides, same = ctx.saved_tensors, ctx.same
-        if torch.is_grad_enabled() or transforming():
-            grads = _plain_gradients(*sides, g)  # for a second derivative
-        else:
-            grads = _forms(sides[0], sides[2])[1](*sides, g, same)
-        return (*grads, None) if not same else (grads[0] + grads[2], grads[1] + grads[3], None, None, None)
+        grads = _gradients(ctx.saved_tensors, g[None], ctx.same)
+        if ctx.same:
+            return grads[0] + grads[2], grads[1] + grads[3], None, None, None
+        return *grads, None
+
+
+class _LogZBySide(torch.autograd.Function):
+    "The same twice, of two sides: the first for mu and var to learn from, the second for nu and tau2."
+
+    @staticmethod
+    def forward(ctx, mu, var, nu, tau2):
+        ctx.save_for_backward(mu, var, nu, tau2)
+        ctx.set_materialize_grads(False)  # an output that nobody uses has gradient None
+        out = _forms(mu, nu)[0](mu, var, nu, tau2, False)
+        return out, out.clone()
+
+    @staticmethod
+    def backward(ctx, g, h):
+        used = torch.stack([t for t in (g, h) if t is not None])
+        grads, none = _gradients(ctx.saved_tensors, used, False), (None, None)
+        return *(none if g is None else grads[:2]), *(none if h is None else grads[2:])
 
 # %% ../nbs/01a_kernels.ipynb #010021
 def _outer_axes(batch, n):
@@ -526,6 +552,22 @@ def log_z(
         return _log_z_of_two(mu, var, mu, var, True)
     own = (0 * mu - 0.5 * (4 * math.pi * var).log()).sum(-1, keepdim=True)  # a Gaussian with itself
     return own.expand(*_batch(mu, var), 1, 1)
+
+# %% ../nbs/01a_kernels.ipynb #010349
+def log_z_by_side(
+    mu: Float[Tensor, "*B N D"],
+    var: Float[Tensor, "*B N D"],
+    nu: Float[Tensor, "*B M D"],
+    tau2: Float[Tensor, "*B M D"],
+) -> tuple[Float[Tensor, "*B N M"], Float[Tensor, "*B N M"]]:
+    "log_z twice, computed once: mu and var alone learn from the first, nu and tau2 alone from the second."
+    if transforming():
+        fixed = [t.detach() for t in (mu, var, nu, tau2)]
+        return log_z(mu, var, *fixed[2:]), log_z(*fixed[:2], nu, tau2)
+    B, dtype = mu.shape[:-2], reduce(torch.promote_types, (t.dtype for t in (mu, var, nu, tau2)))
+    sides = [t.to(dtype).reshape(math.prod(B), *t.shape[-2:]) for t in (mu, var, nu, tau2)]
+    check_memory(sides[0][..., 0].numel() * sides[2].shape[1], sides[0])
+    return tuple(pairs.view(*B, *pairs.shape[1:]) for pairs in _LogZBySide.apply(*sides))
 
 # %% ../nbs/01a_kernels.ipynb #010202
 class _LogSumExp(torch.autograd.Function):

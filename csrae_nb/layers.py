@@ -71,12 +71,12 @@ class TwoLayers(Autoencoder):
         z = q.rsample(generator)
         lower, given = self.lower(inputs, z)
         z1 = lower.rsample(generator)
+        upper, whole = self.of_codes(q, p, z, generator)
         each = dict(
             reconstruction=-self.likelihood.log_prob(x, self.decoder(self.lower.seen(z1, z))),
-            divergence=self.divergence(q, self.held(p), z, generator),
+            divergence=upper,
             divergence_lower=self.divergence(lower, given, z1, generator),
         )
-        whole = self.of_batch(q, p)
         return Terms(self.total(each, whole), each, whole, q, p)
 
     @unchecked()

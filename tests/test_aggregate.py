@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
 from csrae_nb import Config, fit
 from csrae_nb.fleet import fit_fleet
+from csrae_nb.models import CSRAE, BatchTerm
 
 from small_runs import ROWS, TINY, differences, stopped_after_two_epochs, tiny
 
@@ -35,6 +37,44 @@ def test_a_fleet_is_its_members(fields, own_runs):
         assert a.history[-1].keys() == b.history[-1].keys() and "val_aggregate" in a.history[-1]
         for k, v in a.history[-1].items():
             assert b.history[-1][k] == pytest.approx(v, abs=1e-4), k
+
+
+@pytest.mark.parametrize("queue", [0, 30])
+def test_shared_work_changes_no_run(queue, own_runs, monkeypatch):
+    together = trained("together", queue=queue)
+    monkeypatch.setattr(CSRAE, "shared", lambda model: None)
+    apart = trained("apart", queue=queue)
+    assert max(differences(together, apart).values()) < 1e-5
+    for k, v in apart.history[-1].items():
+        assert together.history[-1][k] == pytest.approx(v, abs=1e-4), k
+
+
+class Twice(CSRAE):
+    "A model with a divergence of its own."
+
+    def divergence(self, q, p, z, generator=None):
+        return 2 * super().divergence(q, p, z, generator)
+
+
+class Spread(BatchTerm):
+    def forward(self, q, p):
+        return q.var.mean()
+
+
+def test_work_is_shared_with_the_divergence_that_it_is_of_only(own_runs):
+    model, x = trained("plain").model.train(), torch.as_tensor(X[:10])
+    loss = lambda model: model.loss(x, torch.Generator().manual_seed(0))
+    plain, parts = loss(model), (model.encoder, model.decoder, model.prior, model.likelihood)
+    assert model.shared() == "aggregate"
+    other = Twice(*parts).train()
+    other.batch_terms["aggregate"] = model.batch_terms["aggregate"]
+    assert other.shared() is None
+    torch.testing.assert_close(loss(other).divergence, 2 * plain.divergence)
+    model.batch_terms["spread"] = Spread()
+    both = loss(model)
+    assert model.shared() is None and both.whole["spread"] > 0
+    torch.testing.assert_close(both.whole["aggregate"], plain.whole["aggregate"])
+    torch.testing.assert_close(both.divergence, plain.divergence)
 
 
 def test_the_queue_is_kept_in_the_order_of_the_batches(own_runs):
