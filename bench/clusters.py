@@ -22,6 +22,7 @@ from .rulers import described, of_one_data_set
 KEY = (
     "dataset",
     "model",
+    "network",
     "prior",
     "components",
     "objective",
@@ -76,7 +77,13 @@ def main():
     rows = read_rows(o.csv, KEY)
     done = {tuple(r[k] for k in KEY) for r in rows}
     of = dict(
-        model="pixels", prior=None, components=1, objective=None, queue=0, latent_dim=data.x_test[0].numel()
+        model="pixels",
+        network=None,
+        prior=None,
+        components=1,
+        objective=None,
+        queue=0,
+        latent_dim=data.x_test[0].numel(),
     )
     pixels = [dict(dataset=runs[0].cfg.dataset, **of, weight=0, epochs=0, seed=s) for s in range(3)]
     todo = [(described(r) | dict(epochs=r.cfg.epochs), r) for r in runs] + [(row, None) for row in pixels]

@@ -40,7 +40,7 @@ def described(run):
     "What a row says of a run."
     c, prior = run.cfg, prior_kind(run.cfg)
     components = 1 if prior == "normal" else c.components
-    of = dict(dataset=c.dataset, model=c.model, prior=prior, components=components)
+    of = dict(dataset=c.dataset, model=c.model, network=c.network, prior=prior, components=components)
     of |= dict(objective=c.prior_objective, queue=c.queue, latent_dim=c.latent_dim)
     return of | dict(weight=divergence_weight(c), seed=c.seed)
 

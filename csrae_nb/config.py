@@ -60,7 +60,7 @@ class ModelConfig:
     queue: int = 0  # posteriors of earlier batches in the aggregate that a mog learns from
     kmeans_epoch: int = 3  # epoch after which free mog components are set by k-means on the codes; 0: never
     likelihood: str | None = None  # bernoulli, gaussian, discretized_logistic; None: what the data call for
-    network: str | None = None  # a row of Table 6: mlp, pinwheel, residual, faces; resnet18, gated
+    network: str | None = None  # a row of Table 6: mlp, pinwheel, residual, faces; wide, gated, resnet18
     encoder_weights: str | None = None  # of resnet18: a file of torchvision's weights to begin with
 
 # %% ../nbs/09_config.ipynb #090008

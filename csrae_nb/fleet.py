@@ -377,7 +377,7 @@ def stackable(cfg: Config) -> bool:  # resolved
         MODELS[cfg.model] in (VAE, MixtureVAE, VampPriorVAE, CSRAE, MixtureCSRAE) and cfg.objective == "cs"
     )
     plain_loss &= cfg.posterior_components == 1 and cfg.layers == 1
-    return plain_prior and plain_loss and cfg.network in ("mlp", "pinwheel")
+    return plain_prior and plain_loss and cfg.network in ("mlp", "wide", "pinwheel")
 
 
 def fleets(

@@ -462,7 +462,7 @@ def _forms(mu, nu):
         return _untraced(_log_z_by_tiles), _untraced(_gradients_by_tiles)
     return _log_z, _log_z_gradients
 
-
+# %% ../nbs/01a_kernels.ipynb #010119
 def _gradients(sides, g, same):
     "Gradients of the four tensors of both sides."
     if torch.is_grad_enabled() or transforming():
@@ -486,7 +486,7 @@ class _LogZ(torch.autograd.Function):
             return grads[0] + grads[2], grads[1] + grads[3], None, None, None
         return *grads, None
 
-
+# %% ../nbs/01a_kernels.ipynb #010319
 class _LogZBySide(torch.autograd.Function):
     "The same twice, of two sides: the first for mu and var to learn from, the second for nu and tau2."
 

@@ -433,6 +433,7 @@ NETWORKS = {  # a network of another kind is one more row
     "residual": Network(residual_encoder, residual_decoder, gated_prior),
     "faces": Network(face_encoder, face_decoder, fully_connected((), ()).prior),
     "resnet18": Network(resnet18_encoder, face_decoder, fully_connected((), ()).prior),
+    "wide": fully_connected(encoder=(500, 500, 2000), decoder=(2000, 500, 500)),
     "gated": gated_network,
 }
 
