@@ -167,13 +167,21 @@ SORTED = {"accuracy": "accuracy", "nmi": "NMI", "ari": "ARI", "joined_accuracy":
 
 def code_clusters(folder: Path | str | None = None) -> dict[str, list[dict]]:  # what was laid out: rows
     "Clusters of the codes of several models, and of the pixels: a row for each run."
-    columns = "model", "components", "weight", "seed", "accuracy", "nmi", "ari", "joined_accuracy"
+    columns = "model", "network", "components", "latent_dim", "weight", "seed", "knn5", *SORTED
     out = {}
     for r in read_rows(Path(folder or results_folder()) / "code_clusters.csv", columns):
-        K = f", K = {r['components']}" if r["components"] > 1 else ""
-        name = r["model"] if r["model"] == "pixels" else f"codes of {r['model']}, {r['weight']:g}{K}"
-        out.setdefault(name, []).append(r)
+        out.setdefault(_laid_out(r), []).append(r)
     return out
+
+
+def _laid_out(r):
+    "What a row of clusters is of."
+    if r["model"] == "pixels":
+        return "pixels"
+    K = f", K = {r['components']}" if r["components"] > 1 else ""
+    z = f", z = {r['latent_dim']}" if r["latent_dim"] != 20 else ""
+    network = f", {r['network']}" if r["network"] != "mlp" else ""
+    return f"codes of {r['model']}, {r['weight']:g}{K}{z}{network}"
 
 # %% ../nbs/13d_matched.ipynb #134051
 def matched_prior(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.func import grad, vmap
 
+from bench import neighbours
 from csrae_nb import Config, CSRAEEmbedding, load_run
 from csrae_nb.catalogue import load_data
 from csrae_nb.config import command, make_config, resolve, run_name
@@ -302,3 +303,16 @@ def test_what_cannot_be_is_refused(fields, says):
 def test_models_with_a_loss_of_their_own_have_one_layer(kind):
     with pytest.raises(ValueError, match=f"not for {kind.__name__}"):
         two_layers(kind)
+
+
+def test_labels_of_static_images_are_those_of_the_images_they_were_drawn_from(monkeypatch):
+    g = np.random.default_rng(0)
+    grey = g.integers(0, 256, (30, 28, 28), dtype=np.uint8) * (g.random((30, 28, 28)) < 0.3)
+    y = g.integers(0, 10, 30).astype(np.uint8)
+    files = {"train-images-idx3-ubyte": (grey, {}), "train-labels-idx1-ubyte": (y, {})}
+    monkeypatch.setattr(neighbours, "read_file", files.__getitem__)
+    order = g.permutation(30)
+    x = torch.tensor(g.random((30, 28, 28)) < grey[order] / 255).float()
+    assert neighbours.labels_of(x, "train").tolist() == y[order].tolist()
+    with pytest.raises(ValueError, match="2 images of 30 were drawn from none of MNIST's train"):
+        neighbours.labels_of(torch.cat([x[:28], 1 - x[28:]]), "train")

@@ -1,0 +1,73 @@
+"""`python -m bench.neighbours RUN … --csv FILE`: neighbours' errors of runs on static MNIST, without labels.
+
+Each of its images was drawn from one of MNIST's, pixel by pixel; the likeliest is the one, by 36 nats and
+more, and has a label. Of two layers both codes are asked."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from csrae_nb.evaluation import write_table
+from csrae_nb.formats import read_file
+from csrae_nb.metrics import knn_error
+from csrae_nb.models import rows_at_once
+from csrae_nb.results import read_rows
+
+from .rulers import described, of_one_data_set
+
+KS = 3, 5, 10
+KEY = ("model", "prior", "layers", "skip", "latent_dim", "weight", "epochs", "seed", "code")
+
+
+def labels_of(x: Tensor, part: str) -> Tensor:
+    "Of black and white images (n, 28, 28), from those of MNIST's train or t10k that they were drawn from."
+    grey, y = (read_file(f"{part}-{name}")[0] for name in ("images-idx3-ubyte", "labels-idx1-ubyte"))
+    white = torch.tensor(grey).flatten(1).float() / 255
+    p = white.clamp(1e-4, 1 - 1e-4)
+    logits, rest = p.logit(), (1 - p).log().sum(1)
+    drawn_from = torch.cat([(b @ logits.T + rest).argmax(1) for b in x.flatten(1).split(1000)])
+    missed = (x.flatten(1) - white[drawn_from]).abs().amax(
+        1
+    ) == 1  # a white pixel of a black one, or vice versa
+    if missed.any():
+        raise ValueError(f"{int(missed.sum()):,} images of {len(x):,} were drawn from none of MNIST's {part}")
+    return torch.tensor(y).long()[drawn_from]
+
+
+def codes(run, data):
+    "What a row says of which code, and how it is read off images."
+    two = run.cfg.layers == 2
+    encoders = {"z2" if two else "z": run.model.encode} | ({"z1": run.model.encode_lower} if two else {})
+    for name, encode in encoders.items():
+        of = lambda x: torch.cat([encode(b).mean for b in x.split(rows_at_once(x))])
+        yield name, of(data.x_train), of(data.x_test)
+
+
+@torch.no_grad()
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished runs of static MNIST")
+    p.add_argument("--csv", type=Path, required=True, help="the table")
+    o = p.parse_args()
+    torch.set_num_threads(1)
+    runs, data = of_one_data_set(p, o.runs)
+    if runs[0].cfg.dataset != "static_mnist":
+        p.error(f"runs of {runs[0].cfg.dataset}; expected static_mnist, others' tables have the errors")
+    y_train, y_test = labels_of(data.x_train, "train"), labels_of(data.x_test, "t10k")
+    rows = read_rows(o.csv, KEY)
+    done = {tuple(r[k] for k in KEY) for r in rows}
+    for run in tqdm(runs):
+        of = described(run) | {k: getattr(run.cfg, k) for k in ("epochs", "layers", "skip")}
+        for code, train, test in codes(run, data):
+            row = of | dict(code=code)
+            if tuple(row[k] for k in KEY) not in done:
+                errors = knn_error(train, y_train, test, y_test, KS)
+                rows.append(row | {f"knn{k}": e for k, e in errors.items()})
+                write_table(o.csv, rows)
+
+
+if __name__ == "__main__":
+    main()
