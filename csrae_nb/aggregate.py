@@ -49,31 +49,33 @@ class Aggregate(BatchTerm):
             self.register_buffer("var", torch.ones(queue, latent_dim))
 
     def forward(self, q: GMM, p: GMM) -> Tensor:
-        q = q.detach().aggregate()
+        q = q.detach()
         if not self.training:
-            return cs_divergence(q, p)
-        return self.matched(q, of_each(pairwise_log_overlap(q, p), p), log_overlap(p, p), p)
+            return cs_divergence(q.aggregate(), p)
+        pairs = pairwise_log_overlap(q.aggregate(), p)
+        return self.matched(q, of_each(pairs, p), log_overlap(p, p), p)
 
     def with_each(self, q: GMM, p: GMM) -> tuple[Tensor, Tensor]:
         "D_CS of each q to p held fixed, and this term, in training: the pairs of both are computed once."
-        every, own = q.aggregate(), log_overlap(p, p)
-        for_q, for_p = log_z_by_side(every.mu, every.var, p.mu, p.var)
-        each = log_sum_exp(of_each(for_q, p.detach()).view(q.mu.shape[:-1]) + q.logw)
-        divergence = -each + 0.5 * log_overlap(q, q) + 0.5 * own.detach()[..., None]
-        return divergence, self.matched(every.detach(), of_each(for_p, p), own, p)
+        components, log_pp = q.aggregate(), log_overlap(p, p)
+        for_q, for_p = log_z_by_side(components.mu, components.var, p.mu, p.var)
+        log_qp = of_each(for_q, p.detach()).unflatten(-1, (-1, q.mu.shape[-2]))  # (*R, B, N)
+        each = -log_sum_exp(log_qp + q.logw) + 0.5 * log_overlap(q, q) + 0.5 * log_pp.detach()[..., None]
+        return each, self.matched(q.detach(), of_each(for_p, p), log_pp, p)
 
-    def matched(self, q: GMM, overlaps: Tensor, own: Tensor, p: GMM) -> Tensor:
-        "The term, of the overlap of each component of q̄ with p, and that of p with itself."
-        logw = q.logw
+    def matched(self, q: GMM, log_qp: Tensor, log_pp: Tensor, p: GMM) -> Tensor:
+        "The term, of the overlap of each component of a batch with p, and that of p with itself."
+        logw, mu, var = q.broadcast()
+        logits = logw.flatten(-2)  # each posterior counts 1
         if self.queue:
             earlier = GMM(self.logits.log_softmax(-1), self.mu.clone(), self.var.clone())  # as they are now
-            overlaps = torch.cat([overlaps, of_each(pairwise_log_overlap(earlier, p), p)], -1)
-            logw = torch.cat([torch.zeros_like(logw), self.logits], -1).log_softmax(-1)
-            self.enter(q)
-        return 0.5 * own - log_sum_exp(overlaps + logw)
+            log_qp = torch.cat([log_qp, of_each(pairwise_log_overlap(earlier, p), p)], -1)
+            batch, logits = logits, torch.cat([logits, self.logits], -1)
+            self.enter(batch, mu.flatten(-3, -2), var.flatten(-3, -2))
+        return 0.5 * log_pp - log_sum_exp(log_qp + logits.log_softmax(-1))
 
-    def enter(self, q: GMM) -> None:
-        "These posteriors become the first in the queue, and as many leave it."
-        for kept, new in ((self.logits, torch.zeros_like(q.logw)), (self.mu, q.mu), (self.var, q.var)):
-            axis = q.logw.ndim - 1
+    def enter(self, logits: Tensor, mu: Tensor, var: Tensor) -> None:
+        "These components become the first in the queue, and as many leave it."
+        axis = logits.ndim - 1
+        for kept, new in ((self.logits, logits), (self.mu, mu), (self.var, var)):
             kept.copy_(torch.cat([new, kept], axis).narrow(axis, 0, self.queue))

@@ -100,8 +100,8 @@ class Fleet(Autoencoder):
         z = z.unflatten(0, (len(self.models), -1))
         return self.models[0].divergence(GMM(*self.by_member(q)), p, z, generator).flatten()
 
-    def shared(self):
-        return self.models[0].shared()
+    def sharing_term(self):
+        return self.models[0].sharing_term()
 
     def in_batches(self, q, p):
         p = GMM(p.logw[:, 0], p.mu[:, 0], p.var[:, 0]) if p.batch_shape else p

@@ -59,7 +59,7 @@ def _log_z_gradients(mu, var, nu, tau2, g, same):
         r = (mu[i, j, None] - nu[i, None, k]).mul_(u)
         h, gb = r.square().sub_(u).mul_(0.5), g[:, i, j, k, None]
         left = right = r * gb[0], h * gb[0]
-        if len(g) == 2:
+        if len(g) == 2:  # left is made: r and h may be overwritten
             right = r.mul_(gb[1]), h.mul_(gb[1])
         gmu[i, j], gvar[i, j] = -left[0].sum(2), left[1].sum(2)
         gnu[i, k] += right[0].sum(1)
@@ -499,9 +499,19 @@ class _LogZBySide(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, h):
-        used = torch.stack([t for t in (g, h) if t is not None])
-        grads, none = _gradients(ctx.saved_tensors, used, False), (None, None)
-        return *(none if g is None else grads[:2]), *(none if h is None else grads[2:])
+        left, right = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
+        grads, given = [None] * 4, [t for t in (g, h) if t is not None]
+        if torch.is_grad_enabled() or transforming():  # each output's other side is fixed here, too
+            fixed = [t.detach() for t in ctx.saved_tensors]
+            of_left = None if g is None else _plain_gradients(*left, *fixed[2:], g[None])
+            of_right = None if h is None else _plain_gradients(*fixed[:2], *right, h[None])
+        elif given:
+            of_left = of_right = _gradients(ctx.saved_tensors, torch.stack(given), False)
+        if g is not None:
+            grads[:2] = of_left[:2]
+        if h is not None:
+            grads[2:] = of_right[2:]
+        return tuple(grads)
 
 # %% ../nbs/01a_kernels.ipynb #010021
 def _outer_axes(batch, n):
@@ -555,18 +565,19 @@ def log_z(
 
 # %% ../nbs/01a_kernels.ipynb #010349
 def log_z_by_side(
-    mu: Float[Tensor, "*B N D"],
-    var: Float[Tensor, "*B N D"],
-    nu: Float[Tensor, "*B M D"],
-    tau2: Float[Tensor, "*B M D"],
+    mu: Float[Tensor, "*#B N D"],
+    var: Float[Tensor, "*#B N D"],
+    nu: Float[Tensor, "*#B M D"],
+    tau2: Float[Tensor, "*#B M D"],
 ) -> tuple[Float[Tensor, "*B N M"], Float[Tensor, "*B N M"]]:
     "log_z twice, computed once: mu and var alone learn from the first, nu and tau2 alone from the second."
     if transforming():
         fixed = [t.detach() for t in (mu, var, nu, tau2)]
         return log_z(mu, var, *fixed[2:]), log_z(*fixed[:2], nu, tau2)
-    B, dtype = mu.shape[:-2], reduce(torch.promote_types, (t.dtype for t in (mu, var, nu, tau2)))
-    sides = [t.to(dtype).reshape(math.prod(B), *t.shape[-2:]) for t in (mu, var, nu, tau2)]
-    check_memory(sides[0][..., 0].numel() * sides[2].shape[1], sides[0])
+    B = np.broadcast_shapes(_batch(mu, var), _batch(nu, tau2))
+    dtype = reduce(torch.promote_types, (t.dtype for t in (mu, var, nu, tau2)))
+    sides = [t.to(dtype) for t in _matrices(mu, var, B, ()) + _matrices(nu, tau2, B, ())]
+    check_memory(2 * sides[0][..., 0].numel() * sides[2].shape[1], sides[0])
     return tuple(pairs.view(*B, *pairs.shape[1:]) for pairs in _LogZBySide.apply(*sides))
 
 # %% ../nbs/01a_kernels.ipynb #010202

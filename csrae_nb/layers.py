@@ -71,7 +71,7 @@ class TwoLayers(Autoencoder):
         z = q.rsample(generator)
         lower, given = self.lower(inputs, z)
         z1 = lower.rsample(generator)
-        upper, whole = self.of_codes(q, p, z, generator)
+        upper, whole = self.terms_of_codes(q, p, z, generator)
         each = dict(
             reconstruction=-self.likelihood.log_prob(x, self.decoder(self.lower.seen(z1, z))),
             divergence=upper,

@@ -94,7 +94,7 @@ class BatchTerm(nn.Module):
     "A term of all q(z|x) of a batch and p(z): called with both, GMMs, it gives a number."
 
     trains_prior = False  # whether the prior learns from this term alone, and is held fixed in all others
-    shares = ""  # the objective that `with_each` has, if this term has work in common with one
+    shares = ""  # name of the objective whose divergence `with_each` gives, too; "": none
 
     def forward(self, q: GMM, p: GMM) -> Float[Tensor, "*R"]:  # q of batch (*R, B), p of batch (*R)
         raise NotImplementedError(f"{type(self).__name__} must define forward(q, p)")
@@ -102,6 +102,11 @@ class BatchTerm(nn.Module):
     def with_each(self, q: GMM, p: GMM) -> tuple[Float[Tensor, "*B"], Float[Tensor, "*R"]]:
         "The divergence of each q to p, which is held fixed in it, and this term: what `shares` promises."
         raise NotImplementedError(f"{type(self).__name__} must define with_each(q, p)")
+
+    def shares_with(self, objective: str) -> bool:
+        "Whether a step may call `with_each`: not in eval mode, nor if a subclass has another `forward`."
+        owner = lambda name: next(c for c in type(self).__mro__ if name in vars(c))
+        return self.training and self.shares == objective and owner("forward") is owner("with_each")
 
 
 def one_process() -> bool:
@@ -295,16 +300,18 @@ class Autoencoder(Objective, Pictures, LogLikelihood):
         q, p = self.prior.jointly(self.posterior, self.likelihood.inputs(x))
         z = q.rsample(generator)
         rec = self.error(x, q, z, generator)
-        divergence, whole = self.of_codes(q, p, z, generator)
+        divergence, whole = self.terms_of_codes(q, p, z, generator)
         each = dict(reconstruction=rec, divergence=divergence)
         return Terms(self.total(each, whole), each, whole, q, p)
 
-    def shared(self) -> str | None:
+    def sharing_term(self) -> str | None:
         "The name of the batch's only term, if one pass gives it and the divergence of each example."
+        return None
 
-    def of_codes(self, q: GMM, p: GMM, z, generator) -> tuple[Float[Tensor, "B"], dict[str, Tensor]]:
+    def terms_of_codes(self, q: GMM, p: GMM, z, generator) -> tuple[Float[Tensor, "B"], dict[str, Tensor]]:
         "The divergence of each example, and the terms of the batch."
-        if not self.training or not (name := self.shared()):
+        name = self.sharing_term() if self.training else None
+        if name is None:
             return self.divergence(q, self.held(p), z, generator), self.of_batch(q, p)
         each, whole = self.batch_terms[name].with_each(*self.in_batches(q, p))
         return each.flatten(), {name: whole}
@@ -418,11 +425,11 @@ class CSRAE(Autoencoder):
     def divergence(self, q, p, z, generator=None):
         return DIVERGENCES[self.objective](q, p)
 
-    def shared(self):
-        if len(self.batch_terms) != 1 or not one_process() or type(self).divergence is not CSRAE.divergence:
+    def sharing_term(self):
+        names, overridden = [*self.batch_terms], type(self).divergence is not CSRAE.divergence
+        if len(names) != 1 or overridden or not one_process():
             return None
-        ((name, term),) = self.batch_terms.items()
-        return name if term.shares == self.objective else None
+        return names[0] if self.batch_terms[names[0]].shares_with(self.objective) else None
 
 # %% ../nbs/06_models.ipynb #060018
 @MODELS.register(weight="lam", options=dict(objective="objective"))

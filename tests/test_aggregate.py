@@ -5,7 +5,10 @@ import pytest
 import torch
 
 from csrae_nb import Config, fit
+from csrae_nb.aggregate import Aggregate
+from csrae_nb.divergence import cs_divergence
 from csrae_nb.fleet import fit_fleet
+from csrae_nb.mixtures import GMM
 from csrae_nb.models import CSRAE, BatchTerm
 
 from small_runs import ROWS, TINY, differences, stopped_after_two_epochs, tiny
@@ -42,7 +45,7 @@ def test_a_fleet_is_its_members(fields, own_runs):
 @pytest.mark.parametrize("queue", [0, 30])
 def test_shared_work_changes_no_run(queue, own_runs, monkeypatch):
     together = trained("together", queue=queue)
-    monkeypatch.setattr(CSRAE, "shared", lambda model: None)
+    monkeypatch.setattr(CSRAE, "sharing_term", lambda model: None)
     apart = trained("apart", queue=queue)
     assert max(differences(together, apart).values()) < 1e-5
     for k, v in apart.history[-1].items():
@@ -56,6 +59,13 @@ class Twice(CSRAE):
         return 2 * super().divergence(q, p, z, generator)
 
 
+class Attracting(Aggregate):
+    "A term from which the encoder learns, too."
+
+    def forward(self, q, p):
+        return cs_divergence(q.aggregate(), p)
+
+
 class Spread(BatchTerm):
     def forward(self, q, p):
         return q.var.mean()
@@ -65,16 +75,57 @@ def test_work_is_shared_with_the_divergence_that_it_is_of_only(own_runs):
     model, x = trained("plain").model.train(), torch.as_tensor(X[:10])
     loss = lambda model: model.loss(x, torch.Generator().manual_seed(0))
     plain, parts = loss(model), (model.encoder, model.decoder, model.prior, model.likelihood)
-    assert model.shared() == "aggregate"
+    assert model.sharing_term() == "aggregate"
     other = Twice(*parts).train()
     other.batch_terms["aggregate"] = model.batch_terms["aggregate"]
-    assert other.shared() is None
+    assert other.sharing_term() is None
     torch.testing.assert_close(loss(other).divergence, 2 * plain.divergence)
+    frozen = model.batch_terms["aggregate"].eval()
+    assert model.sharing_term() is None
+    torch.testing.assert_close(loss(model).divergence, plain.divergence)
+    frozen.train()
+    model.batch_terms["aggregate"] = Attracting(plain.q.mu.shape[-1])
+    assert model.sharing_term() is None
+    model.batch_terms["aggregate"] = frozen
     model.batch_terms["spread"] = Spread()
     both = loss(model)
-    assert model.shared() is None and both.whole["spread"] > 0
+    assert model.sharing_term() is None and both.whole["spread"] > 0
     torch.testing.assert_close(both.whole["aggregate"], plain.whole["aggregate"])
     torch.testing.assert_close(both.divergence, plain.divergence)
+
+
+@pytest.mark.parametrize("queue", [0, 5, 30])
+@pytest.mark.parametrize("R, N", [((), 1), ((), 3), ((2,), 2)])
+def test_one_pass_gives_what_two_give(queue, R, N):
+    g = torch.Generator().manual_seed(0)
+    r = lambda *shape: torch.randn(*R, *shape, generator=g, dtype=torch.float64, requires_grad=True)
+    leaves = [r(6, N), r(6, N, 4), r(6, N, 4), r(5), r(5, 4), r(5, 4)]
+    q, p = (GMM(a.log_softmax(-1), b, c.exp()) for a, b, c in (leaves[:3], leaves[3:]))
+    one, two = Aggregate(4, queue).double(), Aggregate(4, queue).double()
+    for term in (one, two):
+        for name, kept in term.named_buffers():
+            setattr(term, name, kept.expand(*R, *kept.shape).clone())
+    for step in range(3):  # the queue fills
+        each, whole = one.with_each(q, p)
+        fixed = GMM(p.logw[..., None, :].detach(), *(t[..., None, :, :].detach() for t in (p.mu, p.var)))
+        held = cs_divergence(q, fixed)
+        apart = two(q, p)
+        torch.testing.assert_close(each, held)
+        torch.testing.assert_close(whole, apart)
+        wanted = torch.autograd.grad(held.sum() + 2 * apart.sum(), leaves, retain_graph=True)
+        found = torch.autograd.grad(each.sum() + 2 * whole.sum(), leaves, retain_graph=True)
+        torch.testing.assert_close(found, wanted)
+
+
+def test_components_of_a_posterior_keep_their_weights_in_the_queue():
+    g = torch.Generator().manual_seed(0)
+    logw = torch.tensor([[0.9, 0.1]]).log().expand(4, 2)
+    q = GMM(logw, torch.randn(4, 2, 3, generator=g), torch.ones(4, 2, 3))
+    p = GMM.gaussian(torch.zeros(3), torch.ones(3))
+    term = Aggregate(3, queue=8)
+    term(q, p)
+    both = GMM(*(torch.cat([t, t]) for t in (q.logw, q.mu, q.var)))
+    torch.testing.assert_close(term(q, p), Aggregate(3)(both, p))
 
 
 def test_the_queue_is_kept_in_the_order_of_the_batches(own_runs):
