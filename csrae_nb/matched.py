@@ -181,7 +181,7 @@ def _laid_out(r):
     K = f", K = {r['components']}" if r["components"] > 1 else ""
     z = f", z = {r['latent_dim']}" if r["latent_dim"] != 20 else ""
     network = f", {r['network']}" if r["network"] != "mlp" else ""
-    return f"codes of {r['model']}, {r['weight']:g}{K}{z}{network}"
+    return f"codes of {r['model']}, weight {r['weight']:g}{K}{z}{network}"
 
 # %% ../nbs/13d_matched.ipynb #134051
 def matched_prior(
