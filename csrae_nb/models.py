@@ -108,7 +108,7 @@ class BatchTerm(nn.Module):
         owner = lambda name: next(c for c in type(self).__mro__ if name in vars(c))
         return self.training and self.shares == objective and owner("forward") is owner("with_each")
 
-
+# %% ../nbs/06_models.ipynb #060055
 def one_process() -> bool:
     "Whether no other process has a part of the batch."
     return not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
