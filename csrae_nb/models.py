@@ -256,6 +256,18 @@ class Objective(Unchecked):
             q = of_all_processes(q)
         return {k: term(*self.in_batches(q, p)) for k, term in self.batch_terms.items()}
 
+    def sharing_term(self) -> str | None:
+        "The name of the batch's only term, if one pass gives it and the divergence of each example."
+        return None
+
+    def terms_of_codes(self, q: GMM, p: GMM, z, generator) -> tuple[Float[Tensor, "B"], dict[str, Tensor]]:
+        "The divergence of each example, and the terms of the batch."
+        name = self.sharing_term() if self.training else None
+        if name is None:
+            return self.divergence(q, self.held(p), z, generator), self.of_batch(q, p)
+        each, whole = self.batch_terms[name].with_each(*self.in_batches(q, p))
+        return each.flatten(), {name: whole}
+
     def total(self, each: dict[str, Tensor], whole: dict[str, Tensor]) -> Float[Tensor, ""]:
         "The number to minimise."
         loss = reduce(add, (self.weighed(k, t) for k, t in each.items())).mean()
@@ -303,18 +315,6 @@ class Autoencoder(Objective, Pictures, LogLikelihood):
         divergence, whole = self.terms_of_codes(q, p, z, generator)
         each = dict(reconstruction=rec, divergence=divergence)
         return Terms(self.total(each, whole), each, whole, q, p)
-
-    def sharing_term(self) -> str | None:
-        "The name of the batch's only term, if one pass gives it and the divergence of each example."
-        return None
-
-    def terms_of_codes(self, q: GMM, p: GMM, z, generator) -> tuple[Float[Tensor, "B"], dict[str, Tensor]]:
-        "The divergence of each example, and the terms of the batch."
-        name = self.sharing_term() if self.training else None
-        if name is None:
-            return self.divergence(q, self.held(p), z, generator), self.of_batch(q, p)
-        each, whole = self.batch_terms[name].with_each(*self.in_batches(q, p))
-        return each.flatten(), {name: whole}
 
     def error(self, x, q: GMM, z: Float[Tensor, "B D"], generator) -> Float[Tensor, "B"]:
         "−E log p(x|z) of each example: at the draw z, or of a mixture stratified, at one of each component."
