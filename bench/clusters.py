@@ -4,20 +4,16 @@ Training codes are laid out and parted; test codes join their neighbours. Beside
 the run's prior, as they are and joined, and clusters of the pixels, with three seeds. Rows that the table
 has are not made again."""
 
-import argparse
-from pathlib import Path
-
 import torch
 from tqdm.auto import tqdm
 
 from csrae_nb.clusters import cluster_codes
 from csrae_nb.evaluation import write_table
 from csrae_nb.metrics import clustering, knn_error
-from csrae_nb.models import rows_at_once
 from csrae_nb.priors import merge_components, merged_labels
 from csrae_nb.results import read_rows
 
-from .rulers import described, of_one_data_set
+from .rulers import asked, described, means, parser_of
 
 KEY = (
     "dataset",
@@ -57,8 +53,7 @@ def of_components(data, prior, z):
 @torch.no_grad()
 def of_run(data, run):
     "Everything of a run; its codes are the means of q(z|x) of the images as they are."
-    encode = lambda x: torch.cat([run.model.encode(b).mean for b in x.split(rows_at_once(x))])
-    codes = dict(train=encode(data.x_train), test=encode(data.x_test))
+    codes = {part: means(run.model.encode, getattr(data, f"x_{part}")) for part in ("train", "test")}
     return of_codes(data, codes, run.cfg.seed) | of_components(data, run.model.prior(), codes["test"])
 
 
@@ -68,12 +63,7 @@ def of_pixels(data, seed):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished runs of one data set")
-    p.add_argument("--csv", type=Path, required=True, help="the table")
-    o = p.parse_args()
-    torch.set_num_threads(1)
-    runs, data = of_one_data_set(p, o.runs)
+    o, runs, data = asked(parser_of(__doc__))
     rows = read_rows(o.csv, KEY)
     done = {tuple(r[k] for k in KEY) for r in rows}
     of = dict(

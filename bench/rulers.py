@@ -14,6 +14,7 @@ from csrae_nb.config import divergence_weight, prior_kind
 from csrae_nb.data import Dataset
 from csrae_nb.evaluation import frechet_distances, real_images, run_codes, sample_sources, write_table
 from csrae_nb.metrics import Features, accuracy, train_classifier
+from csrae_nb.models import rows_at_once
 from csrae_nb.runs import load_run
 
 DIMENSIONS = 50
@@ -45,22 +46,33 @@ def described(run):
     return of | dict(weight=divergence_weight(c), seed=c.seed)
 
 
-def of_one_data_set(parser, folders):
-    "Finished runs, and their data; the parser's error for runs of several data sets."
-    runs = [load_run(f) for f in folders]
+def parser_of(doc):
+    "A parser of finished runs and of the table that they go into."
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished runs of one data set")
+    p.add_argument("--csv", type=Path, required=True, help="the table")
+    return p
+
+
+def asked(parser):
+    "Options, finished runs and their data, on one thread; the parser's error for runs of several data sets."
+    o = parser.parse_args()
+    torch.set_num_threads(1)
+    runs = [load_run(f) for f in o.runs]
     if len(names := {r.cfg.dataset for r in runs}) != 1:
         parser.error(f"runs of {', '.join(sorted(names))}; expected one data set")
-    return runs, load_data(runs[0].cfg.dataset)
+    return o, runs, load_data(runs[0].cfg.dataset)
+
+
+def means(encode, x):
+    "The means of q(z|x) of images."
+    return torch.cat([encode(b).mean for b in x.split(rows_at_once(x))])
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished runs of one data set")
+    p = parser_of(__doc__)
     p.add_argument("--seeds", type=int, default=3, help="classifiers (3)")
-    p.add_argument("--csv", type=Path, required=True, help="the table")
-    o = p.parse_args()
-    torch.set_num_threads(1)
-    runs, data = of_one_data_set(p, o.runs)
+    o, runs, data = asked(p)
     real, rows = real_images(data), []
     sources = [
         {name: g for name, g in sample_sources(r, run_codes(r, data, "train")).items() if name in SETS}

@@ -27,7 +27,7 @@ from torch import Tensor
 
 # %% ../nbs/10b_evaluation.ipynb #100102
 from . import __version__
-from .catalogue import dataset_name, load_data
+from .catalogue import dataset_name, load_data, preset
 from .data import Dataset, labelled_rows
 from .mixtures import GMM, unchecked
 from csrae_nb.metrics import (
@@ -523,14 +523,16 @@ def complete_run(
     return measure(run, data, progress) if is_main_process() else {}
 
 # %% ../nbs/10b_evaluation.ipynb #100050
-WITH_LABELS = "network", "fold", "validation", "labels", "pretrain"  # columns of tables of runs with labels
+WITH_LABELS = "network", "fold", "validation", "labels", "pretrain"  # columns of runs that have them
 
 # %% ../nbs/10b_evaluation.ipynb #100150
 def _row_key(c):
     "What stands in a row besides the metrics and the seeds."
     with_labels = dict.fromkeys(WITH_LABELS)
+    if c.labels or c.network != preset(c.dataset)["network"]:
+        with_labels["network"] = c.network  # of images without labels only one that is not their own
     if c.labels:
-        with_labels |= dict(network=c.network, fold=c.fold, labels=c.labels, pretrain=c.pretrain)
+        with_labels |= dict(fold=c.fold, labels=c.labels, pretrain=c.pretrain)
     if c.labels and c.validation != "frames":
         with_labels["validation"] = c.validation
     settings = dict(settings=_settings(c))

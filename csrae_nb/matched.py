@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LINES', 'DISTANCES', 'SHARES', 'COLUMNS', 'CLUSTERS', 'SORTED', 'settings', 'learns_from', 'fitted_components',
-           'recipe', 'plot_matched', 'matched_table', 'cluster_markdown', 'code_clusters', 'matched_prior']
+           'recipe', 'plot_matched', 'matched_table', 'unusual', 'cluster_markdown', 'code_clusters', 'matched_prior']
 
 # %% ../nbs/13d_matched.ipynb #134002
 import re
@@ -22,6 +22,7 @@ from csrae_nb.results import (
     read_results,
     read_rows,
     results_folder,
+    shown,
     where,
 )
 
@@ -149,15 +150,17 @@ CLUSTERS = {
 }
 
 
+def unusual(row: dict) -> str:  # "" for 20 dimensions and the data set's own network
+    "What a row of clusters has other than most have."
+    z = f", z = {row['latent_dim']}" if row["latent_dim"] != 20 else ""
+    return z + (f", {row['network']}" if row.get("network") not in (None, "mlp") else "")
+
+
 def cluster_markdown(rows: list[dict]) -> str:
     "How components, joined into as many clusters as there are classes, agree with these: means and errors."
     body = [
-        [
-            r["components"],
-            n_seeds(r),
-            *(f"{r[f'{m}_mean']:.3f} ± {r[f'{m}_se']:.3f}" for m in CLUSTERS.values()),
-        ]
-        for r in sorted(rows, key=lambda r: r["components"])
+        [f"{r['components']}{unusual(r)}", n_seeds(r), *(shown(r, m, 3) for m in CLUSTERS.values())]
+        for r in sorted(rows, key=lambda r: (r["components"], unusual(r)))
     ]
     return markdown_table(["K", "seeds", *CLUSTERS], body)
 
@@ -179,9 +182,7 @@ def _laid_out(r):
     if r["model"] == "pixels":
         return "pixels"
     K = f", K = {r['components']}" if r["components"] > 1 else ""
-    z = f", z = {r['latent_dim']}" if r["latent_dim"] != 20 else ""
-    network = f", {r['network']}" if r["network"] != "mlp" else ""
-    return f"codes of {r['model']}, weight {r['weight']:g}{K}{z}{network}"
+    return f"codes of {r['model']}, weight {r['weight']:g}{K}{unusual(r)}"
 
 # %% ../nbs/13d_matched.ipynb #134051
 def matched_prior(

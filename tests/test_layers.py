@@ -13,7 +13,7 @@ from csrae_nb import Config, CSRAEEmbedding, load_run
 from csrae_nb.catalogue import load_data
 from csrae_nb.config import command, make_config, resolve, run_name
 from csrae_nb.divergence import cs_divergence, kl_divergence
-from csrae_nb.evaluation import complete_run, evaluate, results_table
+from csrae_nb.evaluation import _row_key, complete_run, evaluate, results_table
 from csrae_nb.files import runs_folder
 from csrae_nb.fleet import fit_fleet, fleets
 from csrae_nb.layers import Lower, TwoLayers, layered_networks, two_layers
@@ -23,6 +23,7 @@ from csrae_nb.models import CSRAE, IWAE, VAE, MixtureCSRAE, VampPriorVAE
 from csrae_nb.networks import NETWORKS
 from csrae_nb.priors import MoGPrior, StandardNormal, VampPrior
 from csrae_nb.rivals import RAE, WAE
+from csrae_nb.results import merge
 from csrae_nb.tasks import task_of
 
 from small_runs import ROWS, TINY, differences, stopped_after_two_epochs, tiny
@@ -316,3 +317,10 @@ def test_labels_of_static_images_are_those_of_the_images_they_were_drawn_from(mo
     assert neighbours.labels_of(x, "train").tolist() == y[order].tolist()
     with pytest.raises(ValueError, match="2 images of 30 were drawn from none of MNIST's train"):
         neighbours.labels_of(torch.cat([x[:28], 1 - x[28:]]), "train")
+
+
+def test_rows_say_a_network_that_is_not_the_data_sets_own():
+    rows = [_row_key(resolve(Config(dataset="digits", network=n))) for n in (None, "mlp", "gated", "wide")]
+    assert [r["network"] for r in rows] == [None, None, "gated", "wide"]
+    seeds = [r | dict(seeds="0", lam=1.0) for r in rows]
+    assert len(merge(seeds)) == 3  # and are not joined with others
