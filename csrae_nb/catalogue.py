@@ -21,6 +21,7 @@ from csrae_nb.formats import (
     read_caltech101,
     read_cifar10,
     read_digits,
+    read_fashion_mnist,
     read_folder,
     read_mnist,
     read_omniglot,
@@ -85,6 +86,7 @@ add_arrays("caltech101", read_caltech101, "bernoulli", PAPER)  # 28×28, binary
 add_arrays(
     "cifar10", read_cifar10, "discretized_logistic", PAPER | dict(network="residual")
 )  # 3×32×32; 170 MB
+add_arrays("fashion_mnist", read_fashion_mnist, "bernoulli", PAPER)  # 28×28, dynamically binarised; 31 MB
 
 # %% ../nbs/08c_catalogue.ipynb #083010
 TABLES = dict([(".csv", read_table), (".parquet", read_parquet)])  # endings of tables

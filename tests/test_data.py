@@ -114,6 +114,17 @@ def test_second_mirror(folder, serve):
     assert len(seen) == 2 and left(folder) == [f"{NAME}.gz"]
 
 
+def test_a_set_made_like_mnist_is_kept_apart(folder, serve, monkeypatch):
+    serve(ZIPPED)
+    fashion = f"{formats.FASHION}{NAME}"
+    monkeypatch.setitem(formats.FILES, fashion, formats.FILES[NAME])
+    folder.mkdir()
+    (folder / NAME).write_bytes(b"MNIST's own")
+    assert formats.read_file(fashion)[0].tolist() == list(range(6))
+    assert formats.find_file(fashion) == folder / f"{fashion}.gz"
+    assert formats.find_file(NAME).read_bytes() == b"MNIST's own"
+
+
 def test_offline_says_which_file_from_where_and_where_to_put_it(folder):
     with pytest.raises(FileNotFoundError) as e:
         formats.download(NAME)
@@ -871,6 +882,17 @@ def test_mnist(real, recwarn):
 def test_mnist_by_another_likelihood(real):
     d = catalogue.load_data("mnist", likelihood="discretized_logistic")
     assert (d.dynamic, float(d.x_train.min()), float(d.x_train.max())) == (False, -0.5, 0.5)
+
+
+@needs(f"{formats.FASHION}train-images-idx3-ubyte")
+def test_fashion_mnist(real):
+    d = catalogue.load_data("fashion_mnist")
+    assert [len(x) for x in (d.x_train, d.x_val, d.x_test)] == [45_000, 5_000, 10_000]
+    assert (d.name, d.x_shape, d.dynamic, len(d.sha256)) == ("fashion_mnist", (28, 28), True, 4)
+    everyone = torch.cat([d.y_train, d.y_val, d.y_test]).bincount()
+    assert everyone.min() > 5_300 and d.y_test.bincount().tolist() == [1_000] * 10
+    assert abs(float(torch.cat([d.x_train, d.x_val]).mean()) - 0.2860) < 1e-3  # its mean, as often published
+    assert not torch.equal(d.x_test, catalogue.load_data("mnist").x_test)
 
 
 @needs("binarized_mnist_train.amat")
