@@ -25,6 +25,7 @@ from csrae_nb.catalogue import load_data
 from csrae_nb.divergence import cs_divergence
 from csrae_nb.mixtures import GMM, Draws
 from csrae_nb.overlap import naive_log_z
+from csrae_nb.process import product_precision
 from csrae_nb.evaluation import complete_run, finished_metrics, write_table
 from csrae_nb.fleet import _Graph, _Steps, Fleet, fit_fleet, fleets, stackable, train_fleets
 from csrae_nb.grids import attempt, distinct, read_sweep
@@ -237,9 +238,11 @@ def smoke(job, small):
         "classifier alone": evaluated(model="Supervised", labels=200),
         "prior network": evaluated(prior_network=True),
         "IWAE": evaluated(model="IWAE"),
+        "tf32": evaluated(precision="tf32"),
         "bf16": evaluated(precision="bf16"),
         "train.ipynb": notebook,
         "graph": replayed,
+        "fleet in tf32": together("CSRAE", precision="tf32"),
         "fleet in bf16": together("CSRAE", precision="bf16"),
     }
     few = [k for k in KINDS if stackable(resolve(digits(**KINDS[k])))]
@@ -280,6 +283,10 @@ def seconds(f, least):
     return passed / n
 
 
+# graphed or not, and how precisely
+FLEETS = ((False, "no"), (True, "no"), (True, "tf32")) if CUDA else ((False, "no"),)
+
+
 def steps_a_second(job, small):
     n = 400 if small else 20_000
     x = torch.rand(n, 28, 28, generator=torch.Generator().manual_seed(0)).round()
@@ -301,15 +308,17 @@ def steps_a_second(job, small):
             )
         )
         for R in (1, 2) if small else (1, 16, 64, 256, *((1024,) if kind == "VAE" else ())):
-            for graphed in (False, True) if CUDA else (False,):
+            for graphed, precision in FLEETS:
                 if job.left < 30:
                     return
                 try:
-                    row = fleet_speed(cfg, data, R, graphed, small)
+                    with product_precision(precision):
+                        row = fleet_speed(cfg, data, R, graphed, small)
                 except Exception as e:
                     traceback.print_exc()
                     row = dict(error=f"{type(e).__name__}: {e}"[:200].replace("\n", " "))
-                job.add(what="fleet", model=kind, K=cfg.components, size=R, graphed=graphed, **row)
+                what = "fleet, tf32" if precision == "tf32" else "fleet"
+                job.add(what=what, model=kind, K=cfg.components, size=R, graphed=graphed, **row)
                 if CUDA:
                     torch.cuda.empty_cache()
 

@@ -1189,6 +1189,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'csrae_nb.process.accelerator': ('nbs/process.html#accelerator', 'csrae_nb/process.py'),
                                   'csrae_nb.process.cpu_threads': ('nbs/process.html#cpu_threads', 'csrae_nb/process.py'),
                                   'csrae_nb.process.is_main_process': ('nbs/process.html#is_main_process', 'csrae_nb/process.py'),
+                                  'csrae_nb.process.product_precision': ('nbs/process.html#product_precision', 'csrae_nb/process.py'),
                                   'csrae_nb.process.torch_defaults': ('nbs/process.html#torch_defaults', 'csrae_nb/process.py')},
             'csrae_nb.reading': { 'csrae_nb.reading._check_tags': ('nbs/reading.html#_check_tags', 'csrae_nb/reading.py'),
                                   'csrae_nb.reading.files_below': ('nbs/reading.html#files_below', 'csrae_nb/reading.py'),

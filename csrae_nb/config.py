@@ -93,7 +93,7 @@ class Config(ModelConfig):
     fid_images: int = 10_000  # images of each kind in a Fréchet distance, at most
     expost_components: int = 100  # K of the mixture that is fitted to the codes afterwards, as a baseline
     device: str = "auto"  # auto: a GPU if there is one; cpu
-    precision: str = "no"  # mixed precision of the networks: no, bf16
+    precision: str = "no"  # of the networks: no (single), tf32 (products on a GPU), bf16
     threads: int = 1  # CPU threads within an operation
     tracker: str | None = None  # where the history goes, too: tensorboard, wandb or another of Accelerate's
     name: str | None = None  # the run's folder; None: made from the rest
@@ -141,7 +141,7 @@ def _choices(c):
         network=NETWORKS,
         device=("auto", "cpu"),
         balance=("batches", "weights", "asymmetric", "none"),
-        precision=("no", "bf16"),
+        precision=("no", "tf32", "bf16"),
         fid_layer=(0, 64, 192, 768, 2048),
         tracker=_TRACKERS,
         **about_data(c.dataset, "choices", {}),

@@ -116,6 +116,7 @@ def settings():
         torch.get_default_device(),
         torch.is_grad_enabled(),
         torch.is_autocast_enabled("cpu"),
+        torch.get_float32_matmul_precision(),
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_rng_state().tolist(),
@@ -126,6 +127,7 @@ SETTINGS = {
     "double precision": lambda: torch.set_default_dtype(torch.float64),
     "another device": lambda: torch.set_default_device("meta"),
     "mixed precision": lambda: torch.set_autocast_enabled("cpu", True),
+    "products in bfloat16": lambda: torch.set_float32_matmul_precision("medium"),
     "no gradients": lambda: torch.set_grad_enabled(False),
     "deterministic": lambda: torch.use_deterministic_algorithms(True),
     "threads": lambda: torch.set_num_threads(2),
@@ -158,6 +160,7 @@ def test_settings_of_torch_are_neither_needed_nor_changed(name):
         torch.set_default_device("cpu")
         torch.set_grad_enabled(True)
         torch.set_autocast_enabled("cpu", False)
+        torch.set_float32_matmul_precision("highest")
         torch.use_deterministic_algorithms(False)
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(usual[0], here[0]))
@@ -174,6 +177,27 @@ def test_a_lock_is_the_same_file_for_all_who_wait(tmp_path):
         with pytest.raises(RunLocked):
             with run_lock(tmp_path):
                 pass
+
+
+def test_tf32_is_for_training_alone(monkeypatch):
+    "Products may be rounded in a step, not in the evaluation, and not after the run."
+    seen = []
+    usual = torch.nn.Linear.forward
+
+    def forward(self, x):
+        seen.append((torch.is_grad_enabled(), torch.get_float32_matmul_precision()))
+        return usual(self, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", forward)
+    cfg = arrays(name="rounded", precision="tf32")
+    run = fit(cfg, dict(x=X), progress=False)
+    assert {how for training, how in seen if training} == {"high"}
+    seen.clear()
+    evaluate(run, prepare_data(resolve(cfg), dict(x=X)), progress=False)
+    assert {how for _, how in seen} == {"highest"} == {torch.get_float32_matmul_precision()}
+    if not torch.cuda.is_available():  # a CPU has no TF32
+        plain = fit(arrays(name="plain"), dict(x=X), progress=False)
+        assert torch.equal(weights(run), weights(plain))
 
 
 @pytest.mark.parametrize("around", [nullcontext, lambda: torch.autocast("cpu", torch.bfloat16)])
