@@ -81,11 +81,11 @@ class Multiplier(Weight):
 
     @torch.no_grad()
     def update(self, terms: dict[str, Tensor]) -> None:
-        self.steps.add_(1).clamp_(max=self.MEMORY)
+        self.steps.copy_((self.steps + 1).clamp(max=self.MEMORY))
         self.mean.add_((terms[self.term] - self.mean) / self.steps)
         error = self.answer * (self.mean + self.gap - self.bound) / self.scale
         error = error.clamp(-1, 1)
-        self.sum.add_(self.SUM * error).clamp_(-self.REACH, self.REACH)
+        self.sum.copy_((self.sum + self.SUM * error).clamp(-self.REACH, self.REACH))
         self.now.copy_(self.start * (self.sum + self.NOW * error).exp())
 
     @torch.no_grad()

@@ -246,15 +246,11 @@ class Objective(Unchecked):
         "The prior as the terms of each example see it: fixed, if it learns from a term of the batch alone."
         return p.detach() if any(t.trains_prior for t in self.batch_terms.values()) else p
 
-    def in_batches(self, q: GMM, p: GMM) -> tuple[GMM, GMM]:
-        "Both as the terms of a whole batch see them."
-        return q, p
-
     def of_batch(self, q: GMM, p: GMM) -> dict[str, Tensor]:
         "The terms of a whole batch."
         if self.training and self.batch_terms:
             q = of_all_processes(q)
-        return {k: term(*self.in_batches(q, p)) for k, term in self.batch_terms.items()}
+        return {k: term(q, p) for k, term in self.batch_terms.items()}
 
     def sharing_term(self) -> str | None:
         "The name of the batch's only term, if one pass gives it and the divergence of each example."
@@ -265,8 +261,8 @@ class Objective(Unchecked):
         name = self.sharing_term() if self.training else None
         if name is None:
             return self.divergence(q, self.held(p), z, generator), self.of_batch(q, p)
-        each, whole = self.batch_terms[name].with_each(*self.in_batches(q, p))
-        return each.flatten(), {name: whole}
+        each, whole = self.batch_terms[name].with_each(q, p)
+        return each, {name: whole}
 
     def total(self, each: dict[str, Tensor], whole: dict[str, Tensor]) -> Float[Tensor, ""]:
         "The number to minimise."

@@ -719,6 +719,13 @@ def _normal_like(t, generator):
     "Draws from N(0, 1) in the shape (rows, numbers) of t."
     return GMM.gaussian(torch.zeros_like(t), torch.ones_like(t)).rsample(generator)
 
+
+def _places(picked):
+    "Row and column of what is picked; in a fleet, where no shape may depend on it, of everything."
+    if torch._C._are_functorch_transforms_active():
+        picked = torch.ones(picked.shape, dtype=torch.bool, device=picked.device)
+    return picked.nonzero(as_tuple=True)
+
 # %% ../nbs/14_semi_supervised.ipynb #140118
 class _Trials(Autoencoder):
     "Labels that are tried on images, and what they cost."
@@ -733,8 +740,9 @@ class _Trials(Autoencoder):
         often = (q >= RARE) | (q == q.amax(1, keepdim=True)) | (not self.training)
         # not 0, since ndtr rounds one draw in 3e7 to 0 in single precision
         chance = torch.where(often, 1.0, (q.detach() / RARE).clamp_min(1e-4))
-        image, code = (torch.special.ndtr(_normal_like(q, generator)) <= chance).nonzero(as_tuple=True)
-        weight = q[image, code] / chance[image, code]
+        picked = torch.special.ndtr(_normal_like(q, generator)) <= chance
+        image, code = _places(picked)
+        weight = (picked * q / chance)[image, code]
         return _Pairs(self.kind.every().to(q), image, code, weight, often[image, code])
 
     def _terms(self, x, h, p, tried, generator):

@@ -1,11 +1,13 @@
 "A member of a fleet fails, is killed and is finished like a run of its own."
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
 from csrae_nb import fleet
-from csrae_nb.fleet import fit_fleet
+from csrae_nb.fleet import fit_fleet, train_fleets
 from csrae_nb.config import Config
 from csrae_nb.files import load_tensors, runs_folder
 from csrae_nb.runs import Run, fit
@@ -34,7 +36,11 @@ def config(name, **fields):
 
 
 def weights(run):
-    return torch.cat([v.flatten() for v in run.model.state_dict().values()])
+    return weights_of(run.model)
+
+
+def weights_of(model):
+    return torch.cat([v.flatten() for v in model.state_dict().values()])
 
 
 def message(error):
@@ -100,6 +106,76 @@ def test_a_kill_while_checkpoints_are_written_leaves_one_epoch(monkeypatch):
     assert epochs() == [0, 0, 1]
     fleet._agree([*runs_folder().iterdir()])
     assert epochs() == [0, 0, 0] and not list(runs_folder().glob("*/*before*"))
+
+
+Y = np.arange(80) % 3
+ANSWERS = (np.random.default_rng(1).random((80, 5)) < 0.5).astype(int)
+KINDS = [
+    dict(model="IWAE"),
+    dict(model="WAE"),
+    dict(model="RAE"),
+    dict(prior_network=True),
+    dict(posterior_components=2, objective="cs_each"),
+    dict(layers=2, lower_dim=3),
+    dict(network="gated"),
+    dict(constraint="reconstruction<=4"),
+    dict(labels=30, network="mlp", labelled_batch=5),
+    dict(labels=30, network="mlp", labelled_batch=5, prior="vamp", model="MixtureVAE"),
+    dict(labels=1.0, network="mlp", model="Supervised"),
+]
+
+
+def together_and_alone(y, **fields):
+    "Two seeds in a fleet, and by themselves: the last rows of their histories."
+    data = dict(x=X, y=y)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*performance drop.*")  # vmap would go through the members in turn
+        runs = fit_fleet([config(f"t{s}", seed=s, **fields) for s in range(2)], data, progress=False)
+    alone = [fit(config(f"a{s}", seed=s, **fields), data, progress=False) for s in range(2)]
+    return [(a.history[-1], b.history[-1]) for a, b in zip(runs, alone, strict=True)]
+
+
+@pytest.mark.parametrize("fields", KINDS, ids=lambda f: " ".join(map(str, f.values())))
+def test_every_kind_of_run_goes_in_a_fleet(fields):
+    for a, b in together_and_alone(Y, **fields):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("model", ["MixtureCSRAE", "Supervised"])
+def test_rows_of_answers_go_in_a_fleet(model):
+    labels = dict(labels=1.0 if model == "Supervised" else 30, labelled_batch=5)
+    for a, b in together_and_alone(ANSWERS, model=model, network="mlp", **labels):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+
+
+def test_a_run_that_begins_with_another_is_left_alone():
+    configs = [config(f"p{s}", seed=s, labels=30, pretrain=2, network="mlp") for s in range(2)]
+    with pytest.raises(ValueError, match="none begins with another run"):
+        fit_fleet(configs, dict(x=X, y=Y), progress=False)
+
+
+def test_a_fleet_that_fails_leaves_its_runs_to_be_tried_alone(monkeypatch, capsys):
+    def failing(*args, **kw):
+        raise RuntimeError("vmap: no such rule")
+
+    monkeypatch.setattr(fleet.Fleet, "each", failing)
+    train_fleets([Config(dataset="digits", epochs=1, seed=s) for s in range(3)], progress=False)
+    assert "and 2 others: vmap: no such rule" in capsys.readouterr().err
+
+
+def test_members_have_tensors_of_their_own_when_a_fleet_ends():
+    "A stack of many would live on in the one that keeps a part of it."
+    models = [fit(config(f"own{s}", seed=s), dict(x=X), progress=False).model for s in range(3)]
+    opts = [torch.optim.Adam(m.parameters(), fused=True) for m in models]
+    together = fleet.Fleet(models)
+    fleet._shared_adam(together, opts, 1e-3)
+    before = [weights_of(m) for m in models]
+    size = lambda t: t.untyped_storage().nbytes() / t.nbytes
+    assert all(size(p) == 3 for p in models[0].parameters())
+    fleet._disband(together, opts)
+    assert all(size(p) == 1 for m in models for p in (*m.parameters(), *m.buffers()))
+    assert all(size(t) == 1 for o in opts for state in o.state.values() for t in state.values())
+    assert all(torch.equal(a, weights_of(m)) for a, m in zip(before, models))
 
 
 def test_a_fleet_in_bf16_casts_its_weights_in_each_step():

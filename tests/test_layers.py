@@ -1,5 +1,6 @@
 "Two layers: every model learns with them, goes on where it stopped, and is measured; or is refused."
 
+from dataclasses import replace
 import math
 import warnings
 
@@ -23,6 +24,7 @@ from csrae_nb.models import CSRAE, IWAE, VAE, MixtureCSRAE, VampPriorVAE
 from csrae_nb.networks import NETWORKS
 from csrae_nb.priors import MoGPrior, StandardNormal, VampPrior
 from csrae_nb.rivals import RAE, WAE
+from csrae_nb.runs import fit
 from csrae_nb.results import merge
 from csrae_nb.tasks import task_of
 
@@ -238,9 +240,10 @@ def test_names_commands_and_fleets(own_runs):
     assert len({run_name(c) for c in (Config(), two, Config(layers=2, skip=True))}) == 3
     assert command(Config(layers=2, skip=True)) == "papermill nbs/train.ipynb -p layers 2 -p skip True"
     configs = [config(f"seed{s}", seed=s) for s in range(2)]
-    assert fleets(configs) == []
-    with pytest.raises(ValueError, match="those with layers=2 are trained one by one"):
-        fit_fleet(configs, dict(x=ROWS), progress=False)
+    assert fleets(configs) == [list(map(resolve, configs))]
+    alone = [fit(replace(c, name=f"{c.name}alone"), dict(x=ROWS), progress=False) for c in configs]
+    for a, b in zip(alone, fit_fleet(configs, dict(x=ROWS), progress=False), strict=True):
+        assert b.history[-1] == pytest.approx(a.history[-1], rel=1e-3)
 
 
 def test_an_estimator_takes_two(own_runs):

@@ -112,7 +112,7 @@ def test_names_of_runs_without_patterns_stay():
     new = replace(old, patterns=8)
     assert identity(new).keys() - identity(old).keys() == {"patterns", "lam_patterns", "labelled_batch"}
     assert len({run_name(c) for c in (old, new, replace(new, lam_patterns=0.0))}) == 3
-    assert "-p patterns 8" in command(new) and not stackable(resolve(new))
+    assert "-p patterns 8" in command(new) and stackable(resolve(new))
 
 
 @pytest.mark.parametrize(

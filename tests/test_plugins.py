@@ -164,13 +164,16 @@ def test_what_plugins_add_is_swept_by_processes(run, tmp_path):
     assert len(rows) == 3 and "ring" in rows[1]
 
 
-def test_what_a_fleet_does_not_know_goes_alone(run):
-    "Their task trains in its own way, their prior is none that can be stacked."
+def test_what_plugins_add_trains_in_a_fleet(run):
+    "Their task, prior, term of a batch and weight, none of which knows of fleets."
     checks = script(
-        "from csrae_nb.config import resolve",
-        "from csrae_nb.fleet import stackable",
-        "assert not stackable(resolve(Config(dataset='theirs')))",
-        "assert not stackable(resolve(Config(prior='ring'))) and stackable(resolve(Config()))",
+        "from csrae_nb.fleet import fit_fleet",
+        f"usual = {FIELDS}",
+        "together = [Config(**usual, seed=s, name=f'together{s}') for s in range(2)]",
+        "alone = [fit(Config(**usual, seed=s, name=f'alone{s}'), progress=False) for s in range(2)]",
+        "for a, b in zip(alone, fit_fleet(together, progress=False), strict=True):",
+        "    assert all(abs(b.history[-1][k] - v) <= 1e-3 * abs(v) + 1e-4 for k, v in a.history[-1].items())",
+        "    assert a.history[-1]['weight_missing'] > 0",
     )
     run("-c", checks)
 

@@ -21,7 +21,7 @@ def test_a_rival_trains_and_is_evaluated(model, beta, own_runs):
     run = fit(rival(model, beta=beta), progress=False)
     again, x = load_run(run.path), torch.rand(5, 8, 8)
     torch.testing.assert_close(again.model.reconstruct(x), run.model.reconstruct(x))
-    assert not stackable(resolve(rival(model)))
+    assert stackable(resolve(rival(model)))
 
 
 def test_the_weight_draws_codes_to_the_prior(own_runs):
