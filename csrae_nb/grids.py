@@ -28,6 +28,7 @@ from filelock import FileLock, Timeout
 from .config import EVALUATION, Config, command, make_config, resolve, run_name
 from .evaluation import complete_run, finished_metrics
 from .files import RunLocked, runs_folder, write_atomic
+from .fleet import train_fleets
 from .reading import read_text
 
 # %% ../nbs/12_grids.ipynb #120005
@@ -262,19 +263,24 @@ def _output_to(path):
             os.close(old)
 
 
-def run_logged(cfg: Config, folder: str, variables: dict) -> str:  # one of OUTCOMES
-    "Attempt a run from a folder and with environment variables; its output goes to log.txt."
+def run_logged(work: list[Config], folder: str, variables: dict) -> str:  # one of OUTCOMES
+    """Attempt a run, or train a fleet of several, from a folder and with environment variables; the output
+    goes to log.txt, of a fleet to its first run's."""
     os.chdir(folder)
     os.environ.update(variables)
-    with _output_to(run_folder(cfg) / "log.txt"):
-        print(f"\n{_now()}, {socket.gethostname()}, process {os.getpid()}: {command(cfg)}", file=sys.stderr)
-        return attempt(cfg)
+    with _output_to(run_folder(work[0]) / "log.txt"):
+        what = command(work[0]) + (f", and {len(work) - 1} others" if work[1:] else "")
+        print(f"\n{_now()}, {socket.gethostname()}, process {os.getpid()}: {what}", file=sys.stderr)
+        if not work[1:]:
+            return attempt(work[0])
+        train_fleets(work, len(work))
+        return "finished"
 
 # %% ../nbs/12_grids.ipynb #124009
-def run_in_process(cfg: Config, folder: str, variables: dict) -> None:
-    "All that the process of one run does; it exits with the place of the run's outcome in OUTCOMES."
+def run_in_process(work: list[Config], folder: str, variables: dict) -> None:
+    "All that the process of a run, or a fleet, does; it exits with the place of the outcome in OUTCOMES."
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches us too, but it is the sweep that ends us
     threading.Thread(
         target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True
     ).start()
-    sys.exit(OUTCOMES.index(run_logged(cfg, folder, variables)))
+    sys.exit(OUTCOMES.index(run_logged(work, folder, variables)))
