@@ -28,10 +28,12 @@ from csrae_nb.grids import (
     shard,
     trained_epochs,
 )
-from csrae_nb import sweeps
+from csrae_nb import fleet, sweeps
 from csrae_nb.sweeps import main, ray_engine, run_sweep
 from csrae_nb.config import run_name
 from csrae_nb.files import runs_folder
+from csrae_nb.fleet import fit_fleet
+from csrae_nb.training import Training
 
 root = Path(__file__).parents[1]
 FAST = dict(ll_samples=0, expost_components=5)
@@ -315,6 +317,54 @@ def test_a_ray_worker_that_is_killed_is_replaced_and_one_that_always_is_is_a_fai
         run_state(always),
     ) == (2, "failed")
     assert "its Ray worker was lost 2 times" in failure(always)
+
+
+def a_fleet(points, model, **fields):
+    fields = dict(dataset=points, model=model, epochs=12, patience=12, seed=[0, 1], **FAST) | fields
+    return distinct(expand(fields))
+
+
+def test_a_fleet_whose_ray_worker_is_killed_goes_on_and_its_runs_are_evaluated(points, monkeypatch):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'csrae_nb[cluster]'")
+    one, other = a_fleet(points, "VAE"), a_fleet(points, "CSRAE")
+    saves, save = iter(range(8)), Training.save
+
+    def stopped(t):
+        if next(saves, None) is None:
+            raise KeyboardInterrupt
+        save(t)
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):  # four epochs of the first, before
+        m.setattr(fleet, "SAVE_EVERY", 0.0)
+        m.setattr(Training, "save", stopped)
+        fit_fleet(one, progress=False)
+    assert [trained_epochs(c) for c in one] == [3, 3]
+    try:
+        with meanwhile(lambda: sittings(one[0]), lambda: kill(one[0])):
+            outcome = run_sweep([*one, *other], jobs=2, engine=ray_engine, fleet_size=8, progress=False)
+    except ValueError as e:
+        pytest.skip(f"this machine is too busy for Ray's time limits: {e}")
+    assert set(outcome.values()) == {"finished"} and len(outcome) == 4
+    log = (run_folder(one[0]) / "log.txt").read_text()
+    assert len(sittings(one[0])) == 3 and "and 1 others" in log  # killed, trained, evaluated
+    assert re.search("training 2 runs: +25%", log) and not re.search("training 2 runs: +0%", log)
+    assert [trained_epochs(c) for c in (*one, *other)] == [12] * 4
+
+
+def test_runs_of_a_fleet_whose_process_is_killed_are_tried_alone(points):
+    runs = a_fleet(points, "VAE", epochs=3)
+    with meanwhile(lambda: sittings(runs[0]), lambda: kill(runs[0])):  # as if memory had run out
+        outcome = run_sweep(runs, jobs=2, fleet_size=8, progress=False)
+    assert set(outcome.values()) == {"finished"} and [len(sittings(c)) for c in runs] == [2, 1]
+
+
+def test_a_shard_of_fleets_keeps_each_together(points, capsys):
+    words = [f"dataset={points}", "model=VAE,CSRAE", "seed=0,1,2", "lam=1", "--list", "--fleet"]
+    shown = []
+    for part in ("1/2", "2/2"):
+        main([*words, "--shard", part])
+        shown.append(re.findall(r"points-(VAE|CSRAE)-\S+  ", capsys.readouterr().out))
+    assert shown == [["VAE"] * 3, ["CSRAE"] * 3]
 
 
 # --- scripts
