@@ -590,10 +590,7 @@ def results_table(
     rows = [_row(sorted(g, key=lambda r: r["config"]["seed"]), all_metrics) for g in groups.values()]
     never = {m for m in all_metrics if all(row[f"{m}_mean"] is None for row in rows)}
     left_out = {f"{m}_{k}" for m in never for k in ("mean", "se")}
-    if not any(row["settings"] for row in rows):
-        left_out.add("settings")
-    if not any(row["labels"] for row in rows):
-        left_out |= {*WITH_LABELS}
+    left_out |= {k for k in ("settings", *WITH_LABELS) if all(row[k] in (None, "") for row in rows)}
     return [{k: v for k, v in row.items() if k not in left_out} for row in rows]
 
 # %% ../nbs/10b_evaluation.ipynb #100351

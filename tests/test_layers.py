@@ -327,3 +327,13 @@ def test_rows_say_a_network_that_is_not_the_data_sets_own():
     assert [r["network"] for r in rows] == [None, None, "gated", "wide"]
     seeds = [r | dict(seeds="0", lam=1.0) for r in rows]
     assert len(merge(seeds)) == 3  # and are not joined with others
+
+
+def test_a_table_says_it_too_and_keeps_no_column_that_nothing_fills(own_runs):
+    usual = dict(dataset="digits", model="VAE", epochs=1, ll_samples=0)
+    folders = []
+    for network in ("mlp", "gated"):
+        complete_run(cfg := Config(**usual, network=network), progress=False)
+        folders.append(runs_folder() / run_name(cfg))
+    assert [r["network"] for r in results_table(folders)] == [None, "gated"]
+    assert not {"network", "fold", "labels", "settings"} & results_table(folders[:1])[0].keys()
