@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.func import functional_call, stack_module_state
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
@@ -47,20 +48,16 @@ from csrae_nb.training import (
 )
 
 # %% ../nbs/09f_fleet.ipynb #170005
-class _AsOne(torch.autograd.Function):
-    "f of tensors that vmap maps, called once, with the members first in each."
-
-    @staticmethod
-    def forward(f, *inputs):
-        raise RuntimeError("none of these tensors is mapped: the members would share what is a draw of each")
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        "Nothing is kept: f is differentiated as it is."
-
-    @staticmethod
-    def vmap(info, axes, f, *inputs):
-        return f(*members_first(inputs, axes[1:], info.batch_size)), 0
+def _as_one(f, *tensors):
+    "f of tensors under vmap, called once with the members first in each; ValueError if none is mapped."
+    at_work = retrieve_current_functorch_interpreter()  # vmap's
+    values, axes = zip(*(torch._C._functorch._unwrap_batched(t, at_work.level()) for t in tensors))
+    sizes = [t.shape[a] for t, a in zip(values, axes) if a is not None]
+    if not sizes:
+        raise ValueError("none of these tensors differs between members, who would share what is drawn")
+    with at_work.lower():
+        out = f(*members_first(values, axes, sizes[0]))
+    return torch._C._functorch._add_batch_dim(out, 0, at_work.level())
 
 # %% ../nbs/09f_fleet.ipynb #170007
 class _Linear(torch.autograd.Function):
@@ -96,9 +93,9 @@ class _Whole(TorchFunctionMode):
     def __torch_function__(self, f, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if f is F.linear and len(args) == 3 and args[2] is not None:
-            return _AsOne.apply(_linear, *args)
+            return _as_one(_linear, *args)
         if f is torch.special.log_ndtr or f is F.binary_cross_entropy_with_logits and kwargs == BY_VALUE:
-            return _AsOne.apply(partial(f, **kwargs), *args)
+            return _as_one(partial(f, **kwargs), *args)
         return f(*args, **kwargs)
 
 # %% ../nbs/09f_fleet.ipynb #170009
@@ -109,7 +106,7 @@ class MemberDraws(Draws):
         self.generators = generators
 
     def standard_normal(self, like: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-        return _AsOne.apply(self._of_all, like.detach())
+        return _as_one(self._of_all, like.detach())
 
     def _of_all(self, like):  # (R, …)
         how = dict(dtype=like.dtype, device=like.device)
