@@ -168,12 +168,15 @@ def cluster_markdown(rows: list[dict]) -> str:
 SORTED = {"accuracy": "accuracy", "nmi": "NMI", "ari": "ARI", "joined_accuracy": "components joined"}
 
 
-def code_clusters(folder: Path | str | None = None) -> dict[str, list[dict]]:  # what was laid out: rows
+def code_clusters(
+    folder: Path | str | None = None, dataset: str = "mnist"
+) -> dict[str, list[dict]]:  # what was laid out: rows
     "Clusters of the codes of several models, and of the pixels: a row for each run."
     columns = "model", "network", "components", "latent_dim", "weight", "seed", "knn5", *SORTED
     out = {}
     for r in read_rows(Path(folder or results_folder()) / "code_clusters.csv", columns):
-        out.setdefault(_laid_out(r), []).append(r)
+        if r["dataset"] == dataset:
+            out.setdefault(_laid_out(r), []).append(r)
     return out
 
 
