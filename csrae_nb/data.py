@@ -104,6 +104,8 @@ class Dataset:
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
         x, seed = getattr(self, f"x_{split}"), BINARISATION_SEED + SPLITS.index(split)
+        if not self.dynamic:
+            return x
         return self.draw(x.cpu(), torch.Generator().manual_seed(seed)).to(x.device)
 
     def to(self, device: torch.device | str) -> "Dataset":

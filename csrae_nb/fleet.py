@@ -133,9 +133,10 @@ class Fleet:
         asked = [*map(_Asked, models)]
         self.models, self.first = tuple(models), deepcopy(asked[0])  # its tensors are never used
         self.params, self.buffers = stack_module_state(asked)
+        stacks = {k: t.detach() for k, t in (self.params | self.buffers).items()}
         for r, one in enumerate(asked):
-            for name, t in [*one.named_parameters(), *one.named_buffers()]:
-                t.data = {**self.params, **self.buffers}[name].detach()[r]
+            for name, t in (*one.named_parameters(), *one.named_buffers()):
+                t.data = stacks[name][r]
 
     def each(self, f: Callable, *args):  # what f gives, with the members first
         "f(model, *args) of every member, each with its part of the tensors in args, whose first axis is R."
@@ -276,7 +277,8 @@ class _Together:
         cfg, data, task = ts[0].cfg, ts[0].data, ts[0].task
         self.ts, self.opts, self.fleet = ts, [t.opt for t in ts], Fleet([t.model.train() for t in ts])
         opt = _shared_adam(self.fleet, self.opts, cfg.lr)
-        graphed = data.x_train.is_cuda and type(task).arguments is Task.arguments
+        in_memory = isinstance(data.x_train, Tensor) and data.x_train.is_cuda
+        graphed = in_memory and type(task).arguments is Task.arguments
         how = (len(ts), cfg.batch_size), graphed, ts[0].acc.autocast
         self.steps = _Steps(self.fleet, opt, task, data, *how)
 
@@ -301,10 +303,10 @@ class _Together:
 
 # %% ../nbs/09f_fleet.ipynb #170315
 @torch.no_grad()
-def _validate(fleet, ts):
-    "What validation gives of each member of a fleet: a row of its history."
+def _validate(fleet, ts, failed):
+    "What validation gives of each member of a fleet, a row of its history; {} of those that failed."
     if type(ts[0].task).validate is not Task.validate or ts[0].cfg.posterior_components > 1:
-        return [t.task.validate(t.model.eval(), t.data, t.val) for t in ts]
+        return [{} if t in failed else t.task.validate(t.model.eval(), t.data, t.val) for t in ts]
     draws = MemberDraws([generator(t.cfg.seed, "validation", device=t.val.device) for t in ts])
     terms = fleet.each(partial(terms_on, x=ts[0].val, generator=draws))
     values = zip(*(t.tolist() for t in terms.values()))
@@ -364,7 +366,7 @@ def _epoch_together(together, epoch, bar):
     if to_be_placed(ts[0].model, ts[0].cfg, epoch):
         _place_all(going)
     with ts[0].acc.autocast():
-        valid = _validate(together.fleet, ts)
+        valid = _validate(together.fleet, ts, failed)
     seconds = (time.perf_counter() - start) / len(ts)
     means = log[:, :, 1:].mean(0).tolist()
     for t, row, validation in zip(ts, means, valid):

@@ -1,6 +1,7 @@
 "A member of a fleet fails, is killed and is finished like a run of its own."
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ import torch
 
 from csrae_nb import fleet
 from csrae_nb.fleet import fit_fleet, train_fleets
+from csrae_nb.catalogue import load_data
 from csrae_nb.config import Config
+from csrae_nb.data import LazyImages
 from csrae_nb.files import load_tensors, runs_folder
 from csrae_nb.runs import Run, fit
 from csrae_nb.training import NonFiniteLoss, Training
@@ -146,6 +149,18 @@ def test_rows_of_answers_go_in_a_fleet(model):
     labels = dict(labels=1.0 if model == "Supervised" else 30, labelled_batch=5)
     for a, b in together_and_alone(ANSWERS, model=model, network="mlp", **labels):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+
+
+def test_images_that_are_read_when_needed_go_in_a_fleet():
+    whole = load_data(dict(x=X), "bernoulli")
+    stored = {f"x_{s}": getattr(whole, f"x_{s}") for s in ("train", "val")}
+    lazily = {k: LazyImages(lambda rows, x=x: x[rows], len(x), (6,)) for k, x in stored.items()}
+    configs = [config(f"lazy{s}", seed=s) for s in range(2)]
+    runs = fit_fleet(configs, replace(whole, **lazily), progress=False)
+    for run, known in zip(
+        runs, fit_fleet([config(f"k{s}", seed=s) for s in range(2)], whole, progress=False)
+    ):
+        assert torch.equal(weights(run), weights(known))
 
 
 def test_a_run_that_begins_with_another_is_left_alone():
