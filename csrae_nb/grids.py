@@ -262,7 +262,7 @@ def _output_to(path):
             os.dup2(old, fd)
             os.close(old)
 
-
+# %% ../nbs/12_grids.ipynb #120226
 def run_logged(work: list[Config], folder: str, variables: dict) -> str:  # one of OUTCOMES
     """Attempt a run, or train a fleet of several, from a folder and with environment variables; the output
     goes to log.txt, of a fleet to its first run's."""
