@@ -32,12 +32,8 @@ def product_precision(
 
 # %% ../nbs/09c_process.ipynb #093006
 @contextmanager
-def accelerator(
-    cfg: Config,  # resolved
-):  # yields an accelerate.Accelerator
-    """Accelerate's view of devices, precision and processes, as a configuration asks, inside a with.
-    Accelerate keeps one such setting for the whole process: what it was before is there again afterwards."""
-    from accelerate import Accelerator
+def _accelerate_anew():
+    "Inside a with, Accelerate is as before its first use; what it was before is there again afterwards."
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     def of_this_run():
@@ -49,16 +45,26 @@ def accelerator(
     for state in before:
         state._shared_state.clear()
     try:
-        acc = Accelerator(
-            cpu=cfg.device == "cpu", mixed_precision="bf16" if cfg.precision == "bf16" else "no"
-        )
-        _check_shares(cfg, acc.num_processes)
-        with product_precision(cfg.precision):
-            yield acc
+        yield
     finally:
         for state in set(of_this_run()) & set(before):  # which process this is of several stays known
             state._shared_state.clear()
             state._shared_state.update(before[state])
+
+# %% ../nbs/09c_process.ipynb #093106
+@contextmanager
+def accelerator(
+    cfg: Config,  # resolved
+):  # yields an accelerate.Accelerator
+    """Accelerate's view of devices, precision and processes, as a configuration asks, inside a with.
+    Accelerate keeps one such setting for the whole process: what it was before is there again afterwards."""
+    from accelerate import Accelerator
+
+    cast = "bf16" if cfg.precision == "bf16" else "no"
+    with _accelerate_anew(), product_precision(cfg.precision):
+        acc = Accelerator(cpu=cfg.device == "cpu", mixed_precision=cast)
+        _check_shares(cfg, acc.num_processes)
+        yield acc
 
 # %% ../nbs/09c_process.ipynb #093007
 def _check_shares(cfg, n):
