@@ -56,7 +56,7 @@ def kept_together():
     cfg = resolve(Config(dataset="mnist", model="VAE"))
     weights = make_model(cfg, (28, 28), "bernoulli").state_dict()
     stacks = {k: torch.stack([v] * FLEET) for k, v in weights.items()}
-    folder = Path(runs_folder())
+    folder = runs_folder()
     folder.mkdir(exist_ok=True)
 
     def each():

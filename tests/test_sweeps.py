@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+from bench import many
 from csrae_nb.grids import (
     FIELDS,
     distinct,
@@ -295,22 +296,29 @@ def test_two_sweeps_share_a_grid(points):
 # --- Ray
 
 
+@contextmanager
+def unless_ray_is_too_slow():
+    "Skip a test on a machine that is too busy for Ray's own time limits."
+    try:
+        yield
+    except ValueError as e:
+        if "timed out during startup" not in str(e):
+            raise
+        pytest.skip(f"this machine is too busy for Ray's time limits: {e}")
+
+
 def test_a_ray_worker_that_is_killed_is_replaced_and_one_that_always_is_is_a_failure(points):
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'csrae_nb[cluster]'")
     once, always = runs = distinct(
         expand(dict(dataset=points, model="VAE", epochs=20, patience=20, seed=[0, 1], **FAST))
     )
-    try:
-        with (
-            meanwhile(lambda: trained_epochs(once), lambda: kill(once)),
-            meanwhile(lambda: len(sittings(always)) == 1, lambda: kill(always)),
-            meanwhile(lambda: len(sittings(always)) == 2, lambda: kill(always)),
-        ):
-            outcome = run_sweep(runs, jobs=2, engine=ray_engine, losses=1, progress=False)
-    except ValueError as e:
-        pytest.skip(
-            f"this machine is too busy for Ray's time limits: {e}"
-        ) if "timed out during startup" in str(e) else pytest.fail(str(e))
+    with (
+        unless_ray_is_too_slow(),
+        meanwhile(lambda: trained_epochs(once), lambda: kill(once)),
+        meanwhile(lambda: len(sittings(always)) == 1, lambda: kill(always)),
+        meanwhile(lambda: len(sittings(always)) == 2, lambda: kill(always)),
+    ):
+        outcome = run_sweep(runs, jobs=2, engine=ray_engine, losses=1, progress=False)
     assert outcome == {run_name(once): "finished", run_name(always): "failed"}
     assert (len(sittings(once)), trained_epochs(once)) == (2, 20) and (
         len(sittings(always)),
@@ -339,11 +347,8 @@ def test_a_fleet_whose_ray_worker_is_killed_goes_on_and_its_runs_are_evaluated(p
         m.setattr(Training, "save", stopped)
         fit_fleet(one, progress=False)
     assert [trained_epochs(c) for c in one] == [3, 3]
-    try:
-        with meanwhile(lambda: sittings(one[0]), lambda: kill(one[0])):
-            outcome = run_sweep([*one, *other], jobs=2, engine=ray_engine, fleet_size=8, progress=False)
-    except ValueError as e:
-        pytest.skip(f"this machine is too busy for Ray's time limits: {e}")
+    with unless_ray_is_too_slow(), meanwhile(lambda: sittings(one[0]), lambda: kill(one[0])):
+        outcome = run_sweep([*one, *other], jobs=2, engine=ray_engine, fleet_size=8, progress=False)
     assert set(outcome.values()) == {"finished"} and len(outcome) == 4
     log = (run_folder(one[0]) / "log.txt").read_text()
     assert len(sittings(one[0])) == 3 and "and 1 others" in log  # killed, trained, evaluated
@@ -365,6 +370,19 @@ def test_a_shard_of_fleets_keeps_each_together(points, capsys):
         main([*words, "--shard", part])
         shown.append(re.findall(r"points-(VAE|CSRAE)-\S+  ", capsys.readouterr().out))
     assert shown == [["VAE"] * 3, ["CSRAE"] * 3]
+
+
+def test_what_many_runs_cost_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["many", "--csv", str(tmp_path / "many.csv"), "--runs", "2", "3"])
+    many.main()
+    with open(tmp_path / "many.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert [r["runs"] for r in rows] == ["2", "3", "", ""] and [r["kept"] for r in rows[2:]] == [
+        "files",
+        "one file",
+    ]
+    assert all(float(r["states"]) > 0 and r["files"] == "5" for r in rows[:2])
+    assert all(float(r["read"]) > 0 and float(r["mib"]) > 100 for r in rows[2:])
 
 
 # --- scripts
