@@ -27,7 +27,7 @@ from torch.distributions import (
     Normal,
 )
 
-from .kernels import check_memory, log_sum_exp, log_z
+from .kernels import check_memory, log_sum_exp, log_z, transformed
 
 # %% ../nbs/01b_mixtures.ipynb #010204
 _looks = ContextVar("looks", default=True)
@@ -45,8 +45,7 @@ def unchecked():
 
 def _can_look(t):
     "Whether values are to be checked, and are there to be."
-    transformed = torch._C._are_functorch_transforms_active()  # by vmap, grad, …
-    return not (t.is_meta or torch.compiler.is_compiling() or transformed) and _looks.get()
+    return not (t.is_meta or torch.compiler.is_compiling() or transformed()) and _looks.get()
 
 # %% ../nbs/01b_mixtures.ipynb #010304
 def _check_shapes(g):

@@ -37,7 +37,7 @@ class Terms:
 
     loss: Float[Tensor, ""]
     each: dict[str, Float[Tensor, "B"]]  # by name, of each example: reconstruction −log p(x|z), divergence …
-    whole: dict[str, Float[Tensor, "*R"]] = field(default_factory=dict)  # by name, of the batch: ()
+    whole: dict[str, Float[Tensor, ""]] = field(default_factory=dict)  # by name, of the batch
     q: GMM | None = None  # q(z|x) of the batch
     p: GMM | None = None  # p(z), both as they were compared
 
@@ -51,7 +51,7 @@ class Terms:
         "D(q‖p) of each example, in nats; a model that has one of the batch alone, that."
         return {**self.whole, **self.each}["divergence"]
 
-    def means(self) -> dict[str, Float[Tensor, "*R"]]:
+    def means(self) -> dict[str, Float[Tensor, ""]]:
         "Every term by its name, a mean over the batch."
         return {**{k: t.mean() for k, t in self.each.items()}, **self.whole}
 
@@ -96,10 +96,10 @@ class BatchTerm(nn.Module):
     trains_prior = False  # whether the prior learns from this term alone, and is held fixed in all others
     shares = ""  # name of the objective whose divergence `with_each` gives, too; "": none
 
-    def forward(self, q: GMM, p: GMM) -> Float[Tensor, "*R"]:  # q of batch (*R, B), p of batch (*R)
+    def forward(self, q: GMM, p: GMM) -> Float[Tensor, ""]:  # q of batch B, p of none
         raise NotImplementedError(f"{type(self).__name__} must define forward(q, p)")
 
-    def with_each(self, q: GMM, p: GMM) -> tuple[Float[Tensor, "*B"], Float[Tensor, "*R"]]:
+    def with_each(self, q: GMM, p: GMM) -> tuple[Float[Tensor, "B"], Float[Tensor, ""]]:
         "The divergence of each q to p, which is held fixed in it, and this term: what `shares` promises."
         raise NotImplementedError(f"{type(self).__name__} must define with_each(q, p)")
 

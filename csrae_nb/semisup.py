@@ -43,6 +43,7 @@ from .pictures import show_examples
 from .priors import variance, within
 from .config import SUPERVISED, TASKS, Config, has_cs, resolve
 from .files import RunLocked, generator
+from .kernels import transformed
 from .runs import Run
 from .tasks import Task, assemble
 
@@ -722,7 +723,7 @@ def _normal_like(t, generator):
 
 def _places(picked):
     "Row and column of what is picked; in a fleet, where no shape may depend on it, of everything."
-    if torch._C._are_functorch_transforms_active():
+    if transformed():
         picked = torch.ones(picked.shape, dtype=torch.bool, device=picked.device)
     return picked.nonzero(as_tuple=True)
 
