@@ -173,10 +173,10 @@ def loads_on_a_processor():
 def together(kind, **fields):
     def check():
         label = "-".join([*kind.split(), *map(str, fields.values())])
-        configs = [digits(seed=s, name=f"fleet-{label}-{s}", **KINDS[kind], **fields) for s in range(4)]
+        configs = [digits(seed=s, name=f"fleet-{label}-{s}", **KINDS[kind] | fields) for s in range(4)]
         runs = fit_fleet(configs, progress=False)
         lone = [
-            fit(digits(seed=s, name=f"lone-{label}-{s}", **KINDS[kind], **fields), progress=False)
+            fit(digits(seed=s, name=f"lone-{label}-{s}", **KINDS[kind] | fields), progress=False)
             for s in range(4)
         ]
         a, b = (sum(r.history[-1]["criterion"] for r in some) / 4 for some in (runs, lone))
@@ -186,16 +186,22 @@ def together(kind, **fields):
     return check
 
 
-def replayed():
+def replayed(**fields):
     "The graph's steps against the same steps one operation at a time."
-    ends = []
-    for eager in (3, 10**6):
-        with patch.object(_Graph, "EAGER", eager):
-            runs = fit_fleet([digits(seed=s, name=f"graph{eager}-{s}") for s in range(4)], progress=False)
-        ends.append(torch.stack([weights(r) for r in runs]))
-    apart = (ends[0] - ends[1]).abs().max().item()
-    assert apart < 1e-2, f"weights {apart:.1e} apart"
-    return f"weights {apart:.1e} apart"
+
+    def check():
+        ends = []
+        for eager in (3, 10**6):
+            label = "-".join(["graph", str(eager), *fields])
+            configs = [digits(seed=s, name=f"{label}-{s}", **fields) for s in range(4)]
+            with patch.object(_Graph, "EAGER", eager):
+                runs = fit_fleet(configs, progress=False)
+            ends.append(torch.stack([weights(r) for r in runs]))
+        apart = (ends[0] - ends[1]).abs().max().item()
+        assert apart < 1e-2, f"weights {apart:.1e} apart"
+        return f"weights {apart:.1e} apart"
+
+    return check
 
 
 def evaluated(**fields):
@@ -226,6 +232,8 @@ FLEETS_OF = {
     "prior network": dict(prior_network=True),
     "two layers": dict(layers=2),
     "mixture posterior": dict(posterior_components=2, objective="cs_each"),
+    "labels, vamp": dict(labels=200, prior="vamp"),
+    "classifier": dict(labels=200, model="Supervised"),
 }
 
 
@@ -250,7 +258,8 @@ def smoke(job, small):
         "tf32": evaluated(precision="tf32"),
         "bf16": evaluated(precision="bf16"),
         "train.ipynb": notebook,
-        "graph": replayed,
+        "graph": replayed(),
+        "graph, labels": replayed(labels=200),
         "fleet in tf32": together("CSRAE", precision="tf32"),
         "fleet in bf16": together("CSRAE", precision="bf16"),
     }
@@ -299,14 +308,15 @@ FLEETS = ((False, "no"), (True, "no"), (True, "tf32")) if CUDA else ((False, "no
 def steps_a_second(job, small):
     n = 400 if small else 20_000
     x = torch.rand(n, 28, 28, generator=torch.Generator().manual_seed(0)).round()
-    data = load_data(dict(x=x), "bernoulli").to(DEVICE)
+    data = load_data(dict(x=x, y=torch.arange(n) % 10), "bernoulli").to(DEVICE)
     kinds = [
         ("VAE", {}),
         ("MixtureCSRAE mog", dict(components=100)),
         ("MixtureCSRAE mog", dict(components=400)),
         ("MixtureCSRAE vamp", dict(components=400)),
+        ("MixtureCSRAE mog", dict(labels=0.1)),
     ]
-    for kind, fields in kinds[1:2] if small else kinds:
+    for kind, fields in (kinds[1], kinds[-1]) if small else kinds:
         cfg = resolve(
             Config(
                 dataset="other",
@@ -327,18 +337,20 @@ def steps_a_second(job, small):
                     traceback.print_exc()
                     row = dict(error=f"{type(e).__name__}: {e}"[:200].replace("\n", " "))
                 what = "fleet, tf32" if precision == "tf32" else "fleet"
-                job.add(what=what, model=kind, K=cfg.components, size=R, graphed=graphed, **row)
+                model = f"{kind}, labels" if cfg.labels else kind
+                job.add(what=what, model=model, K=cfg.components, size=R, graphed=graphed, **row)
                 if CUDA:
                     torch.cuda.empty_cache()
 
 
 def fleet_speed(cfg, data, R, graphed, small):
     pseudo = data.x_train[: cfg.components].cpu()
-    one = make_model(cfg, data.x_shape, data.likelihood, pseudo).to(DEVICE)
+    task = task_of(cfg)
+    one = task.make_model(task.about(data), pseudo).to(DEVICE)
     size = sum(p.numel() for p in one.parameters())
     fleet = Fleet([deepcopy(one).train() for _ in range(R)])
     opt = torch.optim.Adam(fleet.params.values(), lr=5e-4, fused=True, capturable=CUDA)
-    steps = _Steps(fleet, opt, task_of(cfg), data, (R, cfg.batch_size), graphed)
+    steps = _Steps(fleet, opt, task, data, graphed)
     steps.begin(list(range(R)), 1)
     rows = torch.randint(
         len(data.x_train), (4, R, cfg.batch_size), generator=torch.Generator().manual_seed(0)

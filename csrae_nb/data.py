@@ -13,6 +13,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from numbers import Real
 from typing import Any
 
@@ -90,6 +91,11 @@ class Dataset:
         if self.y_train is None or self.y_train.ndim < 2:
             return ()
         return tuple(map(str, range(self.y_train.shape[1])))
+
+    @cached_property
+    def n_labelled(self) -> int:
+        "Training examples whose label is known, every answer of it."
+        return len(labelled_rows(self, "train"))
 
     def draw(
         self, x: Float[Tensor, "B *X"], generator: torch.Generator | None = None

@@ -81,7 +81,7 @@ class _Sigmoids:
 
     def log_prob(self, logits: Float[Tensor, "n L"]) -> Float[Tensor, "n R"]:
         "log q(y) of every label that there is."
-        yes = self.every().to(logits)
+        yes = self.every(logits.device).to(logits)
         return F.logsigmoid(logits) @ yes.T + F.logsigmoid(-logits) @ (1 - yes).T
 
     def mean(self, logits: Float[Tensor, "n L"]) -> Float[Tensor, "n L"]:
@@ -135,9 +135,9 @@ class OneLabel(_Softmax):
         "How probable each class is."
         return self.mean(logits)
 
-    def every(self) -> Float[Tensor, "C C"]:
+    def every(self, device: torch.device | None = None) -> Float[Tensor, "C C"]:
         "The codes of all labels that there are."
-        return torch.eye(self.outputs)
+        return torch.eye(self.outputs, device=device)
 
     def prior(self, y: Int[Tensor, "n"]) -> Float[Tensor, "C"]:
         "Logits of p(y): uniform."
@@ -147,7 +147,9 @@ class OneLabel(_Softmax):
         self, logits: Float[Tensor, "C"], n: int, generator: torch.Generator | None = None
     ) -> Float[Tensor, "n C"]:
         "Codes of n labels drawn from a row of logits."
-        return self.every().to(logits)[torch.multinomial(logits.softmax(-1), n, True, generator=generator)]
+        return self.every(logits.device).to(logits)[
+            torch.multinomial(logits.softmax(-1), n, True, generator=generator)
+        ]
 
     def judge(self, logits: Float[Tensor, "n C"], y: Int[Tensor, "n"]) -> dict[str, float]:
         "Wrong predictions, in percent of all."
@@ -228,9 +230,9 @@ class ManyLabels(_Answers):
     def code(self, y: Int[Tensor, "n L"]) -> Float[Tensor, "n L"]:
         return y.float()
 
-    def every(self) -> Float[Tensor, "R L"]:
+    def every(self, device: torch.device | None = None) -> Float[Tensor, "R L"]:
         "The codes of all labels that there are: 2^L rows of answers."
-        return self.code(every_answer(2, self.outputs))
+        return self.code(every_answer(2, self.outputs, device))
 
     def prior(self, y: Int[Tensor, "n L"]) -> Float[Tensor, "L"]:
         "Logits of p(y): the frequencies among the labels, with one yes and one no added."
@@ -251,14 +253,14 @@ class ManyLabels(_Answers):
 MOST_LABELS = 2**16  # that are gone through one by one
 
 
-def every_answer(levels: int, questions: int) -> Int[Tensor, "R L"]:
+def every_answer(levels: int, questions: int, device: torch.device | None = None) -> Int[Tensor, "R L"]:
     "All rows of L answers of so many levels; ValueError if they are too many."
     if levels**questions > MOST_LABELS:
         raise ValueError(
             f"{levels}^{questions} labels are too many to go through one by one; "
             "ll_samples=0 leaves out the log-likelihood, which is a sum over them"
         )
-    return torch.cartesian_prod(*[torch.arange(levels)] * questions).view(-1, questions)
+    return torch.cartesian_prod(*[torch.arange(levels, device=device)] * questions).view(-1, questions)
 
 # %% ../nbs/14_semi_supervised.ipynb #140209
 def f1_of_answers(
@@ -383,7 +385,8 @@ class _InOrder(_Answers):
 
     def log_prob(self, logits: Float[Tensor, "n C"]) -> Float[Tensor, "n R"]:
         "log q(y) of every label that there is."
-        chosen = F.one_hot(every_answer(self.levels, self.scores), self.levels).to(logits)
+        every, levels = (self.levels, self.scores), torch.arange(self.levels, device=logits.device)
+        chosen = (every_answer(*every, logits.device)[..., None] == levels).to(logits)
         return self.log_levels(logits).flatten(-2) @ chosen.flatten(-2).T
 
     def best(self, logits: Float[Tensor, "n C"]) -> Int[Tensor, "n L"]:
@@ -435,9 +438,9 @@ class Intensities(_InOrder, ManyLabels):
     def code(self, y: Int[Tensor, "n L"]) -> Float[Tensor, "n C"]:
         return (y[..., None] > torch.arange(self.levels - 1, device=y.device)).flatten(-2).float()
 
-    def every(self) -> Float[Tensor, "R C"]:
+    def every(self, device: torch.device | None = None) -> Float[Tensor, "R C"]:
         "The codes of all labels that there are: K^L rows."
-        return self.code(every_answer(self.levels, self.scores))
+        return self.code(every_answer(self.levels, self.scores, device))
 
     def prior(self, y: Int[Tensor, "n L"]) -> Float[Tensor, "C"]:
         "Logits of p(y): the frequencies among the labels, with one of each intensity added."
@@ -723,9 +726,10 @@ def _normal_like(t, generator):
 
 def _places(picked):
     "Row and column of what is picked; in a fleet, where no shape may depend on it, of everything."
-    if transformed():
-        picked = torch.ones(picked.shape, dtype=torch.bool, device=picked.device)
-    return picked.nonzero(as_tuple=True)
+    if not transformed():
+        return picked.nonzero(as_tuple=True)
+    row, column = (torch.arange(n, device=picked.device) for n in picked.shape)
+    return row.repeat_interleave(len(column)), column.repeat(len(row))
 
 # %% ../nbs/14_semi_supervised.ipynb #140118
 class _Trials(Autoencoder):
@@ -744,7 +748,7 @@ class _Trials(Autoencoder):
         picked = torch.special.ndtr(_normal_like(q, generator)) <= chance
         image, code = _places(picked)
         weight = (picked * q / chance)[image, code]
-        return _Pairs(self.kind.every().to(q), image, code, weight, often[image, code])
+        return _Pairs(self.kind.every(q.device).to(q), image, code, weight, often[image, code])
 
     def _terms(self, x, h, p, tried, generator):
         "−log p(x|z, y) and divergence of each image, means over the labels tried on it."
@@ -827,7 +831,7 @@ class _LabelByLabel(Autoencoder):
         rows: int = 1000,  # decoder rows at a time
     ) -> Float[Tensor, "B"]:  # nats; an estimate from below
         "log p(x), summed over y, each log p(x|y) by importance sampling."
-        every = self.kind.every().to(x)
+        every = self.kind.every(x.device).to(x)
         by_label = [_Given(self, code).log_likelihood(x, samples, generator, rows) for code in every]
         return (torch.stack(by_label, 1) + self.kind.log_prob(self.label_prior[None])).logsumexp(1)
 
@@ -953,7 +957,7 @@ class _LabelledBatches(Task):
 
     def in_batch(self, data: Dataset) -> int:
         "Labelled images in a batch: all, if there are no others."
-        all_used = how_many(self.cfg.labels, len(labelled_rows(data, "train"))) == len(data.y_train)
+        all_used = how_many(self.cfg.labels, data.n_labelled) == len(data.y_train)
         return self.cfg.batch_size if all_used else self.cfg.labelled_batch
 
     def rows(self, data, epoch):
@@ -974,12 +978,14 @@ class _LabelledBatches(Task):
 class _ChosenByLabels(Task):
     "The epoch that is kept, and what is measured at the end."
 
-    def validate(self, model, data, x):
-        row = super().validate(model, data, x)
-        if data.y_val is None:
-            return row
-        name = model.kind.measure
-        return {**row, f"val_{name}": model.kind.judge(model.predict(x), data.y_val)[name]}
+    def measure(self, model, x, draws):
+        return super().measure(model, x, draws) | dict(logits=model.predict(x))
+
+    def judge(self, model, found, data):
+        logits, name = found.pop("logits"), model.kind.measure
+        row = super().judge(model, found, data)
+        known = {} if data.y_val is None else {f"val_{name}": model.kind.judge(logits, data.y_val)[name]}
+        return row | known
 
     def score(self, model, row):
         if "val_error" in row:
@@ -1229,8 +1235,11 @@ class SupervisedTask(_WithPatterns):
         "There is no phase without labels."
         Task.start(self, model, run_first)
 
-    def validate(self, model, data, x):
-        logits, name, rows = model.predict(x), model.kind.measure, labelled_rows(data, "val")
+    def measure(self, model, x, draws):
+        return dict(logits=model.predict(x))
+
+    def judge(self, model, found, data):
+        logits, name, rows = found["logits"], model.kind.measure, labelled_rows(data, "val")
         wrong = model.kind.cross_entropy(logits[rows], data.y_val[rows]).mean().item()
         known = {f"val_{name}": model.kind.judge(logits, data.y_val)[name]}
         return {"val_reconstruction": wrong, "val_divergence": 0.0, "criterion": wrong, **known}

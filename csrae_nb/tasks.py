@@ -170,10 +170,10 @@ def active_units(
 def posterior_used(
     model: Autoencoder,
     x: Tensor | LazyImages,  # (n, *X), as the model sees it
-) -> float:  # between 1 and N
+) -> Tensor:  # (), between 1 and N
     "exp of the entropy of the weights of q(z|x), a mean over x: how many of its components are in use."
     weights = torch.cat([model.encode(xb).logw.exp() for xb in x.split(rows_at_once(x))])
-    return torch.special.entr(weights).sum(-1).exp().mean().item()
+    return torch.special.entr(weights).sum(-1).exp().mean()
 
 # %% ../nbs/09b_tasks.ipynb #092014
 def check_rows(cfg: Config, *networks: nn.Module) -> None:
@@ -187,17 +187,26 @@ def check_rows(cfg: Config, *networks: nn.Module) -> None:
 
 # %% ../nbs/09b_tasks.ipynb #092015
 class Validation:
-    "How a task judges an epoch."
+    """How a task judges an epoch: what a model computes, in a fleet all at once, and what is made of it."""
 
-    def validate(
-        self, model: nn.Module, data: Dataset, x: Tensor | LazyImages
+    def measure(
+        self, model: nn.Module, x: Tensor | LazyImages, draws: torch.Generator | Draws
+    ) -> dict[str, Tensor]:
+        "What a model gives on the validation images x; no shape may depend on it."
+        found = validated(terms_on(model, x, draws))
+        more = dict(posterior_used=posterior_used(model, x)) if self.cfg.posterior_components > 1 else {}
+        return found | more
+
+    def judge(
+        self, model: nn.Module, found: dict[str, Tensor], data: Dataset
     ) -> dict:  # column of the history: value
+        "The validation of an epoch, of what was measured."
+        return {k: t.item() for k, t in found.items()}
+
+    def validate(self, model: nn.Module, data: Dataset, x: Tensor | LazyImages) -> dict:  # as `judge`
         "Validation of an epoch, on the validation images x."
         draws = generator(self.cfg.seed, "validation", device=x.device)
-        row = validated(mean_terms(model, x, draws))
-        return (
-            row | dict(posterior_used=posterior_used(model, x)) if self.cfg.posterior_components > 1 else row
-        )
+        return self.judge(model, self.measure(model, x, draws), data)
 
     def score(self, model: nn.Module, row: dict) -> float:
         "Of a row of the history: what is smallest in the epoch to keep, by full weights or a constraint."
@@ -212,7 +221,7 @@ class Validation:
         return {}
 
 # %% ../nbs/09b_tasks.ipynb #092115
-def validated(terms: dict[str, float]) -> dict:  # column of the history: value
+def validated(terms: dict[str, Tensor]) -> dict[str, Tensor]:  # column of the history: value
     "The terms on validation images, and the sum that runs with different weights are compared by."
     columns = {f"val_{k}": v for k, v in terms.items()}
     divergences = (v for k, v in terms.items() if k.startswith("divergence"))  # of each layer

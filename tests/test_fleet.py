@@ -14,7 +14,7 @@ from csrae_nb.config import Config
 from csrae_nb.data import LazyImages
 from csrae_nb.files import load_tensors, runs_folder
 from csrae_nb.runs import Run, fit
-from csrae_nb.training import NonFiniteLoss, Training
+from csrae_nb.training import NonFiniteLoss, Training, is_trained
 
 X = (np.random.default_rng(0).random((80, 6)) < 0.5).astype(np.float32)
 FIELDS = dict(
@@ -176,6 +176,23 @@ def test_a_fleet_that_fails_leaves_its_runs_to_be_tried_alone(monkeypatch, capsy
     monkeypatch.setattr(fleet.Fleet, "each", failing)
     train_fleets([Config(dataset="digits", epochs=1, seed=s) for s in range(3)], progress=False)
     assert "and 2 others: vmap: no such rule" in capsys.readouterr().err
+
+
+def test_a_fleet_that_memory_does_not_hold_is_trained_in_halves(monkeypatch, capsys):
+    step, tried = fleet._Steps.step, []
+
+    def with_room_for_two(steps, rows, *given):
+        tried.append(len(rows))
+        if len(rows) > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return step(steps, rows, *given)
+
+    monkeypatch.setattr(fleet._Steps, "step", with_room_for_two)
+    configs = [Config(dataset="digits", epochs=1, seed=s, name=f"h{s}") for s in range(5)]
+    train_fleets(configs, progress=False)
+    assert list(dict.fromkeys(tried)) == [5, 3, 2]  # of 3 a pair and one that is left alone
+    assert [is_trained(runs_folder() / c.name) for c in configs] == [True, True, False, True, True]
+    assert "h0 and 4 others: CUDA out of memory; in halves now" in capsys.readouterr().err
 
 
 def test_members_have_tensors_of_their_own_when_a_fleet_ends():
