@@ -30,7 +30,7 @@ class Constraint:
     def read(cls, text: str) -> "Constraint":
         "divergence<=5 or reconstruction<=80; ValueError for anything else."
         found = re.fullmatch(
-            r"(divergence|reconstruction)<=(-?\d+(?:\.\d*)?(?:e-?\d+)?)", text.replace(" ", "")
+            r"(divergence|reconstruction)<=(-?\d+(?:\.\d*)?(?:e[+-]?\d+)?)", text.replace(" ", "")
         )
         if not found or found[1] == "divergence" and not float(found[2]) > 0:
             raise ValueError(
@@ -39,7 +39,7 @@ class Constraint:
         return cls(found[1], float(found[2]))
 
     def __str__(self):
-        return f"{self.term}<={self.bound:g}"
+        return f"{self.term}<={str(self.bound).removesuffix('.0')}"
 
     @property
     def scale(self) -> float:  # nats

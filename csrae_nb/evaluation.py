@@ -466,12 +466,15 @@ def write_metrics(run: Run, metrics: dict) -> Path:  # the file
     return run.path / "metrics.json"
 
 # %% ../nbs/10b_evaluation.ipynb #100046
-def finished_metrics(cfg: Config) -> dict | None:  # None: not trained, or not evaluated with these settings
+def finished_metrics(
+    cfg: Config,
+    sha256: dict[str, str] | None = None,  # of the data that they must be of; None: whatever they are of
+) -> dict | None:  # None: not trained, or not evaluated with these settings or on these data
     "Metrics of a run that is trained and evaluated, from its folder."
     cfg = resolve(cfg)
     folder = runs_folder() / run_name(cfg)
-    there, metrics = _written(folder)
-    if not _is_as_asked(there, cfg) or not set(METRICS) <= metrics.keys():
+    there, metrics, of = _written(folder)
+    if not _is_as_asked(there, cfg) or not set(METRICS) <= metrics.keys() or sha256 not in (None, of):
         return None
     late = cfg.fid_layer and metrics.get("fid_missing") and weights_file().exists()  # it can be had by now
     return metrics if not late and (folder / "model.safetensors").exists() else None
@@ -487,25 +490,24 @@ def _is_as_asked(there, cfg):
 
 
 def _written(folder):
-    "Configuration and metrics of a folder's metrics.json, empty if it has none."
+    "Configuration, metrics and the data's sums of a folder's metrics.json, empty if it has none."
     try:
         content = json.loads((folder / "metrics.json").read_text())
-        return content["config"], content["metrics"]
+        return content["config"], content["metrics"], content["provenance"]["data_sha256"]
     except (OSError, ValueError, KeyError):
-        return {}, {}
+        return {}, {}, {}
 
 # %% ../nbs/10b_evaluation.ipynb #100047
 def measure(run: Run, data: Dataset, progress: bool = True) -> dict:  # metric: value
     "Metrics of a run: those in its folder, or from `evaluate`, and then written there."
-    if metrics := finished_metrics(run.cfg):
+    if metrics := finished_metrics(run.cfg, run.sha256):
         return metrics
     with run_lock(run.path):
-        if metrics := finished_metrics(run.cfg):
+        if metrics := finished_metrics(run.cfg, run.sha256):
             return metrics
-        there, known = _written(run.path)
-        metrics = evaluate(
-            run, data, progress, known if there.get("ll_samples") == run.cfg.ll_samples else None
-        )
+        there, known, of = _written(run.path)
+        same = there.get("ll_samples") == run.cfg.ll_samples and of == run.sha256
+        metrics = evaluate(run, data, progress, known if same else None)
         write_metrics(run, metrics)
     return metrics
 
@@ -515,10 +517,18 @@ def complete_run(
     data: Dataset | dict | None = None,  # as in fit
     progress: bool = True,  # show progress bars on stderr
 ) -> dict:  # metrics; of several processes, only the main one's are not empty
-    "All of a run: fit it, evaluate it, write metrics.json. What its folder holds already is not done again."
-    if metrics := finished_metrics(cfg):
+    """All of a run: fit it, evaluate it, write metrics.json. What its folder holds already is not done again;
+    ValueError if that is of other data."""
+    there = finished_metrics(cfg)
+    try:
+        data = prepare_data(cfg := resolve(cfg), data)
+    except (OSError, ValueError) as e:
+        if there is None or data is not None:
+            raise
+        warnings.warn(f"{run_name(cfg)} is finished; whether its data are the same now is not known: {e}")
+        return there
+    if metrics := finished_metrics(cfg, data.sha256):
         return metrics
-    data = prepare_data(cfg := resolve(cfg), data)
     run = fit(cfg, data, progress)
     return measure(run, data, progress) if is_main_process() else {}
 

@@ -78,7 +78,8 @@ def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict]:  # tensors
     "What `save_tensors` wrote; ValueError for a damaged, foreign or newer file, which is left as it is."
     try:
         with safe_open(str(path), "pt") as f:
-            header, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+            header = f.metadata() or {}
+            tensors = {k: f.get_tensor(k).clone() for k in f.keys()}  # not the file's: it can be replaced
     except (SafetensorError, ValueError) as e:
         raise _damaged(path, "or no safetensors file", e) from e
     if "csrae_nb" not in header:

@@ -374,11 +374,11 @@ def em_step(
     floor: float = 1e-6,  # smallest variance, relative to the codes' own
 ) -> GMM:
     "One step of EM of a diagonal mixture on codes: their mean log-likelihood does not fall."
-    r = gmm.responsibilities(codes)  # (n, K)
-    n, centre = r.sum(0)[:, None], codes.mean(0)
-    used, z, count = n > 1e-3, codes - centre, n.clamp_min(1e-3)
+    r, x = gmm.responsibilities(codes).double(), codes.double()  # (n, K), (n, D): a variance is a difference
+    n, centre = r.sum(0)[:, None], x.mean(0)
+    used, z, count = n > 1e-3, x - centre, n.clamp_min(1e-3)
     mu = (r.T @ z) / count
-    var = ((r.T @ z**2) / count - mu**2).clamp_min(1e-30).maximum(floor * _spread(codes))
-    return GMM(
-        (n[:, 0] / len(codes)).log(), torch.where(used, mu + centre, gmm.mu), torch.where(used, var, gmm.var)
-    )
+    var = ((r.T @ z**2) / count - mu**2).clamp_min(1e-30).maximum(floor * _spread(x))
+    found = (n[:, 0] / len(codes)).log(), mu + centre, var
+    logw, mu, var = (t.to(codes.dtype) for t in found)
+    return GMM(logw, torch.where(used, mu, gmm.mu), torch.where(used, var, gmm.var))

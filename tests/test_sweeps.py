@@ -31,7 +31,8 @@ from csrae_nb.grids import (
 )
 from csrae_nb import fleet, sweeps
 from csrae_nb.sweeps import main, ray_engine, run_sweep
-from csrae_nb.config import run_name
+from csrae_nb.config import Config, run_name
+from csrae_nb.evaluation import complete_run
 from csrae_nb.files import runs_folder
 from csrae_nb.fleet import fit_fleet
 from csrae_nb.training import Training
@@ -452,3 +453,30 @@ def test_two_sweeps_that_end_together_lose_no_rows(tmp_path, monkeypatch):
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(sweeps._write_csv, [tmp_path / "table.csv"] * 2, rows))
     assert {r["command"] for r in sweeps.read_csv(tmp_path / "table.csv")} == {"a", "b"}
+
+
+def test_runs_that_are_finished_are_not_taken_for_runs_of_files_that_changed(tmp_path):
+    "The data of one's own may be mended: neither their numbers nor their tables mix with those of before."
+    file, words = tmp_path / "d.csv", "epochs=1 latent_dim=2 ll_samples=0 fid_layer=0 components=5".split()
+    x = np.random.default_rng(0).normal(size=(300, 4))
+
+    def sweep(x, *more):
+        np.savetxt(file, x, delimiter=",", header="a,b,c,d", comments="")
+        return main([f"dataset={file}", "model=CSRAE", *words, *more, "--jobs", "1"])
+
+    assert sweep(x, "seed=0") == 0
+    (run,) = (tmp_path / "runs").glob("*/metrics.json")
+    before = run.read_text()
+    with pytest.raises(SystemExit):
+        sweep(x * 50, "seed=0,1")
+    cfg = Config(**dict(json.loads(before)["config"]))
+    with pytest.raises(ValueError, match="is of other data"):
+        complete_run(cfg, progress=False)
+    assert run.read_text() == before
+    (run.parent / "model.safetensors").unlink()
+    (run.parent / "checkpoint.safetensors").unlink(missing_ok=True)
+    now = complete_run(cfg, progress=False)  # trained anew, and so evaluated anew
+    assert now["reconstruction"] > json.loads(before)["metrics"]["reconstruction"] + 1
+    file.unlink()
+    with pytest.warns(UserWarning, match="whether its data are the same now is not known"):
+        assert complete_run(cfg, progress=False) == now
