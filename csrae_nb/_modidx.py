@@ -668,6 +668,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'csrae_nb.formats.upright': ('nbs/formats.html#upright', 'csrae_nb/formats.py')},
             'csrae_nb.frames': { 'csrae_nb.frames.Recording': ('nbs/frames.html#recording', 'csrae_nb/frames.py'),
                                  'csrae_nb.frames._as_points': ('nbs/frames.html#_as_points', 'csrae_nb/frames.py'),
+                                 'csrae_nb.frames._asked_for': ('nbs/frames.html#_asked_for', 'csrae_nb/frames.py'),
                                  'csrae_nb.frames._coded': ('nbs/frames.html#_coded', 'csrae_nb/frames.py'),
                                  'csrae_nb.frames._disfa_eyes': ('nbs/frames.html#_disfa_eyes', 'csrae_nb/frames.py'),
                                  'csrae_nb.frames._disfa_intensities': ('nbs/frames.html#_disfa_intensities', 'csrae_nb/frames.py'),

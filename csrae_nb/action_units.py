@@ -18,6 +18,7 @@ from jaxtyping import Int
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from .frames import UNKNOWN
 from .results import markdown_table, read_paper, shown, where
 from .config import SUPERVISED
 
@@ -41,11 +42,16 @@ def recomputed(f1: dict[str, float]) -> float:
 
 # %% ../nbs/16_action_units.ipynb #160010
 def chance_f1(
-    y: Int[Tensor, "n L"],  # answers of the test frames
+    y: Int[Tensor, "n L"],  # answers of the test frames: 0, 1, or UNKNOWN
 ) -> list[float | None]:  # L, in percent; None where nobody says yes
-    "F1 of a yes to everything."
-    rate = y.double().mean(0).tolist()
-    return [100 * 2 * r / (1 + r) if r else None for r in rate]
+    "F1 of a yes to everything, over the frames whose answer is known; ValueError for intensities."
+    if y.numel() and y.max() > 1:
+        raise ValueError(
+            f"answers of {y.min()} to {y.max()} are intensities; expected 0, 1 or {UNKNOWN} (unknown): "
+            "load the data with answers='presence'"
+        )
+    counts = zip((y == 1).sum(0).tolist(), (y != UNKNOWN).sum(0).tolist())
+    return [200 * yes / (yes + known) if yes else None for yes, known in counts]
 
 # %% ../nbs/16_action_units.ipynb #160016
 # columns in which rows of one model may differ

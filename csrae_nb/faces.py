@@ -566,12 +566,16 @@ def load_faces(
 
 # %% ../nbs/15c_faces.ipynb #150052
 def plot_activations(store: FrameStore) -> Figure:
-    "Fig. 8: frames with and without each AU."
-    aus, yes = store.faces.aus, (store.intensities >= np.array(store.faces.least)).sum(0)
+    "Fig. 8: frames with and without each AU, and those of which nobody knows, if there are any."
+    aus, least, known = store.faces.aus, np.array(store.faces.least), store.intensities != UNKNOWN
+    yes, unknown = (store.intensities >= least).sum(0), (~known).sum(0)
+    from_on = " (intensity 2 to 5)" if (least == 2).all() else ""
+    bars = {f"present{from_on}": yes, "absent": known.sum(0) - yes, "unknown": unknown}
+    bars = {k: v for k, v in bars.items() if k != "unknown" or v.any()}
     fig, ax = plt.subplots(figsize=(6, 2.6), layout="constrained")
-    at = np.arange(len(aus))
-    ax.bar(at - 0.2, yes, 0.4, label="present (intensity 2 to 5)")
-    ax.bar(at + 0.2, len(store) - yes, 0.4, label="absent")
+    at, width = np.arange(len(aus)), 0.8 / len(bars)
+    for i, (name, n) in enumerate(bars.items()):
+        ax.bar(at + (i - (len(bars) - 1) / 2) * width, n, width, label=name)
     fig.legend(loc="outside right upper")
     ax.set(xticks=at, xticklabels=aus, xlabel="action unit", ylabel="frames", title=store.name)
     return fig

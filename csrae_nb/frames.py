@@ -374,11 +374,13 @@ def aligned(
 QUALITY = 95  # of the JPEGs
 
 
+def _asked_for(r):
+    "(n,) whether each frame is to be used: those that are wanted, or of which every AU is coded."
+    return (r.intensities != UNKNOWN).all(1) if r.wanted is None else r.wanted
+
+
 def _why_not(r, i, image):
-    "Why a frame of a recording cannot be used; None if it can."
-    coded = (r.intensities[i] != UNKNOWN).all() if r.wanted is None else r.wanted[i]
-    if not coded:
-        return "not coded"
+    "Why a frame of a recording that is to be used cannot be; None if it can."
     if similarity(r.eyes[i], 1) is None:
         return "no face"
     if image is None:
@@ -392,8 +394,8 @@ def _frames_to(file, r, size, to):
     cv2 = face_library("cv2")
     cv2.setNumThreads(1)
     rows, sizes, digest, lost = [], [], hashlib.sha256(), {}
-    for i, image in enumerate(frames_of(r)):
-        if why := _why_not(r, i, image):
+    for i, (image, asked) in enumerate(zip(frames_of(r), _asked_for(r))):
+        if why := _why_not(r, i, image) if asked else "not coded":
             lost[why] = lost.get(why, 0) + 1
             continue
         face = aligned(image, similarity(r.eyes[i], size, to), size)
@@ -491,7 +493,7 @@ def eye_sums(
         r, _ = read(root, name)
     except Exception:
         return 0, np.zeros((2, 2))  # said when it is prepared
-    used = np.isfinite(r.eyes).all((1, 2)) & (r.intensities != UNKNOWN).all(1)
+    used = np.isfinite(r.eyes).all((1, 2)) & _asked_for(r)
     image = next((im for im in frames_of(r) if im is not None), None) if used.any() else None
     if image is None:
         return 0, np.zeros((2, 2))

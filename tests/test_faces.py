@@ -709,3 +709,43 @@ def test_validation_is_of_faces():
         Config(validation="subjects")
     with pytest.raises(ValueError, match="unknown validation 'videos'; expected one of frames, subjects"):
         Config(dataset="disfa", validation="videos")
+
+
+# --- unknown answers are neither yes nor no
+
+
+def partly_unknown(root, name):
+    "Twelve frames of a drawn subject, of which every third has an answer that nobody knows."
+    r, odd = read_disfa(root, name)
+    intensities = r.intensities.copy()
+    intensities[::3, :2] = frames.UNKNOWN
+    return frames.Recording(r.images, intensities, r.eyes, np.arange(12) != 5), odd
+
+
+def test_unknown_answers_are_drawn_as_unknown(in_threads, three, tmp_path):
+    "Bars against counts by hand; an answer of two levels is no intensity."
+    some = dataclasses.replace(
+        FACES["faces_demo"], read=partly_unknown, folds=tuple((s,) for s in THREE), root=three
+    )
+    prepare_faces(some, three, tmp_path / "out", size=32, jobs=1, progress=False)
+    store = FrameStore(tmp_path / "out", some)
+    (ax,) = faces.plot_activations(store).axes
+    bars = {b.get_label(): [p.get_height() for p in b] for b in ax.containers}
+    known = [[v for v in column if v >= 0] for column in store.intensities.T.tolist()]
+    assert bars == {
+        "present (intensity 2 to 5)": [sum(v >= 2 for v in k) for k in known],
+        "absent": [sum(v < 2 for v in k) for k in known],
+        "unknown": [len(store) - len(k) for k in known],
+    }
+    assert bars["unknown"] == [12, 12, *[0] * 6] and len(store) == 33
+    two = dataclasses.replace(some, least=(1,) * 8)
+    store.faces = two
+    assert [b.get_label() for b in faces.plot_activations(store).axes[0].containers][0] == "present"
+
+
+def test_eyes_are_averaged_over_the_frames_that_are_used(three):
+    "Also over those of which an answer is not known."
+    n, sums = frames.eye_sums(partly_unknown, three, "SN001")
+    eyes = np.delete(read_disfa(three, "SN001")[0].eyes, 5, 0)
+    assert n == 11
+    np.testing.assert_allclose(sums / n, (eyes.mean(0) - (96, 80)) / 160 + 0.5)
