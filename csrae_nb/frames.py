@@ -37,6 +37,7 @@ class Recording:
         np.ndarray
     )  # (n, 2, 2): centres, the left one in the picture first, as (x, y) in pixels; NaN: no face
     wanted: np.ndarray | None = None  # (n,) frames to use; None: those of which every AU is coded
+    to_first_gap: bool = False  # a video's frames from the first on that cannot be read are not looked at
 
 
 def _or_none(read, *args):
@@ -75,12 +76,14 @@ def frames_of(
     if isinstance(r.images, tuple):
         yield from map(_picture, r.images)
         return
-    video = cv2.VideoCapture(str(r.images))
+    video, there = cv2.VideoCapture(str(r.images)), True
     try:
         if not video.isOpened():
             raise ValueError(f"{r.images} is no video that can be read")
         for _ in range(n):
-            yield (_or_none(video.read) or (False, None))[1]
+            if there or not r.to_first_gap:
+                there, image = _or_none(video.read) or (False, None)
+            yield image if there else None
     finally:
         video.release()
 
@@ -381,10 +384,10 @@ def _asked_for(r):
 
 def _why_not(r, i, image):
     "Why a frame of a recording that is to be used cannot be; None if it can."
-    if similarity(r.eyes[i], 1) is None:
-        return "no face"
     if image is None:
         return "unreadable"
+    if similarity(r.eyes[i], 1) is None:
+        return "no face"
     return None if ((r.eyes[i] >= 0) & (r.eyes[i] < image.shape[1::-1])).all() else "no face"
 
 # %% ../nbs/15b_frames.ipynb #150236

@@ -35,7 +35,7 @@ from torch import Tensor
 # %% ../nbs/23a_predict.ipynb #232102
 from .catalogue import DATASETS
 from .data import some
-from .detection import VIDEOS, Detector, Seen, check_found, face_picture, make_detector
+from .detection import VIDEOS, Detector, Seen, check_found, ends_early, face_picture, make_detector
 from .detection import video_faces, video_length
 from .drawings import face_library
 from .faces import centred, prepared_size
@@ -251,10 +251,12 @@ def _write_rows(job, clip, part, tools, progress):
 
 # %% ../nbs/23a_predict.ipynb #232116
 def _few_found(clip, part):
-    "What is to be said of the faces that were found; ValueError for none."
+    "What is to be said of the frames and faces that were found; ValueError for no face."
     with open(part, newline="", encoding="utf-8") as f:
-        found = [r["found"] == "1" for r in csv.DictReader(f)]
-    return check_found(clip.title, sum(found), len(found))
+        rows = list(csv.DictReader(f))
+    few = check_found(clip.title, sum(r["found"] == "1" for r in rows), len(rows))
+    early = ends_early(clip.files[0], len(rows), float(rows[-1]["seconds"])) if clip.is_video else None
+    return "; ".join(filter(None, (early, few))) or None
 
 # %% ../nbs/23a_predict.ipynb #232017
 def _part(job, clip, weights):

@@ -24,7 +24,8 @@ import numpy as np
 # %% ../nbs/15e_videos.ipynb #157102
 from .catalogue import DATASETS, FOLDERS, dataset_name
 from .data import some
-from .detection import VIDEOS, check_found, make_detector, video_faces, video_length
+from .detection import VIDEOS, check_found, ends_early, frames_missing, make_detector, video_faces
+from .detection import video_length
 from .drawings import face_library
 from .faces import ANSWERS, VALIDATION, FaceData, FaceSet, fold_rows, load_faces
 from .files import write_atomic, writing
@@ -279,6 +280,13 @@ def _coded_once(root, stamp):
     "The same for all videos that a process prepares."
     return coded_videos(root)
 
+# %% ../nbs/15e_videos.ipynb #157117
+def _with_missing(file, eyes, seconds, missing):
+    "Eyes and times with those of frames that the header promises and no one saw, which rows may name."
+    _, rate = video_length(file)
+    late = seconds[-1] + np.arange(1, missing + 1) / rate if missing else []
+    return np.concatenate([eyes, np.full((missing, 2, 2), np.nan)]), np.concatenate([seconds, late])
+
 # %% ../nbs/15e_videos.ipynb #157017
 def read_coded(root: Path, recording: str) -> tuple[Recording, list[str]]:  # and what is odd about it
     "A video with its eyes and answers; ValueError for one without a face, or that cannot be read."
@@ -286,9 +294,12 @@ def read_coded(root: Path, recording: str) -> tuple[Recording, list[str]]:  # an
     if coding is None:
         raise ValueError(f"{root / LABELS} was changed in the meantime")
     eyes, seconds = video_eyes(coding.file)
+    there = coding.file, len(eyes), float(seconds[-1]) if len(eyes) else 0.0
     few = check_found(coding.file.name, int(np.isfinite(eyes).all((1, 2)).sum()), len(eyes))
+    odd = [said for said in (few, ends_early(*there)) if said]
+    eyes, seconds = _with_missing(coding.file, eyes, seconds, frames_missing(*there))
     answers, wanted = coding.codes(seconds)
-    return Recording(coding.file, answers, eyes, wanted), [few] if few else []
+    return Recording(coding.file, answers, eyes, wanted, to_first_gap=True), odd
 
 # %% ../nbs/15e_videos.ipynb #157019
 def holds_videos(folder: Path) -> bool:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -420,3 +421,82 @@ def test_intensities(clips, looked, own_runs, tmp_path):
         ValueError, match="labels.csv holds no intensity above 1; expected answers='presence'"
     ):
         load(clips, answers="intensity")
+
+
+# --- videos that end early
+
+
+def damaged(path, k):
+    "An mp4 whose frame k is zeros; its index says the size of each frame."
+    raw = bytearray(path.read_bytes())
+    at = raw.index(b"stsz") + 12
+    (n,) = struct.unpack_from(">I", raw, at)
+    sizes, (first,) = (
+        struct.unpack_from(f">{n}I", raw, at + 4),
+        struct.unpack_from(">I", raw, raw.index(b"stco") + 12),
+    )
+    start = first + sum(sizes[:k])
+    raw[start : start + sizes[k]] = bytes(sizes[k])
+    path.write_bytes(raw)
+
+
+def write_mp4(path, name, n):
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), RATE, (192, 160))
+    for image, _, _ in some_frames(name, n, DISFA_AUS, 0):
+        writer.write(image)
+    writer.release()
+
+
+@pytest.fixture
+def ends_early(clips):
+    "Three videos of 100 labelled frames, of which the second is damaged at frame 95."
+    for name in CLIPS:
+        (clips / name).unlink()
+    for name, who in zip("abc", CLIPS.values()):
+        write_mp4(clips / f"{name}.mp4", who, 100)
+    damaged(clips / "b.mp4", 95)
+    return clips
+
+
+@pytest.mark.parametrize("in_seconds", [False, True])
+def test_labels_beyond_the_last_frame_that_can_be_read_are_counted(ends_early, looked, in_seconds):
+    rows = [f"{v}.mp4,{k},{k % 2},0" for v in "abc" for k in range(100)]
+    if in_seconds:
+        rows = [f"{v}.mp4,{k / RATE:.6f},{(k + 1) / RATE:.6f},{k % 2},0" for v in "abc" for k in range(100)]
+    labels(ends_early, *rows, header=f"video,{'start,end' if in_seconds else 'frame'},smile,open")
+    load(ends_early)
+    (file,) = (ends_early.parent / "cache").glob("clips-prepared-*/index.json")
+    about = json.loads(file.read_text())["recordings"]
+    assert [(a["frames"], a["left_out"]) for a in about.values()] == [
+        (100, {}),
+        (95, {"unreadable": 5}),
+        (100, {}),
+    ]
+    assert [a["odd"] for a in about.values()] == [[], ["b.mp4: only 95 of about 100 frames can be read"], []]
+
+
+def test_a_video_that_ends_long_before_its_last_label_is_refused(ends_early, looked):
+    damaged(ends_early / "b.mp4", 50)
+    labels(ends_early, *[f"{v}.mp4,{k},{k % 2},0" for v in "abc" for k in range(100)])
+    with pytest.warns(
+        UserWarning, match="left out: b.mp4: .* is cut off or damaged: it ends after 50 of about 100"
+    ):
+        load_data(ends_early, fold=0, image_size=32)
+
+
+def test_predictions_of_a_video_that_ends_early_say_so(ends_early, looked, own_runs, tmp_path):
+    labels(ends_early, *[f"{v}.mp4,{k},{k % 2},0" for v in "ac" for k in range(100)])
+    brief = dict(epochs=1, pretrain=0, warmup=1, batch_size=50, latent_dim=3, model="Supervised")
+    cfg = Config(dataset=str(ends_early), image_size=32, fold=0, labels=1.0, **brief)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        complete_run(cfg, progress=False)
+    run = open_run(runs_folder() / run_name(cfg), codes=False)
+    for file, said in (("b.mp4", ["b.mp4: only 95 of about 100 frames can be read"]), ("a.mp4", [])):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            out = write_predictions(
+                run, ends_early / file, tmp_path / f"{file}.csv", somewhere, progress=False
+            )
+        assert [str(w.message) for w in caught if "frames" in str(w.message)] == said
+        assert len(out.read_text().splitlines()) == 1 + (95 if said else 100)
