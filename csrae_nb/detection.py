@@ -217,7 +217,7 @@ def frames_missing(
     slack = 0 if path.suffix.lower() in COUNTED else 1 + length // 50
     return missing if missing > slack else 0
 
-
+# %% ../nbs/15d_detection.ipynb #156215
 def ends_early(
     path: Path,  # of a video
     frames: int,  # that could be read

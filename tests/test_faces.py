@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -749,3 +750,63 @@ def test_eyes_are_averaged_over_the_frames_that_are_used(three):
     eyes = np.delete(read_disfa(three, "SN001")[0].eyes, 5, 0)
     assert n == 11
     np.testing.assert_allclose(sums / n, (eyes.mean(0) - (96, 80)) / 160 + 0.5)
+
+
+# --- what is left out is told
+
+
+def warned(*args, **kw):
+    "What is said while a data set is loaded, rare AUs aside."
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_faces(*args, **kw)
+    return [str(w.message) for w in caught if "has no frame that shows" not in str(w.message)]
+
+
+def test_each_load_says_what_is_left_out(in_threads, tmp_path, monkeypatch):
+    "Labels, a video and landmarks that were lost in part, beside recordings that are not there."
+    monkeypatch.setenv("CSRAE_DATA", str(tmp_path))
+    write_disfa(root := tmp_path / "disfa", SUBJECTS[:6] + SUBJECTS[-4:], frames=30)
+    kept = root / "ActionUnit_Labels" / "SN001" / "SN001_au12.txt"
+    kept.write_text("".join(kept.read_text().splitlines(True)[:3]))
+    video = next((root / "Videos_LeftCamera").glob("*SN003*"))
+    video.write_bytes(video.read_bytes()[: video.stat().st_size // 4])
+    for f in landmarks(root, "SN005")[15:]:
+        f.unlink()
+    said = [warned("disfa", 1, 28, progress=False) for _ in range(3)]
+    assert said[0] == said[1] == said[2] and len(said[0]) == 1
+    index = json.loads((tmp_path / "disfa-prepared-32" / "index.json").read_text())
+    counts = faces.frame_counts(index)
+    assert counts["SN001"] == {"used": 3, "not coded": 27} and counts["SN002"] == {"used": 30}
+    assert counts["SN005"] == {"used": 16, "no face": 14} and counts["SN007"] == {"used": 0}
+    assert counts["SN003"]["used"] + counts["SN003"]["unreadable"] == 30 and counts["SN003"]["used"] < 12
+    unread = counts["SN003"]["unreadable"]
+    for part in (
+        "17 of 27 recordings of disfa are left out: SN007: no labels of AU 1",
+        f"{41 + unread} of 300 frames of disfa are left out (27 not coded, {unread} unreadable, 14 no face)",
+        "SN001: 27 of 30; the AUs have 3 and 30 labels: only the first 3 frames are used; ",
+        f"SN003: {unread} of 30; ",
+        "SN005: 14 of 30 (all in ",
+        "once they are mended, the same command prepares them; to prepare one anew",
+    ):
+        assert part in said[0][0], part
+
+
+@pytest.mark.parametrize(
+    "counts, odd, told",
+    [
+        (dict(used=1000), [], False),
+        ({"used": 990, "no face": 10}, [], False),
+        ({"used": 989, "no face": 6, "unreadable": 5}, [], True),
+        ({"used": 900, "not coded": 100}, [], False),
+        ({"used": 899, "not coded": 101}, [], True),
+        ({"used": 10, "not named": 990}, [], False),
+        ({"used": 98, "not named": 900, "no face": 2}, [], True),
+        (dict(used=1000), ["its times stand still"], True),
+    ],
+)
+def test_what_is_worth_a_word(counts, odd, told):
+    "More than one frame in a hundred, more than one in ten not coded, or anything odd."
+    lost = {k: n for k, n in counts.items() if k != "used"}
+    index = dict(name="x", recordings=dict(a=dict(frames=counts["used"], left_out=lost, odd=odd)))
+    assert bool(faces._frames_left_out(index)) == told
