@@ -1798,7 +1798,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'csrae_nb.videos._rows': ('nbs/videos.html#_rows', 'csrae_nb/videos.py'),
                                  'csrae_nb.videos._span': ('nbs/videos.html#_span', 'csrae_nb/videos.py'),
                                  'csrae_nb.videos._stamp': ('nbs/videos.html#_stamp', 'csrae_nb/videos.py'),
-                                 'csrae_nb.videos._subject': ('nbs/videos.html#_subject', 'csrae_nb/videos.py'),
+                                 'csrae_nb.videos._subjects': ('nbs/videos.html#_subjects', 'csrae_nb/videos.py'),
                                  'csrae_nb.videos._videos': ('nbs/videos.html#_videos', 'csrae_nb/videos.py'),
                                  'csrae_nb.videos._with_missing': ('nbs/videos.html#_with_missing', 'csrae_nb/videos.py'),
                                  'csrae_nb.videos.coded_videos': ('nbs/videos.html#coded_videos', 'csrae_nb/videos.py'),

@@ -446,6 +446,8 @@ class FaceData(Dataset):
     crop: int  # pixels that a model sees
     centres: LazyImages  # of the training pictures
     aus: tuple[int | str, ...]  # columns of the labels
+    subjects: dict[str, tuple[str, ...]]  # split: who is in it
+    counts: dict[str, dict[str, int]]  # recording: as `frame_counts` has them
 
     @property
     def x_shape(self):
@@ -558,7 +560,9 @@ def _fold_data(store, rows, y, crop, likelihood, levels):
 
     middle = {s: lazy(s, lambda x: centred(x, crop), crop) for s in SPLITS}
     x = lazy("train", lambda x: x, store.size), middle["val"], middle["test"]
+    who = {s: tuple(map(str, np.unique(store.subjects[rows[s]]))) for s in SPLITS}
     about = dict(crop=crop, centres=middle["train"], aus=store.faces.aus, levels=levels)
+    about |= dict(subjects=who, counts=frame_counts(store.index))
     return FaceData(store.name, *x, *y, likelihood, False, store.sha256, **about)
 
 # %% ../nbs/15c_faces.ipynb #159349

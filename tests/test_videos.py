@@ -500,3 +500,51 @@ def test_predictions_of_a_video_that_ends_early_say_so(ends_early, looked, own_r
             )
         assert [str(w.message) for w in caught if "frames" in str(w.message)] == said
         assert len(out.read_text().splitlines()) == 1 + (95 if said else 100)
+
+
+# --- who is who
+
+
+def test_a_subject_that_is_missing_or_has_two_names_is_refused(clips, looked):
+    "Before any work; a blank beside a row of the same video that says it is none."
+    head = "video,frame,smile,subject"
+    for rows, says in (
+        (
+            ["a.avi,0,1,Zoe", "b.avi,0,0,", "more/b.avi,1,1,Ann"],
+            "names no subject of b.avi: fill the column in",
+        ),
+        (
+            ["a.avi,0,1,Dee", "b.avi,0,0,dee", "more/b.avi,1,1,Ann"],
+            "subjects 'Dee' and 'dee', who would be two",
+        ),
+        (["a.avi,0,1,Dee  Ray", "b.avi,0,0,Dee Ray", "more/b.avi,1,1,Ann"], "who would be two: write one"),
+    ):
+        labels(clips, *rows, header=head)
+        with pytest.raises(ValueError, match=says):
+            load(clips)
+    assert not looked
+    labels(clips, "a.avi,0,1,Zoe", "a.avi,1,1,", "b.avi,0,0,Ann", header=head)
+    assert coded_videos(clips).folds == (("Ann",), ("Zoe",))
+
+
+def test_who_is_in_which_split_can_be_seen_and_videos_without_subjects_are_told(clips, looked):
+    "Without the column, and with an empty one, each load says so."
+    said = r"labels.csv has no column subject: each video counts as a subject of its own"
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=said):
+            data = load_data(clips, fold=1, image_size=32)
+    assert data.subjects == {s: ("a.avi", "more/b.avi") for s in ("train", "val")} | {"test": ("b.avi",)}
+    assert {n: c["used"] for n, c in data.counts.items()} == {
+        n: N - 2 for n in ("a.avi", "b.avi", "more%2Fb.avi")
+    }
+    labels(clips, *[r + "," for r in by_frame()], header="video,frame,smile,open,subject")
+    with pytest.warns(UserWarning, match=said):
+        load_data(clips, fold=1, image_size=32)
+    who = dict(zip(CLIPS, "ABC"))
+    labels(
+        clips, *[f"{r},{who[r.split(',')[0]]}" for r in by_frame()], header="video,frame,smile,open,subject"
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data = load_data(clips, fold=1, image_size=32)
+    assert data.subjects["test"] == ("B",) and not any("no column subject" in str(w.message) for w in caught)
