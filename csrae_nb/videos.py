@@ -30,7 +30,7 @@ from .drawings import face_library
 from .faces import ANSWERS, VALIDATION, FaceData, FaceSet, fold_rows, load_faces
 from .files import write_atomic, writing
 from .formats import IMAGES, cache_folder
-from .frames import UNKNOWN, Recording
+from .frames import UNKNOWN, FrameClock, Recording
 from .reading import files_below, read_text
 
 # %% ../nbs/15e_videos.ipynb #157005
@@ -123,9 +123,11 @@ class Coding:
     def codes(
         self,
         seconds: np.ndarray,  # (n,) of the frames of the video
+        numbers: np.ndarray | None = None,  # (n,) of these frames; None: 0, 1, …
     ) -> tuple[np.ndarray, np.ndarray]:  # (n, A), int8; (n,), whether a row names it
         "The answers of each frame; ValueError if rows contradict each other."
-        at = np.maximum.accumulate(seconds) if self.in_seconds else np.arange(len(seconds))
+        numbers = np.arange(len(seconds)) if numbers is None else numbers
+        at = np.maximum.accumulate(seconds) if self.in_seconds else numbers
         out = np.full((len(at), len(self.asked)), UNKNOWN, np.int8)
         said, wanted = np.zeros(out.shape, int), np.zeros(len(at), bool)
         for (a, b), y, line in zip(np.searchsorted(at, self.spans - 5e-4), self.answers, self.lines):
@@ -302,6 +304,21 @@ def _with_missing(file, eyes, seconds, missing):
     late = seconds[-1] + np.arange(1, missing + 1) / rate if missing else []
     return np.concatenate([eyes, np.full((missing, 2, 2), np.nan)]), np.concatenate([seconds, late])
 
+# %% ../nbs/15e_videos.ipynb #157217
+def _numbers(file, seconds):
+    "The numbers of a video's pictures, which an AVI counts with those that its camera dropped; what is odd."
+    clock, counted = FrameClock(video_length(file)[1]), np.arange(len(seconds))
+    try:
+        by_time = np.array([clock.number(i, s) for i, s in enumerate(seconds.tolist())])
+    except ValueError:
+        by_time = None
+    if np.array_equal(counted, by_time):
+        return counted, []
+    if by_time is not None and file.suffix.lower() == ".avi":
+        return by_time, [f"{file.name}: {said}" for said in clock.remarks()]
+    steady = "its pictures do not come at a steady rate, and `frame` counts pictures"
+    return counted, [f"{file.name}: {steady}: if it is meant as a time, give start and end"]
+
 # %% ../nbs/15e_videos.ipynb #157017
 def read_coded(root: Path, recording: str) -> tuple[Recording, list[str]]:  # and what is odd about it
     "A video with its eyes and answers; ValueError for one without a face, or that cannot be read."
@@ -313,8 +330,9 @@ def read_coded(root: Path, recording: str) -> tuple[Recording, list[str]]:  # an
     few = check_found(coding.file.name, int(np.isfinite(eyes).all((1, 2)).sum()), len(eyes))
     odd = [said for said in (few, ends_early(*there)) if said]
     eyes, seconds = _with_missing(coding.file, eyes, seconds, frames_missing(*there))
-    answers, wanted = coding.codes(seconds)
-    return Recording(coding.file, answers, eyes, wanted, to_first_gap=True), odd
+    numbers, unsteady = (None, []) if coding.in_seconds else _numbers(coding.file, seconds)
+    answers, wanted = coding.codes(seconds, numbers)
+    return Recording(coding.file, answers, eyes, wanted, counted=True), odd + unsteady
 
 # %% ../nbs/15e_videos.ipynb #157019
 def holds_videos(folder: Path) -> bool:

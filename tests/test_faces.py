@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ import torch
 from scipy.io import loadmat, savemat
 
 from csrae_nb import faces, frames
-from csrae_nb.drawings import FERA_AUS, write_disfa, write_fera2015
+from csrae_nb.drawings import FERA_AUS, some_frames, write_disfa, write_fera2015
 from csrae_nb.evaluation import complete_run
 from csrae_nb.faces import FACES, FrameStore, load_faces, prepare_faces
 from csrae_nb.frames import read_disfa, read_fera2015
@@ -785,7 +786,7 @@ def test_each_load_says_what_is_left_out(in_threads, tmp_path, monkeypatch):
         "17 of 27 recordings of disfa are left out: SN007: no labels of AU 1",
         f"{41 + unread} of 300 frames of disfa are left out (27 not coded, {unread} unreadable, 14 no face)",
         "SN001: 27 of 30; the AUs have 3 and 30 labels: only the first 3 frames are used; ",
-        f"SN003: {unread} of 30; ",
+        f"SN003: {unread} of 30; its video ends after {30 - unread} of 30 frames; ",
         "SN005: 14 of 30 (all in ",
         "once they are mended, the same command prepares them; to prepare one anew",
     ):
@@ -810,3 +811,65 @@ def test_what_is_worth_a_word(counts, odd, told):
     lost = {k: n for k, n in counts.items() if k != "used"}
     index = dict(name="x", recordings=dict(a=dict(frames=counts["used"], left_out=lost, odd=odd)))
     assert bool(faces._frames_left_out(index)) == told
+
+
+# --- pictures that a camera dropped
+
+
+def pieces(raw):
+    "Where the pictures of an AVI begin, and their sizes."
+    at, out = raw.index(b"movi") + 4, []
+    while (name := raw[at : at + 4]) in (b"00dc", b"JUNK"):
+        (n,) = struct.unpack_from("<I", raw, at + 4)
+        out += [(at, n)] * (name == b"00dc")
+        at += 8 + n + n % 2
+    return out
+
+
+def drop(path, k):
+    "Empty the piece of picture k, as cameras do; the bytes that it had are skipped by players."
+    raw = bytearray(path.read_bytes())
+    at, n = pieces(raw)[k]
+    struct.pack_into("<I", raw, at + 4, 0)
+    struct.pack_into("<4sI", raw, at + 8, b"JUNK", n + n % 2 - 8)
+    struct.pack_into("<I", raw, raw.index(b"idx1") + 8 + 16 * k + 12, 0)
+    path.write_bytes(raw)
+
+
+def spoil(path, k):
+    at, n = pieces(raw := bytearray(path.read_bytes()))[k]
+    raw[at + 8 : at + 8 + n] = bytes(n)
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    "lost, change, odd",
+    [
+        ((5,), drop, ["1 frame has no picture (the first is 5, counted from 0)"]),
+        ((5, 6, 9), drop, ["3 frames have no picture (the first is 5, counted from 0)"]),
+        ((5,), spoil, []),
+        ((0, 7), spoil, []),
+        ((19,), drop, []),  # the video goes on behind the labels
+    ],
+)
+def test_labels_stay_with_their_frames_where_pictures_are_missing(tmp_path, lost, change, odd):
+    "Each picture against those that were drawn, of which it is the nearest."
+    write_disfa(tmp_path, ("SN001",), frames=20)
+    video = next((tmp_path / "Videos_LeftCamera").glob("*SN001*"))
+    for k in lost:
+        change(video, k)
+    true = [image.astype(int) for image, *_ in some_frames("SN001", 29, frames.DISFA_AUS, 0)]
+    seen = list(frames.frames_of(read_disfa(tmp_path, "SN001")[0], said := []))
+    near = [None if x is None else int(np.argmin([np.abs(x - t).mean() for t in true])) for x in seen]
+    assert near == [None if k in lost else k for k in range(20)]
+    assert said == (
+        odd or ([] if change is spoil else ["1 frame has no picture (the first is 19, counted from 0)"])
+    )
+
+
+def test_a_video_without_a_steady_rate_is_left_out(three, tmp_path, monkeypatch):
+    "Its labels are numbered, and nobody can say which picture a number means."
+    real = frames.FrameClock.number
+    monkeypatch.setattr(frames.FrameClock, "number", lambda self, i, s: real(self, i, s * (1 + 0.02 * i)))
+    about = frames.prepare_recording(read_disfa, three, "SN001", tmp_path, 32)
+    assert "too late for a rate of 20 per second: save the video at a steady rate" in about["problem"]

@@ -548,3 +548,52 @@ def test_who_is_in_which_split_can_be_seen_and_videos_without_subjects_are_told(
         warnings.simplefilter("always")
         data = load_data(clips, fold=1, image_size=32)
     assert data.subjects["test"] == ("B",) and not any("no column subject" in str(w.message) for w in caught)
+
+
+# --- pictures that a camera dropped
+
+
+def drop(path, k):
+    "Empty the piece of picture k of an AVI, as cameras do; the bytes that it had are skipped by players."
+    raw = bytearray(path.read_bytes())
+    at = raw.index(b"movi") + 4
+    for _ in range(k):
+        (n,) = struct.unpack_from("<I", raw, at + 4)
+        at += 8 + n + n % 2
+    (n,) = struct.unpack_from("<I", raw, at + 4)
+    struct.pack_into("<I4sI", raw, at + 4, 0, b"JUNK", n + n % 2 - 8)
+    struct.pack_into("<I", raw, raw.index(b"idx1") + 8 + 16 * k + 12, 0)
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("in_seconds", [False, True])
+def test_labels_stay_with_their_frames_behind_a_dropped_picture(clips, looked, in_seconds):
+    "An answer for every frame tells which frames were taken."
+    rows = [
+        [f"{v},{k}", f"{v},{k / RATE:.6f},{(k + 1) / RATE:.6f}"][in_seconds] for v in CLIPS for k in range(N)
+    ]
+    labels(
+        clips,
+        *[f"{r},{i % N // 5},0" for i, r in enumerate(rows)],
+        header=f"video,{'start,end' if in_seconds else 'frame'},smile,open",
+    )
+    drop(clips / "b.avi", 11)
+    data = load(clips, fold=1, answers="intensity")
+    assert data.y_test[:, 0].tolist() == [k // 5 for k in range(N) if k != 11]
+    assert data.counts["b.avi"]["used"] == N - 1
+    (file,) = (clips.parent / "cache").glob("clips-prepared-*/index.json")
+    said = json.loads(file.read_text())["recordings"]["b.avi"]["odd"]
+    assert said == ([] if in_seconds else ["b.avi: 1 frame has no picture (the first is 11, counted from 0)"])
+
+
+def test_numbers_of_frames_that_do_not_come_at_a_steady_rate_are_told(tmp_path, monkeypatch):
+    "They count pictures, but in an AVI, which has a place for each."
+    monkeypatch.setattr(videos, "video_length", lambda file: (6, 10.0))
+    for times, avi, mp4 in (
+        ([0, 0.1, 0.2, 0.3, 0.4, 0.5], [0, 1, 2, 3, 4, 5], False),
+        ([0, 0.1, 0.3, 0.4, 0.5, 0.6], [0, 1, 3, 4, 5, 6], True),
+        ([0, 0.1, 0.24, 0.38, 0.52, 0.66], [0, 1, 2, 3, 4, 5], True),
+    ):
+        assert videos._numbers(Path("x.AVI"), np.array(times))[0].tolist() == avi
+        numbers, odd = videos._numbers(Path("x.mp4"), np.array(times))
+        assert numbers.tolist() == [*range(6)] and bool(odd) == mp4
