@@ -706,6 +706,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'csrae_nb.frames._text': ('nbs/frames.html#_text', 'csrae_nb/frames.py'),
                                  'csrae_nb.frames._video_length': ('nbs/frames.html#_video_length', 'csrae_nb/frames.py'),
                                  'csrae_nb.frames._why_not': ('nbs/frames.html#_why_not', 'csrae_nb/frames.py'),
+                                 'csrae_nb.frames._without_picture': ('nbs/frames.html#_without_picture', 'csrae_nb/frames.py'),
                                  'csrae_nb.frames._written': ('nbs/frames.html#_written', 'csrae_nb/frames.py'),
                                  'csrae_nb.frames.aligned': ('nbs/frames.html#aligned', 'csrae_nb/frames.py'),
                                  'csrae_nb.frames.decoded_image': ('nbs/frames.html#decoded_image', 'csrae_nb/frames.py'),

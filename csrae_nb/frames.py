@@ -361,17 +361,25 @@ def _fera_occurrence(root, name):
     table = _table(file, range(max(FERA_AUS) + 1, 1000), int(is_header))
     return {f: {au for au in FERA_AUS if row[au] == 0} for f, row in zip(_once(table[:, 0], file), table)}
 
-
+# %% ../nbs/15b_frames.ipynb #150412
 def _fera_intensities(root, name, frames):
-    "(n, A) of the given frames."
+    "(n, A) of the given frames; and what is odd: codes of frames that are not there."
     out, absent = np.full((len(frames), len(FERA_AUS)), UNKNOWN, np.int8), _fera_occurrence(root, name)
+    without = {}
     for a, au in enumerate(FERA_AUS):
         file = _only(root, [f"AU*Intensity*Codes*/AU{au:02}/{name}*.csv"], f"intensities of AU {au}")
         table = _table(file, range(2, 3))
         known = dict(zip(_once(table[:, 0], file), _coded(table[:, 1], file).tolist()))
         codes = [known.get(f, UNKNOWN) for f in frames]
         out[:, a] = [0 if v == UNKNOWN and au in absent.get(f, ()) else v for f, v in zip(frames, codes)]
-    return out
+        if lost := tuple(sorted(f for f, v in known.items() if v != UNKNOWN and f not in frames)):
+            without.setdefault(lost, []).append(au)
+    return out, [_without_picture(aus, lost) for lost, aus in without.items()]
+
+
+def _without_picture(aus, lost):
+    frames = "1 frame that has" if len(lost) == 1 else f"{len(lost):,} frames that have"
+    return f"codes of AU {', '.join(map(str, aus))} are of {frames} no picture (the first is {lost[0]})"
 
 # %% ../nbs/15b_frames.ipynb #150112
 def _fera_points(file):
@@ -419,9 +427,9 @@ def read_fera2015(
     files = _numbered(f for f in sorted(folder.glob("*.jpg")) if not f.name.startswith("."))
     if not files:
         raise FileNotFoundError(f"no frames ({folder}/*.jpg)")
-    intensities = _fera_intensities(root, name, list(files))
+    intensities, odd = _fera_intensities(root, name, files)
     eyes = _fera_eyes(_only(root, [f"2DFeatures/{name}.mat"], "landmarks"), list(files))
-    return Recording(tuple(files.values()), intensities, eyes), []
+    return Recording(tuple(files.values()), intensities, eyes), odd
 
 # %% ../nbs/15b_frames.ipynb #150032
 EYES = ((0.34, 0.38), (0.66, 0.38))  # where the eyes come to lie, as parts of the picture's width and height

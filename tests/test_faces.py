@@ -873,3 +873,22 @@ def test_a_video_without_a_steady_rate_is_left_out(three, tmp_path, monkeypatch)
     monkeypatch.setattr(frames.FrameClock, "number", lambda self, i, s: real(self, i, s * (1 + 0.02 * i)))
     about = frames.prepare_recording(read_disfa, three, "SN001", tmp_path, 32)
     assert "too late for a rate of 20 per second: save the video at a steady rate" in about["problem"]
+
+
+def test_codes_without_a_picture_are_told(in_threads, tmp_path, monkeypatch):
+    "Of one AU that is numbered a frame late, and of all where pictures are missing; at each load."
+    monkeypatch.setenv("CSRAE_DATA", str(tmp_path))
+    write_fera2015(root := tmp_path / "fera2015", ("F001_T1", "M011_T1", "F007_T1"), frames=12)
+    (file,) = (root / "AU Intensity Codes3.0" / "AU12").glob("M011_T1*")
+    rows = [line.split(",") for line in file.read_text().split()]
+    file.write_text("\n".join(f"{int(k) + 1},{v}" for k, v in rows))
+    (root / "BP4D-training" / "F007" / "T1" / "20.jpg").unlink()
+    for k in (13, 14):
+        (root / "BP4D-training" / "F007" / "T1" / f"{k}.jpg").unlink()
+    said = [warned("fera2015", 0, 28, progress=False) for _ in range(2)]
+    assert said[0] == said[1] and len(said[0]) == 1
+    assert "codes of AU 12 are of 1 frame that has no picture (the first is 22)" in said[0][0]
+    assert (
+        "codes of AU 6, 10, 12, 14, 17 are of 3 frames that have no picture (the first is 13)" in said[0][0]
+    )
+    assert "3 of 33 frames of fera2015 are left out (3 not coded)" in said[0][0]
