@@ -43,6 +43,7 @@ from csrae_nb.frames import (
     UNASKED,
     UNKNOWN,
     Recording,
+    any_case,
     decoded_image,
     eye_sums,
     frames_of,
@@ -74,9 +75,9 @@ class FaceSet:
 
     def expected(self, root: Path, recording: str) -> int:
         "How many frames a recording has, in either layout, without reading it."
-        labels = next(iter(sorted(root.glob(f"Action*Labels*/{recording}/{recording}_au*.txt"))), None)
+        labels = next(iter(any_case(root, f"Action*Labels*/{recording}/{recording}_au*.txt")), None)
         if labels is None:
-            return sum(1 for _ in (root / "BP4D-training" / recording.replace("_", "/")).glob("*.jpg"))
+            return len(any_case(root, f"BP4D-training/{recording.replace('_', '/')}/*.jpg"))
         try:
             return labels.read_bytes().count(b"\n") + 1
         except OSError:
@@ -472,7 +473,7 @@ def _found(faces):
     name = faces.name
     if faces.root:
         return faces.root
-    places = [data_folder() / name, data_folder() / name.upper()]
+    places = [data_folder() / name, data_folder() / name.upper(), *any_case(data_folder(), name)]
     if name == "faces_demo":
         places.append(cache_folder() / name)
     return next((p for p in places if p.is_dir()), None)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'LAYOUTS', 'EYES', 'QUALITY', 'UNASKED', 'Recording', 'decoded_image', 'FrameClock', 'frames_of',
-           'eye_centres', 'read_disfa', 'read_fera2015', 'similarity', 'aligned', 'prepare_recording',
+           'eye_centres', 'any_case', 'read_disfa', 'read_fera2015', 'similarity', 'aligned', 'prepare_recording',
            'prepared_recording', 'eye_sums']
 
 # %% ../nbs/15b_frames.ipynb #155002
@@ -254,14 +254,23 @@ def _eyes_of(points, counts, name):
     return eyes
 
 # %% ../nbs/15b_frames.ipynb #150009
+def any_case(
+    folder: Path,
+    pattern: str,  # as Path.glob has it
+) -> list[Path]:  # sorted
+    "What matches a pattern below a folder, in small or capital letters."
+    letters = "".join(f"[{c.lower()}{c.upper()}]" if c.isalpha() else c for c in pattern)
+    return sorted(folder.glob(letters))
+
+
 def _only(folder, patterns, what):
     "The first file below a folder that matches one of the patterns; FileNotFoundError without one."
     for pattern in patterns:
-        if found := sorted(folder.glob(pattern)):
+        if found := any_case(folder, pattern):
             return found[0]
     raise FileNotFoundError(f"no {what} ({' or '.join(patterns)} in {folder})")
 
-
+# %% ../nbs/15b_frames.ipynb #150909
 def _disfa_intensities(root, subject):
     "(n, A) of all frames that some AU's file has, UNKNOWN where it lacks one; and the lengths of the files."
     columns = []
@@ -321,8 +330,8 @@ def _mat_points(file):
 # %% ../nbs/15b_frames.ipynb #150309
 def _disfa_eyes(root, subject, n, video):
     "(n, 2, 2): means of each eye's six points. A single missing file of landmarks repeats the one before."
-    folders = sorted(root.glob(f"Landmark*/{subject}"))
-    files = _numbered(f for folder in folders for f in files_below(folder) if f.suffix == ".mat")
+    folders = any_case(root, f"Landmark*/{subject}")
+    files = _numbered(f for folder in folders for f in files_below(folder) if f.suffix.lower() == ".mat")
     if not files:
         raise FileNotFoundError(f"no landmarks (Landmark_Points/{subject}/*/*.mat in {root})")
     first = _first_number(files, n, _video_length(video))
@@ -345,15 +354,16 @@ def read_disfa(
     if len(lengths) > 1:
         all_lengths = " and ".join(map(str, sorted(lengths)))
         odd.append(f"the AUs have {all_lengths} labels: only the first {min(lengths)} frames are used")
-    video = _only(root, [f"[Vv]ideo*Left*/Left[Vv]ideo{subject}_[Cc]omp.avi"], "video of the left camera")
+    names = [f"Video*Left*/LeftVideo{subject}_comp.{ending}" for ending in ("avi", "mp4")]
+    video = _only(root, names, "video of the left camera")
     return Recording(video, intensities, _disfa_eyes(root, subject, n, video)), odd
 
 # %% ../nbs/15b_frames.ipynb #150012
 def _fera_occurrence(root, name):
     "frame: AUs that do not occur in it; empty without the file."
-    places = [root / "AUCoding" / f"{name}.csv", root / "AUCoding" / "AU_OCC" / f"{name}.csv"]
-    if (root / "AUCoding").is_dir():
-        places += [f for f in files_below(root / "AUCoding") if f.name == f"{name}.csv"]
+    places = any_case(root, f"AUCoding/{name}.csv") + any_case(root, f"AUCoding/AU_OCC/{name}.csv")
+    for folder in any_case(root, "AUCoding"):
+        places += [f for f in files_below(folder) if f.name.lower() == f"{name}.csv".lower()]
     if not (file := next(filter(Path.is_file, places), None)):
         return {}
     header = _text(file).splitlines()[0]
@@ -423,10 +433,10 @@ def read_fera2015(
     name: str,  # subject and task: F001_T1, …
 ) -> tuple[Recording, list[str]]:  # and what is odd about it
     "A task of a subject of FERA2015; FileNotFoundError or ValueError that says what is missing or wrong."
-    folder = root / "BP4D-training" / name.replace("_", "/")
-    files = _numbered(f for f in sorted(folder.glob("*.jpg")) if not f.name.startswith("."))
+    place = f"BP4D-training/{name.replace('_', '/')}/*.jpg"
+    files = _numbered(f for f in any_case(root, place) if not f.name.startswith("."))
     if not files:
-        raise FileNotFoundError(f"no frames ({folder}/*.jpg)")
+        raise FileNotFoundError(f"no frames ({root / place})")
     intensities, odd = _fera_intensities(root, name, files)
     eyes = _fera_eyes(_only(root, [f"2DFeatures/{name}.mat"], "landmarks"), list(files))
     return Recording(tuple(files.values()), intensities, eyes), odd

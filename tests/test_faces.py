@@ -892,3 +892,47 @@ def test_codes_without_a_picture_are_told(in_threads, tmp_path, monkeypatch):
         "codes of AU 6, 10, 12, 14, 17 are of 3 frames that have no picture (the first is 13)" in said[0][0]
     )
     assert "3 of 33 frames of fera2015 are left out (3 not coded)" in said[0][0]
+
+
+# --- small and capital letters
+
+
+def renamed(root, change):
+    "All files and folders below a folder under changed names, from the innermost out."
+    for path in sorted(root.rglob("*"), key=lambda p: -len(p.parts)):
+        path.rename(path.with_name(change(path.name)))
+
+
+@pytest.mark.parametrize("change", [str.upper, str.lower, str.swapcase])
+def test_names_are_found_in_small_and_capital_letters(tmp_path, monkeypatch, change):
+    write_disfa(tmp_path / "disfa", ("SN001",), frames=12)
+    write_fera2015(tmp_path / "fera", ("F001_T1",), frames=12)
+
+    def read():
+        return read_disfa(tmp_path / "disfa", "SN001")[0], read_fera2015(tmp_path / "fera", "F001_T1")[0]
+
+    before = read()
+    for name in ("disfa", "fera"):
+        renamed(tmp_path / name, change)
+    for a, b in zip(before, read()):
+        assert np.array_equal(a.intensities, b.intensities) and np.array_equal(a.eyes, b.eyes, equal_nan=True)
+        assert next(frames.frames_of(b)) is not None
+    assert FACES["disfa"].expected(tmp_path / "disfa", "SN001") == 13
+    assert FACES["fera2015"].expected(tmp_path / "fera", "F001_T1") == 12
+    monkeypatch.setenv("CSRAE_DATA", str(tmp_path))
+    (tmp_path / "disfa").rename(tmp_path / "Disfa")
+    assert faces._found(FACES["disfa"]) == tmp_path / "Disfa"
+
+
+def test_a_video_of_disfa_may_be_an_mp4(three):
+    (video,) = (three / "Videos_LeftCamera").glob("*SN001*")
+    cv2 = pytest.importorskip("cv2")
+    before = list(frames.frames_of(read_disfa(three, "SN001")[0]))
+    writer = cv2.VideoWriter(str(video.with_suffix(".mp4")), cv2.VideoWriter_fourcc(*"mp4v"), 20, (192, 160))
+    for image, *_ in some_frames("SN001", 21, frames.DISFA_AUS, 0):
+        writer.write(image)
+    writer.release()
+    video.unlink()
+    r, odd = read_disfa(three, "SN001")
+    after = list(frames.frames_of(r, odd))
+    assert not odd and all(np.abs(a.astype(int) - b).mean() < 10 for a, b in zip(before, after, strict=True))

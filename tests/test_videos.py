@@ -597,3 +597,15 @@ def test_numbers_of_frames_that_do_not_come_at_a_steady_rate_are_told(tmp_path, 
         assert videos._numbers(Path("x.AVI"), np.array(times))[0].tolist() == avi
         numbers, odd = videos._numbers(Path("x.mp4"), np.array(times))
         assert numbers.tolist() == [*range(6)] and bool(odd) == mp4
+
+
+@pytest.mark.parametrize("name", ["Labels.csv", "LABELS.CSV"])
+def test_the_table_may_be_written_in_capital_letters(clips, looked, name):
+    (clips / "labels.csv").rename(clips / name)
+    (clips / "b.avi").rename(clips / "b.AVI")
+    (clips / name).write_text((clips / name).read_text().replace("\nb.avi", "\nb.AVI"))
+    assert folder_kind(clips) == "a folder of videos with labels.csv"
+    assert len(load(clips, fold=1).x_test) == N - 2
+    (clips / name).write_text("video,frame,smile\na.avi,0,often\n")
+    with pytest.raises(ValueError, match=f"{name}, line 2, column 'smile' holds 'often'"):
+        load(clips)
