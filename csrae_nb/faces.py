@@ -170,7 +170,7 @@ def prepare_faces(
     root: Path,  # its folders
     out: Path,  # where the prepared frames go
     size: int = 256,  # of the pictures, in pixels
-    jobs: int | None = None,  # processes; None: one per core
+    jobs: int | None = None,  # processes; None: one per core that this one may use
     progress: bool = True,  # show a progress bar on stderr
     eyes: str = "fixed",  # where they come to lie: fixed, at EYES, or mean, where they are on average
 ) -> dict:  # the contents of index.json: what became of each recording
@@ -188,9 +188,14 @@ def prepare_faces(
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / ".lock").acquire()
     with lock:  # others wait, and find it done
-        return _prepare_missing(faces, root, out, size, jobs or os.cpu_count() or 1, progress, eyes)
+        return _prepare_missing(faces, root, out, size, jobs or _cores(), progress, eyes)
 
 # %% ../nbs/15c_faces.ipynb #150437
+def _cores():
+    "Cores that this process may use, which may be fewer than the machine has."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _prepare_missing(faces, root, out, size, jobs, progress, eyes):
     "Prepare what is not yet, and write the index."
     to = EYES
@@ -380,7 +385,7 @@ class FrameStore:
         self._starts = np.concatenate([np.cumsum(t["sizes"]) - t["sizes"] for t in tables.values()])
         self._files = np.repeat(np.arange(len(tables)), [len(t["rows"]) for t in tables.values()])
         self._maps = [np.memmap(folder / f"{n}.jpegs", np.uint8, "r") for n in tables]
-        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+        self._pool = ThreadPoolExecutor(min(8, _cores()))
         sums = [(n, a["sha256"]) for n, a in self.about.items()] + [self.size]
         self.sha256 = {self.name: hashlib.sha256(json.dumps(sums).encode()).hexdigest()}
 
@@ -589,7 +594,8 @@ def _loader(name):
 for _name in FACES:
     _preset = SMALL | _labels | _drawn_faces if _name == "faces_demo" else _videos
     _fields = dict(uses=("fold", "image_size", "validation", "answers"))
-    _fields |= dict(choices=dict(validation=VALIDATION, answers=ANSWERS))
+    _choices = dict(fold=tuple(range(len(FACES[_name].folds))), validation=VALIDATION, answers=ANSWERS)
+    _fields |= dict(choices=_choices)
     DATASETS.add(_name, _loader(_name), preset=_preset, **_fields)
 
 # %% ../nbs/15c_faces.ipynb #150499
@@ -619,6 +625,9 @@ def load_faces(
     FileNotFoundError for what is missing, ValueError for a fold without frames."""
     _check_faces(faces, likelihood, answers)
     faces, size = _known(faces), prepared_size(image_size)
+    fold_rows(
+        np.array([*faces.recordings().values()]), faces.folds, fold, split_seed, validation
+    )  # or an error
     folder = _prepared_folder(faces, size, eyes)
     if new := _to_prepare(faces, folder):
         prepare_faces(faces, _find(faces), folder, size, progress=progress, eyes=eyes)

@@ -20,7 +20,7 @@ import pytest
 import torch
 from scipy.io import loadmat, savemat
 
-from csrae_nb import faces, frames
+from csrae_nb import faces, frames, sweeps
 from csrae_nb.drawings import FERA_AUS, some_frames, write_disfa, write_fera2015
 from csrae_nb.evaluation import complete_run
 from csrae_nb.faces import FACES, FrameStore, load_faces, prepare_faces
@@ -210,7 +210,7 @@ def test_a_run_on_faces(drawn, tmp_path, monkeypatch):
     [
         (dict(dataset="mnist", fold=1), "fold=1 is for disfa, fera2015, faces_demo, a folder of videos"),
         (dict(dataset="faces_demo", image_size=100), "32, 96, 160, 224"),
-        (dict(dataset="faces_demo", image_size=32, fold=3), "expected 0 to 2"),
+        (dict(dataset="faces_demo", image_size=32, fold=3), "unknown fold 3; expected one of 0, 1, 2"),
         (dict(dataset="faces_demo", image_size=32, likelihood="bernoulli"), "call for discretized_logistic"),
     ],
 )
@@ -936,3 +936,54 @@ def test_a_video_of_disfa_may_be_an_mp4(three):
     r, odd = read_disfa(three, "SN001")
     after = list(frames.frames_of(r, odd))
     assert not odd and all(np.abs(a.astype(int) - b).mean() < 10 for a, b in zip(before, after, strict=True))
+
+
+# --- said before anything is prepared
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("image_size=48", "network='faces' takes pictures of 32, 96, 160, 224, … pixels"),
+        ("image_size=48 network=resnet18", "network='resnet18' takes pictures of 32, 96, 160, 224"),
+        ("fold=3", "unknown fold 3; expected one of 0, 1, 2"),
+    ],
+)
+def test_a_sweep_lists_nothing_that_would_fail_when_all_is_prepared(
+    tmp_path, monkeypatch, capsys, words, says
+):
+    monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "runs"))
+    with pytest.raises(SystemExit) as e:
+        sys.exit(sweeps.main(["dataset=disfa", *words.split(), "--list"]))
+    assert e.value.code and says in capsys.readouterr().err + str(e.value.code)
+
+
+def test_pictures_of_any_size_for_networks_that_take_them():
+    for network in ("mlp", "gated"):
+        assert Config(dataset="disfa", image_size=48, network=network).image_size == 48
+    assert Config(dataset="disfa", image_size=48, network="resnet18", model="Supervised").image_size == 48
+
+
+def test_a_fold_that_is_not_there_is_refused_before_faces_are_prepared(drawn, tmp_path, monkeypatch):
+    monkeypatch.setenv("CSRAE_DATA", str(tmp_path))
+    (tmp_path / "faces_demo").symlink_to(drawn)
+    with pytest.raises(ValueError, match="fold=3; expected 0 to 2"):
+        load_faces("faces_demo", 3, 28, progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["faces_demo"]
+
+
+def test_one_process_per_core_that_this_one_may_use(three, tmp_path, monkeypatch):
+    "On a shared machine they are fewer than it has."
+    begun = []
+
+    def workers(jobs):
+        begun.append(jobs)
+        return ThreadPoolExecutor(jobs)
+
+    monkeypatch.setattr(faces, "_workers", workers)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5}, raising=False)
+    prepare_faces("faces_demo", three, tmp_path / "out", size=32, progress=False)
+    monkeypatch.delattr(os, "sched_getaffinity")
+    prepare_faces("faces_demo", three, tmp_path / "again", size=32, progress=False)
+    assert begun == [2, 27]
