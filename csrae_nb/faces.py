@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FACES', 'VALIDATION', 'ANSWERS', 'PLACES', 'LACKING', 'UNCODED', 'BYTES', 'FaceSet', 'fold_rows', 'mean_eyes',
            'prepare_faces', 'frame_counts', 'FrameStore', 'prepared_size', 'centred', 'augmented', 'FaceData',
-           'load_faces', 'plot_activations']
+           'load_faces', 'known_layout', 'plot_activations']
 
 # %% ../nbs/15c_faces.ipynb #150002
 import hashlib
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import current_process, get_context
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 # %% ../nbs/15c_faces.ipynb #150102
 from torch import Tensor
 
-from .catalogue import DATASETS, PAPER, SMALL
+from .catalogue import DATASETS, FOLDERS, PAPER, SMALL, dataset_name
 from .data import SPLITS, Dataset, LazyImages
 from .drawings import DISFA_AUS, FERA_AUS, write_disfa
 from .files import progress_bar, writing, write_atomic
@@ -637,6 +637,36 @@ def load_faces(
     rows = fold_rows(store.subjects, faces.folds, fold, split_seed, validation)
     y, levels = _answers(store, rows, fold, answers), 6 if answers == "intensity" else 2
     return _fold_data(store, rows, y, image_size, likelihood, levels)
+
+# %% ../nbs/15c_faces.ipynb #150749
+_marks = {  # folders by which a layout is known
+    "disfa": ("Action*Labels*", "Video*Left*", "Landmark*"),
+    "fera2015": ("BP4D-training", "2DFeatures", "AU*Intensity*Codes*"),
+}
+
+
+def known_layout(folder: Path) -> str | None:  # a key of FACES
+    "Whose layout a folder has, by two of its three folders; None for any other."
+    found = {name: sum(map(bool, (any_case(folder, m) for m in marks))) for name, marks in _marks.items()}
+    return next((name for name, n in found.items() if n >= 2), None)
+
+
+def _load_layout(path, likelihood=None, split_seed=0, fold=0, image_size=None, **at) -> FaceData:
+    "A fold of DISFA or FERA2015 by its path."
+    root = Path(os.path.abspath(path))
+    faces = replace(FACES[known_layout(root)], name=dataset_name(root), root=root)
+    likelihood = likelihood or "discretized_logistic"
+    return load_faces(faces, fold, image_size or 224, split_seed, likelihood, **at)
+
+
+FOLDERS.add(
+    "a folder of videos as DISFA or FERA2015 has it",
+    _load_layout,
+    holds=lambda folder: known_layout(folder) is not None,
+    preset=DATASETS.about("disfa", "preset"),
+    uses=("fold", "image_size", "validation", "answers"),
+    choices=dict(fold=(0, 1, 2), validation=VALIDATION, answers=ANSWERS),
+)
 
 # %% ../nbs/15c_faces.ipynb #150052
 def plot_activations(store: FrameStore) -> Figure:

@@ -987,3 +987,27 @@ def test_one_process_per_core_that_this_one_may_use(three, tmp_path, monkeypatch
     monkeypatch.delattr(os, "sched_getaffinity")
     prepare_faces("faces_demo", three, tmp_path / "again", size=32, progress=False)
     assert begun == [2, 27]
+
+
+@pytest.mark.filterwarnings("ignore:.*left out|fold . of .* has no frame")
+@pytest.mark.parametrize("name, layout", [("disfa", "disfa"), ("FERA 2015", "fera2015")])
+def test_a_path_to_a_known_layout_is_that_data_set(in_threads, tmp_path, monkeypatch, name, layout):
+    "With the same frames as by its name, and with the network that it has."
+    monkeypatch.setenv("CSRAE_CACHE", str(tmp_path / "cache"))
+    root = tmp_path / "elsewhere" / name
+    if layout == "disfa":
+        write_disfa(root, ("SN002", "SN013", "SN003"), frames=12)
+    else:
+        write_fera2015(root, ("F001_T1", "M011_T1", "F007_T1"), frames=12)
+    cfg = Config(dataset=str(root), image_size=32, fold=1, batch_size=10, components=5)
+    assert faces.known_layout(root) == layout and faces.known_layout(tmp_path) is None
+    data = prepare_data(resolve(cfg))
+    monkeypatch.setenv("CSRAE_DATA", str(tmp_path / "data"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / layout).symlink_to(root)
+    named = load_faces(layout, 1, 32, progress=False)
+    assert data.name == name and data.subjects == named.subjects and data.x_test[:].equal(named.x_test[:])
+    assert (resolve(cfg).network, resolve(cfg).labels) == ("faces", 0.25)
+    for wrong, says in ((dict(fold=3), "unknown fold 3"), (dict(image_size=48), "32, 96, 160, 224")):
+        with pytest.raises(ValueError, match=says):
+            dataclasses.replace(cfg, **wrong)
