@@ -1129,6 +1129,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'csrae_nb.predict._are_examples': ('nbs/predict.html#_are_examples', 'csrae_nb/predict.py'),
                                   'csrae_nb.predict._begin_process': ('nbs/predict.html#_begin_process', 'csrae_nb/predict.py'),
                                   'csrae_nb.predict._blocks': ('nbs/predict.html#_blocks', 'csrae_nb/predict.py'),
+                                  'csrae_nb.predict._check_places': ('nbs/predict.html#_check_places', 'csrae_nb/predict.py'),
                                   'csrae_nb.predict._columns': ('nbs/predict.html#_columns', 'csrae_nb/predict.py'),
                                   'csrae_nb.predict._cut': ('nbs/predict.html#_cut', 'csrae_nb/predict.py'),
                                   'csrae_nb.predict._cut_out': ('nbs/predict.html#_cut_out', 'csrae_nb/predict.py'),
