@@ -91,7 +91,7 @@ def _check_places(run):
     if any(name.endswith(MEAN_EYES) for name in run.sha256):
         raise ValueError(
             f"{run.path.name} was trained on faces with eyes='mean', where eyes are on average in its "
-            "data, and faces of new frames have them at fixed places; train with eyes='fixed', as it is without it"
+            "data, and faces of new frames have them at fixed places; train with eyes='fixed', the default"
         )
 
 

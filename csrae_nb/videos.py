@@ -355,6 +355,11 @@ def _warn_of_table(faces):
     table, named = labels_file(faces.root), {c.file for c in faces.codings.values()}
     if unnamed := [v for v, f in _videos(faces.root).items() if f not in named]:
         warnings.warn(f"{table} names {len(named)} videos; left out: {some(unnamed)}")
+    if all(not c.in_seconds and c.spans.min() == 1 for c in faces.codings.values()):
+        warnings.warn(
+            f"{table} begins with frame 1 in every video, and frames are counted from 0: "
+            "if frame 1 is the first picture, subtract 1 from all"
+        )
     if all(c.file == faces.root / c.subject for c in faces.codings.values()):
         warnings.warn(
             f"{table} has no column subject: each video counts as a subject of its own; "

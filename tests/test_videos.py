@@ -609,3 +609,26 @@ def test_the_table_may_be_written_in_capital_letters(clips, looked, name):
     (clips / name).write_text("video,frame,smile\na.avi,0,often\n")
     with pytest.raises(ValueError, match=f"{name}, line 2, column 'smile' holds 'often'"):
         load(clips)
+
+
+@pytest.mark.parametrize("first, told", [((1, 1, 1), True), ((1, 0, 1), False), ((2, 2, 2), False)])
+def test_frames_that_seem_to_be_counted_from_one_are_told(clips, looked, first, told):
+    "Spans of frames, that is, and not seconds; and the last, which is behind the end, is refused."
+    begin = dict(zip(CLIPS, first))
+    numbers = {v: range(k, N) for v, k in begin.items()}
+    labels(clips, *[f"{v},{k},{k % 2},0" for v, ks in numbers.items() for k in ks])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_data(clips, image_size=32)
+    said = "begins with frame 1 in every video, and frames are counted from 0"
+    assert any(said in str(w.message) for w in caught) == told
+    labels(clips, *[f"{v},{k},{k % 2},0" for v in CLIPS for k in range(1, N + 1)])
+    with pytest.raises(
+        ValueError, match=f"frame {N} of a.avi, which ends with frame {N - 1}, counted from 0"
+    ):
+        load(clips)
+    labels(clips, *[f"{v},1,2,1,0" for v in CLIPS], header="video,start,end,smile,open")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_data(clips, image_size=32)
+    assert not any(said in str(w.message) for w in caught)
