@@ -337,8 +337,8 @@ def _check_config(c):
     _check_layers(c)
     _check_constraint(c)
     _check_patterns(c)
-    _check_effects(c)
     _check_image_size(c)
+    _check_effects(c)
 
 # %% ../nbs/09_config.ipynb #090016
 def make_config(values: dict) -> Config:  # validated
