@@ -282,6 +282,16 @@ def _check_patterns(c):
     if c.answers == "intensity":
         raise ValueError(f"patterns={c.patterns} is of answers yes or no; answers='intensity' has others")
 
+# %% ../nbs/09_config.ipynb #090815
+def _check_image_size(c):
+    "ValueError for pictures that the network for faces does not take, said before any are prepared."
+    network = c.network or preset(c.dataset)["network"]
+    of_faces = network == "faces" or network == "resnet18" and c.model != SUPERVISED  # whose decoder is that
+    if c.image_size is not None and of_faces and c.image_size % 64 != 32:
+        raise ValueError(
+            f"image_size={c.image_size}; network={network!r} takes pictures of 32, 96, 160, 224, … pixels"
+        )
+
 # %% ../nbs/09_config.ipynb #090115
 def _of_data_sets():
     "The fields that belong to some data sets: the names of these."
@@ -327,6 +337,7 @@ def _check_config(c):
     _check_layers(c)
     _check_constraint(c)
     _check_patterns(c)
+    _check_image_size(c)
     _check_effects(c)
 
 # %% ../nbs/09_config.ipynb #090016

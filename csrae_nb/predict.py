@@ -35,10 +35,10 @@ from torch import Tensor
 # %% ../nbs/23a_predict.ipynb #232102
 from .catalogue import DATASETS
 from .data import some
-from .detection import VIDEOS, Detector, Seen, check_found, face_picture, make_detector
+from .detection import VIDEOS, Detector, Seen, check_found, ends_early, face_picture, make_detector
 from .detection import video_faces, video_length
 from .drawings import face_library
-from .faces import centred, prepared_size
+from .faces import MEAN_EYES, centred, prepared_size
 from .files import progress_bar, run_lock, write_atomic
 from .formats import IMAGES
 from .frames import decoded_image
@@ -86,6 +86,15 @@ def sees_faces(run: Run) -> bool:
     return run.cfg.image_size is not None
 
 
+def _check_places(run):
+    "ValueError for a run whose faces had their eyes elsewhere than those of new frames would."
+    if any(name.endswith(MEAN_EYES) for name in run.sha256):
+        raise ValueError(
+            f"{run.path.name} was trained on faces with eyes='mean', where eyes are on average in its "
+            "data, and faces of new frames have them at fixed places; train with eyes='fixed', the default"
+        )
+
+
 def _cut_out(run, seen):
     "The face of a frame as a run sees it; None: there is none."
     S = run.x_shape[-1]
@@ -110,7 +119,8 @@ def predict_faces(
     run: Run,  # on faces
     seen: list[Seen],
 ) -> tuple[Float[Tensor, "n C"], list[np.ndarray | None]]:  # NaN: no face; the pictures that it saw
-    "How probable each answer is, or its expected intensity, of frames in which faces were found."
+    "How probable each answer is, or its expected intensity, of frames with faces. ValueError for mean eyes."
+    _check_places(run)
     pictures = [_cut_out(run, s) for s in seen]
     return _answers(run, pictures), pictures
 
@@ -251,10 +261,12 @@ def _write_rows(job, clip, part, tools, progress):
 
 # %% ../nbs/23a_predict.ipynb #232116
 def _few_found(clip, part):
-    "What is to be said of the faces that were found; ValueError for none."
+    "What is to be said of the frames and faces that were found; ValueError for no face."
     with open(part, newline="", encoding="utf-8") as f:
-        found = [r["found"] == "1" for r in csv.DictReader(f)]
-    return check_found(clip.title, sum(found), len(found))
+        rows = list(csv.DictReader(f))
+    few = check_found(clip.title, sum(r["found"] == "1" for r in rows), len(rows))
+    early = ends_early(clip.files[0], len(rows), float(rows[-1]["seconds"])) if clip.is_video else None
+    return "; ".join(filter(None, (early, few))) or None
 
 # %% ../nbs/23a_predict.ipynb #232017
 def _part(job, clip, weights):
@@ -368,6 +380,7 @@ def write_predictions(
     if _are_examples(run, source):
         _write_examples(run, read_examples(run, source), out, progress)
         return out
+    _check_places(run)
     parts = out.with_name(f".{out.name}.parts")
     job = _Job(run.path, str(run.device), detector, model, overlay, every, parts)
     _write_frames(run, find_clips(source), out, job, jobs, progress)

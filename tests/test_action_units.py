@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from csrae_nb import files, runs, semisup, tasks, training
+from csrae_nb.action_units import compared, f1_table, over_folds, share_of
 from csrae_nb.catalogue import load_data
 from csrae_nb.drawings import write_disfa, write_fera2015
 from csrae_nb.evaluation import complete_run, results_table
@@ -354,3 +355,30 @@ def test_resnet18_under_every_objective_and_from_a_file(tmp_path):
         dataclasses.replace(cfg, network=None)
     with pytest.raises(FileNotFoundError, match="put torchvision's file of ResNet18 there"):
         fit(dataclasses.replace(cfg, encoder_weights=str(tmp_path / "none.pth")), data, progress=False)
+
+
+def test_one_labelled_image_and_all_of_them_are_two_methods_and_a_fold_counts_once():
+    "In tables as they are written and read; what the columns cannot tell apart is refused."
+
+    def row(fold, labels, f1, **more):
+        words = f"papermill nbs/train.ipynb -p model Supervised -p labels {labels} -p fold {fold}"
+        key = dict(
+            model="Supervised", labels=float(labels), network="faces", fold=fold, seeds="0", command=words
+        )
+        return key | dict(f1_mean=f1, f1_AU1_mean=f1) | more
+
+    rows = [row(k, n, f1) for n, f1 in (("1", 10.0), ("1.0", 90.0), ("100", 50.0)) for k in range(2)]
+    found = {share_of(r): (r["folds"], r["f1_mean"]) for r in over_folds(rows)}
+    assert found == {"1 image": (2, 10.0), "100 %": (2, 90.0), "100 images": (2, 50.0)}
+    table = f1_table(over_folds(rows), ("AU1",), [20.0])
+    assert [line.split("|")[2].strip() for line in table.splitlines()[3:]] == [
+        "1 image",
+        "100 %",
+        "100 images",
+    ]
+    vae = [r | dict(model="MixtureCSRAE", f1_mean=95.0) for r in rows if "1.0" in r["command"]]
+    assert (
+        compared(over_folds([*rows, *vae]), 1.0) == "100 % of the labels: MixtureCSRAE and CNN not told apart"
+    )
+    with pytest.raises(ValueError, match=r"fold 1 of CNN \(labels: 100 %\), seed 0 is there twice, and no"):
+        over_folds([*rows, row(1, "1.0", 30.0)])

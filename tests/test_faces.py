@@ -6,9 +6,11 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -18,8 +20,8 @@ import pytest
 import torch
 from scipy.io import loadmat, savemat
 
-from csrae_nb import faces, frames
-from csrae_nb.drawings import FERA_AUS, write_disfa, write_fera2015
+from csrae_nb import faces, frames, sweeps
+from csrae_nb.drawings import FERA_AUS, some_frames, write_disfa, write_fera2015
 from csrae_nb.evaluation import complete_run
 from csrae_nb.faces import FACES, FrameStore, load_faces, prepare_faces
 from csrae_nb.frames import read_disfa, read_fera2015
@@ -97,7 +99,7 @@ def test_what_is_missing_is_named_and_the_rest_goes_on(in_threads, drawn, tmp_pa
     assert "labels of AU 9" in a["SN002"]["problem"]
     assert "is no video that can be read" in a["SN003"]["problem"]
     assert "no video of the left camera" in a["SN010"]["problem"]
-    assert (a["SN013"]["frames"], a["SN013"]["left_out"]) == (29, {"unreadable": 1, "no face": 10})
+    assert (a["SN013"]["frames"], a["SN013"]["left_out"]) == (29, {"unreadable": 11})
     assert a["SN018"]["left_out"]["not coded"] > 0
     assert a["SN029"]["left_out"] == {"no face": 2}  # of three in a row the first repeats the one before
     assert json.loads((tmp_path / "out" / "index.json").read_text()) == json.loads(json.dumps(index))
@@ -208,7 +210,7 @@ def test_a_run_on_faces(drawn, tmp_path, monkeypatch):
     [
         (dict(dataset="mnist", fold=1), "fold=1 is for disfa, fera2015, faces_demo, a folder of videos"),
         (dict(dataset="faces_demo", image_size=100), "32, 96, 160, 224"),
-        (dict(dataset="faces_demo", image_size=32, fold=3), "expected 0 to 2"),
+        (dict(dataset="faces_demo", image_size=32, fold=3), "unknown fold 3; expected one of 0, 1, 2"),
         (dict(dataset="faces_demo", image_size=32, likelihood="bernoulli"), "call for discretized_logistic"),
     ],
 )
@@ -709,3 +711,303 @@ def test_validation_is_of_faces():
         Config(validation="subjects")
     with pytest.raises(ValueError, match="unknown validation 'videos'; expected one of frames, subjects"):
         Config(dataset="disfa", validation="videos")
+
+
+# --- unknown answers are neither yes nor no
+
+
+def partly_unknown(root, name):
+    "Twelve frames of a drawn subject, of which every third has an answer that nobody knows."
+    r, odd = read_disfa(root, name)
+    intensities = r.intensities.copy()
+    intensities[::3, :2] = frames.UNKNOWN
+    return frames.Recording(r.images, intensities, r.eyes, np.arange(12) != 5), odd
+
+
+def test_unknown_answers_are_drawn_as_unknown(in_threads, three, tmp_path):
+    "Bars against counts by hand; an answer of two levels is no intensity."
+    some = dataclasses.replace(
+        FACES["faces_demo"], read=partly_unknown, folds=tuple((s,) for s in THREE), root=three
+    )
+    prepare_faces(some, three, tmp_path / "out", size=32, jobs=1, progress=False)
+    store = FrameStore(tmp_path / "out", some)
+    (ax,) = faces.plot_activations(store).axes
+    bars = {b.get_label(): [p.get_height() for p in b] for b in ax.containers}
+    known = [[v for v in column if v >= 0] for column in store.intensities.T.tolist()]
+    assert bars == {
+        "present (intensity 2 to 5)": [sum(v >= 2 for v in k) for k in known],
+        "absent": [sum(v < 2 for v in k) for k in known],
+        "unknown": [len(store) - len(k) for k in known],
+    }
+    assert bars["unknown"] == [12, 12, *[0] * 6] and len(store) == 33
+    two = dataclasses.replace(some, least=(1,) * 8)
+    store.faces = two
+    assert [b.get_label() for b in faces.plot_activations(store).axes[0].containers][0] == "present"
+
+
+def test_eyes_are_averaged_over_the_frames_that_are_used(three):
+    "Also over those of which an answer is not known."
+    n, sums = frames.eye_sums(partly_unknown, three, "SN001")
+    eyes = np.delete(read_disfa(three, "SN001")[0].eyes, 5, 0)
+    assert n == 11
+    np.testing.assert_allclose(sums / n, (eyes.mean(0) - (96, 80)) / 160 + 0.5)
+
+
+# --- what is left out is told
+
+
+def warned(*args, **kw):
+    "What is said while a data set is loaded, rare AUs aside."
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_faces(*args, **kw)
+    return [str(w.message) for w in caught if "has no frame that shows" not in str(w.message)]
+
+
+def test_each_load_says_what_is_left_out(in_threads, tmp_path, monkeypatch):
+    "Labels, a video and landmarks that were lost in part, beside recordings that are not there."
+    monkeypatch.setenv("CSRAE_DATA", str(tmp_path))
+    write_disfa(root := tmp_path / "disfa", SUBJECTS[:6] + SUBJECTS[-4:], frames=30)
+    kept = root / "ActionUnit_Labels" / "SN001" / "SN001_au12.txt"
+    kept.write_text("".join(kept.read_text().splitlines(True)[:3]))
+    video = next((root / "Videos_LeftCamera").glob("*SN003*"))
+    video.write_bytes(video.read_bytes()[: video.stat().st_size // 4])
+    for f in landmarks(root, "SN005")[15:]:
+        f.unlink()
+    said = [warned("disfa", 1, 28, progress=False) for _ in range(3)]
+    assert said[0] == said[1] == said[2] and len(said[0]) == 1
+    index = json.loads((tmp_path / "disfa-prepared-32" / "index.json").read_text())
+    counts = faces.frame_counts(index)
+    assert counts["SN001"] == {"used": 3, "not coded": 27} and counts["SN002"] == {"used": 30}
+    assert counts["SN005"] == {"used": 16, "no face": 14} and counts["SN007"] == {"used": 0}
+    assert counts["SN003"]["used"] + counts["SN003"]["unreadable"] == 30 and counts["SN003"]["used"] < 12
+    unread = counts["SN003"]["unreadable"]
+    for part in (
+        "17 of 27 recordings of disfa are left out: SN007: no labels of AU 1",
+        f"{41 + unread} of 300 frames of disfa are left out (27 not coded, {unread} unreadable, 14 no face)",
+        "SN001: 27 of 30; the AUs have 3 and 30 labels: only the first 3 frames are used; ",
+        f"SN003: {unread} of 30; its video ends after {30 - unread} of 30 frames; ",
+        "SN005: 14 of 30 (all in ",
+        "once they are mended, the same command prepares them; to prepare one anew",
+    ):
+        assert part in said[0][0], part
+
+
+@pytest.mark.parametrize(
+    "counts, odd, told",
+    [
+        (dict(used=1000), [], False),
+        ({"used": 990, "no face": 10}, [], False),
+        ({"used": 989, "no face": 6, "unreadable": 5}, [], True),
+        ({"used": 900, "not coded": 100}, [], False),
+        ({"used": 899, "not coded": 101}, [], True),
+        ({"used": 10, "not named": 990}, [], False),
+        ({"used": 98, "not named": 900, "no face": 2}, [], True),
+        (dict(used=1000), ["its times stand still"], True),
+    ],
+)
+def test_what_is_worth_a_word(counts, odd, told):
+    "More than one frame in a hundred, more than one in ten not coded, or anything odd."
+    lost = {k: n for k, n in counts.items() if k != "used"}
+    index = dict(name="x", recordings=dict(a=dict(frames=counts["used"], left_out=lost, odd=odd)))
+    assert bool(faces._frames_left_out(index)) == told
+
+
+# --- pictures that a camera dropped
+
+
+def pieces(raw):
+    "Where the pictures of an AVI begin, and their sizes."
+    at, out = raw.index(b"movi") + 4, []
+    while (name := raw[at : at + 4]) in (b"00dc", b"JUNK"):
+        (n,) = struct.unpack_from("<I", raw, at + 4)
+        out += [(at, n)] * (name == b"00dc")
+        at += 8 + n + n % 2
+    return out
+
+
+def drop(path, k):
+    "Empty the piece of picture k, as cameras do; the bytes that it had are skipped by players."
+    raw = bytearray(path.read_bytes())
+    at, n = pieces(raw)[k]
+    struct.pack_into("<I", raw, at + 4, 0)
+    struct.pack_into("<4sI", raw, at + 8, b"JUNK", n + n % 2 - 8)
+    struct.pack_into("<I", raw, raw.index(b"idx1") + 8 + 16 * k + 12, 0)
+    path.write_bytes(raw)
+
+
+def spoil(path, k):
+    at, n = pieces(raw := bytearray(path.read_bytes()))[k]
+    raw[at + 8 : at + 8 + n] = bytes(n)
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    "lost, change, odd",
+    [
+        ((5,), drop, ["1 frame has no picture (the first is 5, counted from 0)"]),
+        ((5, 6, 9), drop, ["3 frames have no picture (the first is 5, counted from 0)"]),
+        ((5,), spoil, []),
+        ((0, 7), spoil, []),
+        ((19,), drop, []),  # the video goes on behind the labels
+    ],
+)
+def test_labels_stay_with_their_frames_where_pictures_are_missing(tmp_path, lost, change, odd):
+    "Each picture against those that were drawn, of which it is the nearest."
+    write_disfa(tmp_path, ("SN001",), frames=20)
+    video = next((tmp_path / "Videos_LeftCamera").glob("*SN001*"))
+    for k in lost:
+        change(video, k)
+    true = [image.astype(int) for image, *_ in some_frames("SN001", 29, frames.DISFA_AUS, 0)]
+    seen = list(frames.frames_of(read_disfa(tmp_path, "SN001")[0], said := []))
+    near = [None if x is None else int(np.argmin([np.abs(x - t).mean() for t in true])) for x in seen]
+    assert near == [None if k in lost else k for k in range(20)]
+    assert said == (
+        odd or ([] if change is spoil else ["1 frame has no picture (the first is 19, counted from 0)"])
+    )
+
+
+def test_a_video_without_a_steady_rate_is_left_out(three, tmp_path, monkeypatch):
+    "Its labels are numbered, and nobody can say which picture a number means."
+    real = frames.FrameClock.number
+    monkeypatch.setattr(frames.FrameClock, "number", lambda self, i, s: real(self, i, s * (1 + 0.02 * i)))
+    about = frames.prepare_recording(read_disfa, three, "SN001", tmp_path, 32)
+    assert "too late for a rate of 20 per second: save the video at a steady rate" in about["problem"]
+
+
+def test_codes_without_a_picture_are_told(in_threads, tmp_path, monkeypatch):
+    "Of one AU that is numbered a frame late, and of all where pictures are missing; at each load."
+    monkeypatch.setenv("CSRAE_DATA", str(tmp_path))
+    write_fera2015(root := tmp_path / "fera2015", ("F001_T1", "M011_T1", "F007_T1"), frames=12)
+    (file,) = (root / "AU Intensity Codes3.0" / "AU12").glob("M011_T1*")
+    rows = [line.split(",") for line in file.read_text().split()]
+    file.write_text("\n".join(f"{int(k) + 1},{v}" for k, v in rows))
+    (root / "BP4D-training" / "F007" / "T1" / "20.jpg").unlink()
+    for k in (13, 14):
+        (root / "BP4D-training" / "F007" / "T1" / f"{k}.jpg").unlink()
+    said = [warned("fera2015", 0, 28, progress=False) for _ in range(2)]
+    assert said[0] == said[1] and len(said[0]) == 1
+    assert "codes of AU 12 are of 1 frame that has no picture (the first is 22)" in said[0][0]
+    assert (
+        "codes of AU 6, 10, 12, 14, 17 are of 3 frames that have no picture (the first is 13)" in said[0][0]
+    )
+    assert "3 of 33 frames of fera2015 are left out (3 not coded)" in said[0][0]
+
+
+# --- small and capital letters
+
+
+def renamed(root, change):
+    "All files and folders below a folder under changed names, from the innermost out."
+    for path in sorted(root.rglob("*"), key=lambda p: -len(p.parts)):
+        path.rename(path.with_name(change(path.name)))
+
+
+@pytest.mark.parametrize("change", [str.upper, str.lower, str.swapcase])
+def test_names_are_found_in_small_and_capital_letters(tmp_path, monkeypatch, change):
+    write_disfa(tmp_path / "disfa", ("SN001",), frames=12)
+    write_fera2015(tmp_path / "fera", ("F001_T1",), frames=12)
+
+    def read():
+        return read_disfa(tmp_path / "disfa", "SN001")[0], read_fera2015(tmp_path / "fera", "F001_T1")[0]
+
+    before = read()
+    for name in ("disfa", "fera"):
+        renamed(tmp_path / name, change)
+    for a, b in zip(before, read()):
+        assert np.array_equal(a.intensities, b.intensities) and np.array_equal(a.eyes, b.eyes, equal_nan=True)
+        assert next(frames.frames_of(b)) is not None
+    assert FACES["disfa"].expected(tmp_path / "disfa", "SN001") == 13
+    assert FACES["fera2015"].expected(tmp_path / "fera", "F001_T1") == 12
+    monkeypatch.setenv("CSRAE_DATA", str(tmp_path))
+    (tmp_path / "disfa").rename(tmp_path / "Disfa")
+    assert faces._found(FACES["disfa"]) == tmp_path / "Disfa"
+
+
+def test_a_video_of_disfa_may_be_an_mp4(three):
+    (video,) = (three / "Videos_LeftCamera").glob("*SN001*")
+    cv2 = pytest.importorskip("cv2")
+    before = list(frames.frames_of(read_disfa(three, "SN001")[0]))
+    writer = cv2.VideoWriter(str(video.with_suffix(".mp4")), cv2.VideoWriter_fourcc(*"mp4v"), 20, (192, 160))
+    for image, *_ in some_frames("SN001", 21, frames.DISFA_AUS, 0):
+        writer.write(image)
+    writer.release()
+    video.unlink()
+    r, odd = read_disfa(three, "SN001")
+    after = list(frames.frames_of(r, odd))
+    assert not odd and all(np.abs(a.astype(int) - b).mean() < 10 for a, b in zip(before, after, strict=True))
+
+
+# --- said before anything is prepared
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("image_size=48", "network='faces' takes pictures of 32, 96, 160, 224, … pixels"),
+        ("image_size=48 network=resnet18", "network='resnet18' takes pictures of 32, 96, 160, 224"),
+        ("fold=3", "unknown fold 3; expected one of 0, 1, 2"),
+    ],
+)
+def test_a_sweep_lists_nothing_that_would_fail_when_all_is_prepared(
+    tmp_path, monkeypatch, capsys, words, says
+):
+    monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "runs"))
+    with pytest.raises(SystemExit) as e:
+        sys.exit(sweeps.main(["dataset=disfa", *words.split(), "--list"]))
+    assert e.value.code and says in capsys.readouterr().err + str(e.value.code)
+
+
+def test_pictures_of_any_size_for_networks_that_take_them():
+    for network in ("mlp", "gated"):
+        assert Config(dataset="disfa", image_size=48, network=network).image_size == 48
+    assert Config(dataset="disfa", image_size=48, network="resnet18", model="Supervised").image_size == 48
+
+
+def test_a_fold_that_is_not_there_is_refused_before_faces_are_prepared(drawn, tmp_path, monkeypatch):
+    monkeypatch.setenv("CSRAE_DATA", str(tmp_path))
+    (tmp_path / "faces_demo").symlink_to(drawn)
+    with pytest.raises(ValueError, match="fold=3; expected 0 to 2"):
+        load_faces("faces_demo", 3, 28, progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["faces_demo"]
+
+
+def test_one_process_per_core_that_this_one_may_use(three, tmp_path, monkeypatch):
+    "On a shared machine they are fewer than it has."
+    begun = []
+
+    def workers(jobs):
+        begun.append(jobs)
+        return ThreadPoolExecutor(jobs)
+
+    monkeypatch.setattr(faces, "_workers", workers)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5}, raising=False)
+    prepare_faces("faces_demo", three, tmp_path / "out", size=32, progress=False)
+    monkeypatch.delattr(os, "sched_getaffinity")
+    prepare_faces("faces_demo", three, tmp_path / "again", size=32, progress=False)
+    assert begun == [2, 27]
+
+
+@pytest.mark.filterwarnings("ignore:.*left out|fold . of .* has no frame")
+@pytest.mark.parametrize("name, layout", [("disfa", "disfa"), ("FERA 2015", "fera2015")])
+def test_a_path_to_a_known_layout_is_that_data_set(in_threads, tmp_path, monkeypatch, name, layout):
+    "With the same frames as by its name, and with the network that it has."
+    monkeypatch.setenv("CSRAE_CACHE", str(tmp_path / "cache"))
+    root = tmp_path / "elsewhere" / name
+    if layout == "disfa":
+        write_disfa(root, ("SN002", "SN013", "SN003"), frames=12)
+    else:
+        write_fera2015(root, ("F001_T1", "M011_T1", "F007_T1"), frames=12)
+    cfg = Config(dataset=str(root), image_size=32, fold=1, batch_size=10, components=5)
+    assert faces.known_layout(root) == layout and faces.known_layout(tmp_path) is None
+    data = prepare_data(resolve(cfg))
+    monkeypatch.setenv("CSRAE_DATA", str(tmp_path / "data"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / layout).symlink_to(root)
+    named = load_faces(layout, 1, 32, progress=False)
+    assert data.name == name and data.subjects == named.subjects and data.x_test[:].equal(named.x_test[:])
+    assert (resolve(cfg).network, resolve(cfg).labels) == ("faces", 0.25)
+    for wrong, says in ((dict(fold=3), "unknown fold 3"), (dict(image_size=48), "32, 96, 160, 224")):
+        with pytest.raises(ValueError, match=says):
+            dataclasses.replace(cfg, **wrong)

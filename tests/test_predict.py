@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from csrae_nb import faces
 from csrae_nb.catalogue import load_data
 from csrae_nb.config import Config
 from csrae_nb.detection import Face
@@ -230,3 +232,22 @@ def test_an_output_that_is_there_stays(runs, videos, tmp_path, capsys):
     run = open_run(runs / "faces", codes=False)
     write_predictions(run, videos / "a.mp4", out, detector=somewhere, force=True, progress=False)
     assert len(rows(out)) == BLOCK + 30 and len(find_clips(videos / "a.mp4")) == 1
+
+
+def test_a_run_on_mean_eyes_is_refused(runs, videos, tmp_path, monkeypatch):
+    "Its faces had their eyes elsewhere than those of new videos have, as its data's checksum says."
+    monkeypatch.setenv("CSRAE_DATA", str(runs / "data"))
+    monkeypatch.delenv("CSRAE_CACHE", raising=False)
+    monkeypatch.setattr(faces, "_workers", ThreadPoolExecutor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data = faces.load_faces("faces_demo", image_size=32, eyes="mean", progress=False)
+        cfg = Config(dataset="faces_demo", image_size=32, model="Supervised", labels=1.0, epochs=1, warmup=1)
+        run = fit(cfg, data, progress=False, folder=tmp_path / "mean")
+    assert [*run.sha256] == ["faces_demo, mean eyes"]
+    with pytest.raises(
+        ValueError, match="mean was trained on faces with eyes='mean', .* train with eyes='fixed'"
+    ):
+        write_predictions(run, videos, tmp_path / "aus.csv", somewhere, progress=False)
+    assert [p.name for p in tmp_path.glob("*aus*")] == []
+    assert [*open_run(runs / "faces", codes=False).sha256] == ["faces_demo"]

@@ -72,14 +72,14 @@ def test_a_config_of_videos_is_the_same_where_its_name_is_a_folder_of_pictures(t
     "What a folder holds is asked when its data are read."
     from PIL import Image
 
-    fields = dict(dataset="clips", image_size=64, network="faces", labels=0.1)
+    fields = dict(dataset="clips", image_size=96, network="faces", labels=0.1)
     monkeypatch.chdir(tmp_path)
     elsewhere = resolve(make_config(fields))
     (tmp_path / "clips").mkdir()
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "clips" / "a.png")
     assert resolve(make_config(fields)) == elsewhere
     assert run_name(make_config(fields)) == run_name(elsewhere)
-    with pytest.raises(ValueError, match="image_size=64 is for .*, a folder of videos .*, not for clips"):
+    with pytest.raises(ValueError, match="image_size=96 is for .*, a folder of videos .*, not for clips"):
         prepare_data(elsewhere)
 
 

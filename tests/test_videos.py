@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -420,3 +421,214 @@ def test_intensities(clips, looked, own_runs, tmp_path):
         ValueError, match="labels.csv holds no intensity above 1; expected answers='presence'"
     ):
         load(clips, answers="intensity")
+
+
+# --- videos that end early
+
+
+def damaged(path, k):
+    "An mp4 whose frame k is zeros; its index says the size of each frame."
+    raw = bytearray(path.read_bytes())
+    at = raw.index(b"stsz") + 12
+    (n,) = struct.unpack_from(">I", raw, at)
+    sizes, (first,) = (
+        struct.unpack_from(f">{n}I", raw, at + 4),
+        struct.unpack_from(">I", raw, raw.index(b"stco") + 12),
+    )
+    start = first + sum(sizes[:k])
+    raw[start : start + sizes[k]] = bytes(sizes[k])
+    path.write_bytes(raw)
+
+
+def write_mp4(path, name, n):
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), RATE, (192, 160))
+    for image, _, _ in some_frames(name, n, DISFA_AUS, 0):
+        writer.write(image)
+    writer.release()
+
+
+@pytest.fixture
+def ends_early(clips):
+    "Three videos of 100 labelled frames, of which the second is damaged at frame 95."
+    for name in CLIPS:
+        (clips / name).unlink()
+    for name, who in zip("abc", CLIPS.values()):
+        write_mp4(clips / f"{name}.mp4", who, 100)
+    damaged(clips / "b.mp4", 95)
+    return clips
+
+
+@pytest.mark.parametrize("in_seconds", [False, True])
+def test_labels_beyond_the_last_frame_that_can_be_read_are_counted(ends_early, looked, in_seconds):
+    rows = [f"{v}.mp4,{k},{k % 2},0" for v in "abc" for k in range(100)]
+    if in_seconds:
+        rows = [f"{v}.mp4,{k / RATE:.6f},{(k + 1) / RATE:.6f},{k % 2},0" for v in "abc" for k in range(100)]
+    labels(ends_early, *rows, header=f"video,{'start,end' if in_seconds else 'frame'},smile,open")
+    load(ends_early)
+    (file,) = (ends_early.parent / "cache").glob("clips-prepared-*/index.json")
+    about = json.loads(file.read_text())["recordings"]
+    assert [(a["frames"], a["left_out"]) for a in about.values()] == [
+        (100, {}),
+        (95, {"unreadable": 5}),
+        (100, {}),
+    ]
+    assert [a["odd"] for a in about.values()] == [[], ["b.mp4: only 95 of about 100 frames can be read"], []]
+
+
+def test_a_video_that_ends_long_before_its_last_label_is_refused(ends_early, looked):
+    damaged(ends_early / "b.mp4", 50)
+    labels(ends_early, *[f"{v}.mp4,{k},{k % 2},0" for v in "abc" for k in range(100)])
+    with pytest.warns(
+        UserWarning, match="left out: b.mp4: .* is cut off or damaged: it ends after 50 of about 100"
+    ):
+        load_data(ends_early, fold=0, image_size=32)
+
+
+def test_predictions_of_a_video_that_ends_early_say_so(ends_early, looked, own_runs, tmp_path):
+    labels(ends_early, *[f"{v}.mp4,{k},{k % 2},0" for v in "ac" for k in range(100)])
+    brief = dict(epochs=1, pretrain=0, warmup=1, batch_size=50, latent_dim=3, model="Supervised")
+    cfg = Config(dataset=str(ends_early), image_size=32, fold=0, labels=1.0, **brief)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        complete_run(cfg, progress=False)
+    run = open_run(runs_folder() / run_name(cfg), codes=False)
+    for file, said in (("b.mp4", ["b.mp4: only 95 of about 100 frames can be read"]), ("a.mp4", [])):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            out = write_predictions(
+                run, ends_early / file, tmp_path / f"{file}.csv", somewhere, progress=False
+            )
+        assert [str(w.message) for w in caught if "frames" in str(w.message)] == said
+        assert len(out.read_text().splitlines()) == 1 + (95 if said else 100)
+
+
+# --- who is who
+
+
+def test_a_subject_that_is_missing_or_has_two_names_is_refused(clips, looked):
+    "Before any work; a blank beside a row of the same video that says it is none."
+    head = "video,frame,smile,subject"
+    for rows, says in (
+        (
+            ["a.avi,0,1,Zoe", "b.avi,0,0,", "more/b.avi,1,1,Ann"],
+            "names no subject of b.avi: fill the column in",
+        ),
+        (
+            ["a.avi,0,1,Dee", "b.avi,0,0,dee", "more/b.avi,1,1,Ann"],
+            "subjects 'Dee' and 'dee', who would be two",
+        ),
+        (["a.avi,0,1,Dee  Ray", "b.avi,0,0,Dee Ray", "more/b.avi,1,1,Ann"], "who would be two: write one"),
+    ):
+        labels(clips, *rows, header=head)
+        with pytest.raises(ValueError, match=says):
+            load(clips)
+    assert not looked
+    labels(clips, "a.avi,0,1,Zoe", "a.avi,1,1,", "b.avi,0,0,Ann", header=head)
+    assert coded_videos(clips).folds == (("Ann",), ("Zoe",))
+
+
+def test_who_is_in_which_split_can_be_seen_and_videos_without_subjects_are_told(clips, looked):
+    "Without the column, and with an empty one, each load says so."
+    said = r"labels.csv has no column subject: each video counts as a subject of its own"
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=said):
+            data = load_data(clips, fold=1, image_size=32)
+    assert data.subjects == {s: ("a.avi", "more/b.avi") for s in ("train", "val")} | {"test": ("b.avi",)}
+    assert {n: c["used"] for n, c in data.counts.items()} == {
+        n: N - 2 for n in ("a.avi", "b.avi", "more%2Fb.avi")
+    }
+    labels(clips, *[r + "," for r in by_frame()], header="video,frame,smile,open,subject")
+    with pytest.warns(UserWarning, match=said):
+        load_data(clips, fold=1, image_size=32)
+    who = dict(zip(CLIPS, "ABC"))
+    labels(
+        clips, *[f"{r},{who[r.split(',')[0]]}" for r in by_frame()], header="video,frame,smile,open,subject"
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data = load_data(clips, fold=1, image_size=32)
+    assert data.subjects["test"] == ("B",) and not any("no column subject" in str(w.message) for w in caught)
+
+
+# --- pictures that a camera dropped
+
+
+def drop(path, k):
+    "Empty the piece of picture k of an AVI, as cameras do; the bytes that it had are skipped by players."
+    raw = bytearray(path.read_bytes())
+    at = raw.index(b"movi") + 4
+    for _ in range(k):
+        (n,) = struct.unpack_from("<I", raw, at + 4)
+        at += 8 + n + n % 2
+    (n,) = struct.unpack_from("<I", raw, at + 4)
+    struct.pack_into("<I4sI", raw, at + 4, 0, b"JUNK", n + n % 2 - 8)
+    struct.pack_into("<I", raw, raw.index(b"idx1") + 8 + 16 * k + 12, 0)
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("in_seconds", [False, True])
+def test_labels_stay_with_their_frames_behind_a_dropped_picture(clips, looked, in_seconds):
+    "An answer for every frame tells which frames were taken."
+    rows = [
+        [f"{v},{k}", f"{v},{k / RATE:.6f},{(k + 1) / RATE:.6f}"][in_seconds] for v in CLIPS for k in range(N)
+    ]
+    labels(
+        clips,
+        *[f"{r},{i % N // 5},0" for i, r in enumerate(rows)],
+        header=f"video,{'start,end' if in_seconds else 'frame'},smile,open",
+    )
+    drop(clips / "b.avi", 11)
+    data = load(clips, fold=1, answers="intensity")
+    assert data.y_test[:, 0].tolist() == [k // 5 for k in range(N) if k != 11]
+    assert data.counts["b.avi"]["used"] == N - 1
+    (file,) = (clips.parent / "cache").glob("clips-prepared-*/index.json")
+    said = json.loads(file.read_text())["recordings"]["b.avi"]["odd"]
+    assert said == ([] if in_seconds else ["b.avi: 1 frame has no picture (the first is 11, counted from 0)"])
+
+
+def test_numbers_of_frames_that_do_not_come_at_a_steady_rate_are_told(tmp_path, monkeypatch):
+    "They count pictures, but in an AVI, which has a place for each."
+    monkeypatch.setattr(videos, "video_length", lambda file: (6, 10.0))
+    for times, avi, mp4 in (
+        ([0, 0.1, 0.2, 0.3, 0.4, 0.5], [0, 1, 2, 3, 4, 5], False),
+        ([0, 0.1, 0.3, 0.4, 0.5, 0.6], [0, 1, 3, 4, 5, 6], True),
+        ([0, 0.1, 0.24, 0.38, 0.52, 0.66], [0, 1, 2, 3, 4, 5], True),
+    ):
+        assert videos._numbers(Path("x.AVI"), np.array(times))[0].tolist() == avi
+        numbers, odd = videos._numbers(Path("x.mp4"), np.array(times))
+        assert numbers.tolist() == [*range(6)] and bool(odd) == mp4
+
+
+@pytest.mark.parametrize("name", ["Labels.csv", "LABELS.CSV"])
+def test_the_table_may_be_written_in_capital_letters(clips, looked, name):
+    (clips / "labels.csv").rename(clips / name)
+    (clips / "b.avi").rename(clips / "b.AVI")
+    (clips / name).write_text((clips / name).read_text().replace("\nb.avi", "\nb.AVI"))
+    assert folder_kind(clips) == "a folder of videos with labels.csv"
+    assert len(load(clips, fold=1).x_test) == N - 2
+    (clips / name).write_text("video,frame,smile\na.avi,0,often\n")
+    with pytest.raises(ValueError, match=f"{name}, line 2, column 'smile' holds 'often'"):
+        load(clips)
+
+
+@pytest.mark.parametrize("first, told", [((1, 1, 1), True), ((1, 0, 1), False), ((2, 2, 2), False)])
+def test_frames_that_seem_to_be_counted_from_one_are_told(clips, looked, first, told):
+    "Spans of frames, that is, and not seconds; and the last, which is behind the end, is refused."
+    begin = dict(zip(CLIPS, first))
+    numbers = {v: range(k, N) for v, k in begin.items()}
+    labels(clips, *[f"{v},{k},{k % 2},0" for v, ks in numbers.items() for k in ks])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_data(clips, image_size=32)
+    said = "begins with frame 1 in every video, and frames are counted from 0"
+    assert any(said in str(w.message) for w in caught) == told
+    labels(clips, *[f"{v},{k},{k % 2},0" for v in CLIPS for k in range(1, N + 1)])
+    with pytest.raises(
+        ValueError, match=f"frame {N} of a.avi, which ends with frame {N - 1}, counted from 0"
+    ):
+        load(clips)
+    labels(clips, *[f"{v},1,2,1,0" for v in CLIPS], header="video,start,end,smile,open")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_data(clips, image_size=32)
+    assert not any(said in str(w.message) for w in caught)
