@@ -14,6 +14,7 @@ import heapq
 import io
 import json
 import os
+import re
 from base64 import b64encode
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -216,22 +217,24 @@ def write_encoded(
     return out
 
 # %% ../nbs/23_after_training.ipynb #230015p
-def _part(run, examples, out):
-    "Where rows are begun, under a name that says of which weights and examples they are; older ones go."
-    of = hashlib.sha256((run.path / "model.safetensors").read_bytes())
-    if isinstance(examples.x, Tensor):
-        of.update(examples.x.contiguous().cpu().numpy())
-    part = out.with_name(f".{out.name}.{run.path.name}.{of.hexdigest()[:16]}.part")
-    for other in out.parent.glob(f".{out.name}.{run.path.name}.*.part"):
-        if other != part:
+def _part(run, examples, out, ll_samples=0, codes=True):
+    "Where rows are begun, under a name that says all that they depend on; those of anything else go."
+    of, rows = hashlib.sha256((run.path / "model.safetensors").read_bytes()), rows_at_once(examples.x)
+    x = examples.x if isinstance(examples.x, Tensor) else examples.x[:rows]  # of too many the first
+    of.update(x.contiguous().cpu().numpy())
+    of.update(json.dumps([run.device.type, rows, ll_samples, codes, examples.names]).encode())
+    begun = f".{out.name}.{run.path.name}."
+    part = out.with_name(f"{begun}{of.hexdigest()[:16]}.part")
+    for other in out.parent.iterdir():
+        if re.fullmatch(re.escape(begun) + r"[0-9a-f]{16}\.(part|sorted|tmp)", other.name) and other != part:
             other.unlink()
     return part
 
 # %% ../nbs/23_after_training.ipynb #230115
 def _write_rows(run, examples, out, ll_samples, progress, codes=True):
     "The rows in a .csv beside the file that is wanted: begun, or gone on with."
-    part = _part(run, examples, out)
-    done = _whole_rows(part, examples.names, ll_samples, codes)
+    part = _part(run, examples, out, ll_samples, codes)
+    done = _whole_blocks(part, rows_at_once(examples.x))
     digits = 9 if out.suffix.lower() == ".parquet" else 7  # to the bit, or to be read
     with open(part, "r+" if done else "w", newline="", encoding="utf-8") as f:
         f.seek(0, io.SEEK_END)
@@ -251,21 +254,23 @@ def _short(values, digits):
     return [f"{v:.{digits}g}" if isinstance(v, float) else v for v in values]
 
 
-def _whole_rows(part, names, ll_samples, codes):
-    "How many rows of these examples are there already; what follows them is cut off."
-    if not part.exists():
+def _records(f):
+    "The rows of a .csv, its header first, and the byte at which each ends; a name may have line breaks."
+    for row in csv.reader(line.decode(errors="replace") for line in iter(f.readline, b"")):
+        yield row, f.tell()
+
+
+def _whole_blocks(part, rows):
+    "How many rows there are in whole blocks of so many; what follows them is cut off."
+    if not part.exists() or not part.stat().st_size:
         return 0
-    lines = part.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [r for r in lines[1:] if r.endswith("\n")]
-    there = [next(csv.reader([r]))[0 if codes else 1] for r in whole]
-    columns = lines[0].split(",") if whole else [""]
-    same = columns[0] == ("name" if codes else "unusual") and ("log_likelihood" in columns) == bool(
-        ll_samples
-    )
-    if not same or tuple(there) != names[: len(there)]:
-        return 0
-    part.write_text("".join([lines[0], *whole]), encoding="utf-8")
-    return len(whole)
+    with open(part, "r+b") as f:
+        lengths, ends = zip(*((len(row), end) for row, end in _records(f)))
+        f.seek(-1, io.SEEK_END)
+        half = f.read() != b"\n" or lengths[-1] < lengths[0]  # the last row
+        done = max(0, len(ends) - 1 - half) // rows * rows
+        f.truncate(ends[done])
+    return done
 
 # %% ../nbs/23_after_training.ipynb #230515
 def _publish(part, out):
@@ -354,9 +359,9 @@ def _sort(table, out):
     with open(table, "rb") as f, open(out, "wb") as g:
         g.write(f.readline())
         ends, keys = [f.tell()], []
-        for row in csv.reader(line.decode() for line in iter(f.readline, b"")):
+        for row, end in _records(f):
             keys.append(float(row[0]))
-            ends.append(f.tell())
+            ends.append(end)
         for i in np.argsort(-np.array(keys), kind="stable"):
             f.seek(ends[i])
             g.write(f.read(ends[i + 1] - ends[i]))

@@ -17,7 +17,7 @@ from csrae_nb.config import Config
 from csrae_nb.runs import fit
 from csrae_nb import trained
 from csrae_nb.sharing import Pretrained
-from csrae_nb.trained import Examples, open_run
+from csrae_nb.trained import Examples, open_run, write_encoded, write_scored
 from csrae_nb.verbs import VERBS, main
 
 BRIEF = dict(epochs=2, warmup=1, kmeans_epoch=1)
@@ -154,3 +154,47 @@ def test_rows_of_other_examples_or_weights_are_not_gone_on_with(runs, tmp_path):
     weights = tmp_path / "run" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"0000")
     assert trained._part(run, Examples(x, names), out) != begun and not begun.exists()
+
+
+@pytest.mark.parametrize("write", [write_encoded, write_scored], ids=["encode", "score"])
+@pytest.mark.parametrize("kind", ["mixture", "labels"])
+def test_a_table_that_is_stopped_goes_on_to_the_same_bytes(runs, tmp_path, monkeypatch, write, kind):
+    "Draws for log p(x) belong to a block; rows of other settings, or of half a block, are no rows of it."
+    monkeypatch.setattr(trained, "rows_at_once", lambda x: 16)
+    run, blocks = open_run(runs / kind), trained.encode_examples
+    x = (torch.rand(50, 8, 8, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    examples, seen = Examples(x, tuple(f"a\n{i}, \u2028\"b\"" for i in range(50))), []
+
+    def stopping(*args):
+        for block in blocks(*args):
+            if len(seen) == 1:
+                raise KeyboardInterrupt
+            seen.append(block)
+            yield block
+
+    for first, then in ((5, 5), (0, 0), (5, 0), (0, 5), (5, 6)):
+        write(run, examples, whole := tmp_path / "whole.csv", ll_samples=then, force=True, progress=False)
+        with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+            m.setattr(trained, "encode_examples", stopping)
+            write(run, examples, tmp_path / "out.csv", ll_samples=first, force=True, progress=False)
+        (part,) = tmp_path.glob(".out.csv.*.part")
+        with open(part, "ab") as f:
+            f.write(part.read_bytes()[-60:-4])  # of a row that is not whole
+        starts = []
+        with monkeypatch.context() as m:
+            m.setattr(trained, "encode_examples", lambda *a: starts.append(a[4]) or blocks(*a))
+            write(run, examples, tmp_path / "out.csv", ll_samples=then, force=True, progress=False)
+        assert (tmp_path / "out.csv").read_bytes() == whole.read_bytes() and len(rows(whole)) == 50
+        assert starts == [16 if first == then else 0] and len(list(tmp_path.iterdir())) == 2
+        seen.clear()
+
+
+def test_codes_and_scores_of_one_name_are_two_tables(runs, tmp_path):
+    "Rows begun without codes are not gone on with by encode, nor those of another folder with dots."
+    run = open_run(runs / "mixture")
+    examples = Examples((torch.rand(30, 8, 8) > 0.5).float(), tuple(map(str, range(30))))
+    begun = trained._write_rows(run, examples, tmp_path / "t.csv", 0, False, codes=False)
+    other = tmp_path / f".t.csv.mixture.old.{begun.name[-21:]}"
+    other.write_text("of a run that is called mixture.old")
+    write_encoded(run, examples, tmp_path / "t.csv", progress=False)
+    assert "z1" in rows(tmp_path / "t.csv")[0] and not begun.exists() and other.exists()
