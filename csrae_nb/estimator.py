@@ -22,7 +22,8 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from .data import column_units, default_likelihood, from_arrays, is_binary, scaled
+from .data import column_units, default_likelihood, from_arrays, is_table
+from .data import scaled_as, table_as, values_of
 from .mixtures import GMM, matrix_log_prob
 from .likelihoods import make_likelihood
 from .models import Autoencoder, rows_at_once, warmed_up
@@ -80,6 +81,7 @@ class _Codes(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Parameters):
     config_: Config  # of the training, resolved
     likelihood_: str
     scaler_: StandardScaler | None  # of a gaussian's columns
+    values_: str | None  # what the rows came as: zeros and ones, bytes, or floats
     x_shape_: tuple[int, ...]  # of a row as the model sees it
 
     def __sklearn_tags__(self):
@@ -91,7 +93,8 @@ class _Codes(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Parameters):
     def _n_features_out(self):  # for get_feature_names_out
         return self.config_.latent_dim
 
-    def _start(self, x):  # rows that a training begins with, float64
+    def _start(self, x, grey):  # rows that a training begins with, float64; their bytes, if they are some
+        self.values_ = values_of([x if grey is None else grey])
         self.likelihood_, self.scaler_ = _columns_of(x, self.likelihood, self.standardize)
         self.x_shape_ = x.shape[1:]
 
@@ -216,18 +219,30 @@ def _rows(est, X, start, **kw):  # start: a training begins
     """The rows as the model sees them, float64, and X's precision.
     ValueError for what is no table of numbers, or beyond the likelihood's range."""
     X = X if start else _flat(X, est.x_shape_)
-    levels = _grey_levels(X)
+    grey, table = _grey_levels(X), is_table(X)
     X = validate_data(est, X, reset=start, dtype=[np.float64, np.float32], **kw)
     x = X.astype(np.float64)
     if start:
-        est._start(x)
-    if levels is not None and est.likelihood_ != "gaussian":
-        x = scaled(levels, est.likelihood_, is_binary(levels)).double().numpy()
+        est._start(x, grey)
+    x = _as_trained(est, x, grey, table)
     with np.errstate(over="ignore"):  # an outlier may be too far for a number
         if est.scaler_:
             x = np.nan_to_num(est.scaler_.transform(x))
     make_likelihood(est.likelihood_).check(torch.from_numpy(x), "X")
     return torch.from_numpy(x).reshape(-1, *est.x_shape_), X.dtype
+
+# %% ../nbs/20_estimator.ipynb #200309
+def _as_trained(est, x, grey, table):
+    "Rows, which may be bytes or a table's, in the range of the likelihood, as the training had them."
+    values, of_run = getattr(est, "values_", None), hasattr(est, "run_")
+    if of_run and table:
+        of_table = table_as(x if grey is None else grey, values, "X")
+        grey = of_table if of_table.dtype == np.uint8 else None
+    if (
+        grey is None or est.likelihood_ == "gaussian" and not of_run
+    ):  # numbers, for the estimator's own scaler
+        return x
+    return scaled_as(grey, est.likelihood_, values, "X").double().numpy()
 
 # %% ../nbs/20_estimator.ipynb #200209
 def _flat(X, x_shape):
@@ -453,7 +468,8 @@ def _parameters_of(run):
     "The parameters by which an estimator would train as a run was trained."
     known = {k: getattr(run.cfg, k) for k in _fields}
     known |= dict(likelihood=run.likelihood, random_state=run.cfg.seed)
-    known["standardize"] = getattr(run.model.likelihood, "units", None) is not None
+    as_bytes = run.values == "bytes" and run.likelihood == "gaussian"  # which the run saw as x/255
+    known["standardize"] = as_bytes or getattr(run.model.likelihood, "units", None) is not None
     usual = {f.name: f.default for f in dataclasses.fields(Config)}
     others = {*(f.name for f in dataclasses.fields(ModelConfig)), "precision"} - {"dataset", *known}
     changed = {k: v for k, v in identity(run.cfg).items() if k in others and v != usual[k]}
@@ -463,7 +479,7 @@ def _parameters_of(run):
 def _taken_over(est, run):
     "An estimator with what a run has learned."
     est.config_, est.likelihood_, est.scaler_ = run.cfg, run.likelihood, None
-    est.x_shape_, est.n_features_in_ = run.x_shape, math.prod(run.x_shape)
+    est.x_shape_, est.n_features_in_, est.values_ = run.x_shape, math.prod(run.x_shape), run.values
     if run.columns:
         est.feature_names_in_ = np.array(run.columns, dtype=object)
     model = copy.deepcopy(run.model).cpu().double().eval()

@@ -39,8 +39,10 @@ from csrae_nb.data import (
     as_named_arrays,
     channels_first,
     check_arrays,
-    is_binary,
-    scaled,
+    is_bytes,
+    is_table,
+    scaled_as,
+    table_as,
 )
 from .clusters import cluster_codes
 from .divergence import cs_divergence
@@ -77,12 +79,12 @@ def as_trained(
     name: str = "x",  # of them, in errors
 ) -> Float[Tensor, "n *X"]:
     "Examples in the range of the run's likelihood; ValueError for another shape or range."
+    values = run.values if is_bytes(x) or run.values is None else "zeros and ones"  # integers are no levels
     x, kind = channels_first(check_arrays({"x": x})["x_train"]), run.model.likelihood
     _check_shape(run, x, name)
-    binary = is_binary(x)
-    t = scaled(x, run.likelihood, binary)
+    t = scaled_as(x, run.likelihood, values, name)
     kind.check(t, name)
-    if run.likelihood == "bernoulli" and not binary:
+    if run.likelihood == "bernoulli":  # zeros and ones stay as they are
         t = torch.bernoulli(t, generator=torch.Generator().manual_seed(BINARISATION_SEED))
     return t
 
@@ -98,20 +100,28 @@ def read_examples(
         _check_shape(run, x, source)
         return Examples(x, tuple(f"test {i}" for i in range(len(x))))
     path = Path(source).expanduser() if isinstance(source, (str, Path)) else None
-    x, names = _read(path, run.columns) if path else (as_named_arrays(source, run.columns)[0], None)
-    x = as_trained(run, _one_array(x), str(path or "x"))
+    x, names, of_table = _read(path, run.columns) if path else _in_memory(source, run.columns)
+    x = _one_array(x)
+    x = as_trained(
+        run, table_as(x, run.values, str(path or "the table")) if of_table else x, str(path or "x")
+    )
     return Examples(x, names or tuple(map(str, range(len(x)))))
 
 # %% ../nbs/23_after_training.ipynb #230408
 def _read(path, columns):
-    "Arrays by name, or one array; and the names of the examples, None if they have none."
+    "Arrays by name, or one; the names of the examples, None if they have none; whether it is a table."
     kind = path.suffix.lower()
     if path.is_dir() or kind in IMAGES:
         files, x = folder_images(path)
-        return x, tuple(f.as_posix() for f in files)
+        return x, tuple(f.as_posix() for f in files), False
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there, nor one of {', '.join(DATASETS)}")
-    return (TABLES[kind](path, columns) if kind in TABLES else read_arrays(path))[0], None
+    return (TABLES[kind](path, columns) if kind in TABLES else read_arrays(path))[0], None, kind in TABLES
+
+
+def _in_memory(source, columns):
+    arrays, names = as_named_arrays(source, columns)
+    return arrays, None, bool(names) or is_table(source)
 
 
 def _one_array(x):
