@@ -29,7 +29,7 @@ from .likelihoods import make_likelihood
 from .models import Autoencoder, rows_at_once, warmed_up
 
 # %% ../nbs/20_estimator.ipynb #200102
-from .config import Config, ModelConfig, has_cs, identity, make_config, resolve
+from .config import Config, ModelConfig, has_cs, identity, make_config, prior_kind, resolve
 from .files import generator, progress_bar
 from .priors import merge_components
 from .process import accelerator, torch_defaults
@@ -154,19 +154,18 @@ class CSRAEEmbedding(_Codes, _Components):
         ValueError for rows or parameters that cannot be."""
         for known in ("model_", "run_"):  # should this fit fail, there is none
             vars(self).pop(known, None)
-        _check_clusters(self)
         cfg, run = _whole_run(self, X)
         model = run.model.cpu().double()
         self.component_clusters_ = _clusters_of_components(self, model, cfg.seed)
-        self.config_, self.model_, self._optimizer = cfg, model, None
+        self.config_, self.model_, self._optimizer, self._begun = cfg, model, None, _begun_with(self)
         self.history_, self.n_iter_, self.best_epoch_ = run.history, len(run.history), run.best_epoch
         return self
 
     def partial_fit(self, X, y=None) -> "CSRAEEmbedding":  # itself; y is ignored
         """One pass over the rows X in shuffled batches, from where the last call or fit left off.
         Nothing validates. ValueError as in fit."""
-        _check_clusters(self)
         cfg, model, optimizer, history = _one_pass(self, X)
+        self._begun = _begun_with(self)
         model = model.eval().cpu().double()
         self.component_clusters_ = _clusters_of_components(self, model, cfg.seed)
         self.config_, self.model_, self._optimizer = cfg, model, optimizer
@@ -308,12 +307,17 @@ def _dataset(est, train, val):
 _turn = threading.Lock()  # one training at a time in a process
 
 # %% ../nbs/20_estimator.ipynb #200118
-def _check_clusters(est):
-    "ValueError for a number of clusters that cannot be."
-    C, K = est.clusters, est.components
+def _check_clusters(est, cfg):  # resolved, of the rows that there are
+    "ValueError, before anything is trained, for clusters that the prior's components cannot be joined into."
+    C, K = est.clusters, 1 if prior_kind(cfg) == "normal" else cfg.components
+    if C is not None and K < 3:
+        raise ValueError(
+            f"clusters={C!r}; expected None, as this {cfg.model} has fewer than 3 components: {K}"
+        )
     if C in (None, "auto") or isinstance(C, Integral) and 1 <= C <= K:
         return
-    raise ValueError(f"clusters={C!r}; expected None, 'auto', or an integer from 1 to components={K}")
+    few = "" if K == est.components else f", as many as rows to train on (components={est.components})"
+    raise ValueError(f"clusters={C!r}; expected None, 'auto', or an integer from 1 to components={K}{few}")
 
 
 @torch.no_grad()
@@ -331,8 +335,34 @@ def _whole_run(est, X):
     seed = _seed(est.random_state)
     train, val = _split(x, est.validation_fraction, seed)
     cfg, data = _config(est, len(train), seed), _dataset(est, train, val)
+    _check_clusters(est, cfg)
     with _turn, TemporaryDirectory() as folder:
         return cfg, fit(cfg, data, bool(est.verbose), folder, checkpoints=False)
+
+# %% ../nbs/20_estimator.ipynb #200123
+_of_the_start = (
+    "model prior latent_dim components lam beta network likelihood standardize "
+    "epochs warmup lr config device random_state"
+).split()
+
+
+def _begun_with(est):
+    "The parameters that a training keeps."
+    given = {k: getattr(est, k) for k in _of_the_start}
+    return {k: dict(v) if isinstance(v, dict) else v for k, v in given.items()}
+
+
+def _check_unchanged(est):
+    "ValueError for parameters that were set to something else since the training began."
+    begun = getattr(est, "_begun", {})
+    now = {k: v for k, v in _begun_with(est).items() if k in begun}
+    if changed := [
+        f"{k}={v!r} (was {begun[k]!r})" for k, v in now.items() if v is not begun[k] and v != begun[k]
+    ]:
+        raise ValueError(
+            f"{', '.join(changed)}: set since the training began, which partial_fit goes on with as it is; "
+            "set it back, or begin anew with fit, or with partial_fit of a clone"
+        )
 
 # %% ../nbs/20_estimator.ipynb #200024
 def _left_off(est, n):  # rows of the next pass
@@ -340,8 +370,11 @@ def _left_off(est, n):  # rows of the next pass
     if name := getattr(est, "run_", None):
         raise ValueError(f"partial_fit has no optimiser to go on from: {name} is a finished run; use fit")
     if hasattr(est, "model_"):
+        _check_unchanged(est)
+        _check_clusters(est, est.config_)
         return est.config_, est._optimizer, est.history_, min(_plain(est.batch_size), n)
     cfg = _config(est, n, _seed(est.random_state))
+    _check_clusters(est, cfg)
     return cfg, None, [], min(cfg.batch_size, n)
 
 
