@@ -1711,6 +1711,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'csrae_nb.trained._records': ('nbs/after_training.html#_records', 'csrae_nb/trained.py'),
                                   'csrae_nb.trained._short': ('nbs/after_training.html#_short', 'csrae_nb/trained.py'),
                                   'csrae_nb.trained._sort': ('nbs/after_training.html#_sort', 'csrae_nb/trained.py'),
+                                  'csrae_nb.trained._test_split': ('nbs/after_training.html#_test_split', 'csrae_nb/trained.py'),
                                   'csrae_nb.trained._to_parquet': ('nbs/after_training.html#_to_parquet', 'csrae_nb/trained.py'),
                                   'csrae_nb.trained._typed': ('nbs/after_training.html#_typed', 'csrae_nb/trained.py'),
                                   'csrae_nb.trained._whole_blocks': ('nbs/after_training.html#_whole_blocks', 'csrae_nb/trained.py'),

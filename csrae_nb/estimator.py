@@ -328,18 +328,7 @@ def _clusters_of_components(est, model, seed):  # (K,), int64
         return np.arange(len(p.logw))
     return merge_components(p, None if est.clusters == "auto" else int(est.clusters), seed=seed).cpu().numpy()
 
-# %% ../nbs/20_estimator.ipynb #200020
-def _whole_run(est, X):
-    "A training from the start: its configuration, and the run."
-    x, _ = _rows(est, X, True, ensure_min_samples=2)
-    seed = _seed(est.random_state)
-    train, val = _split(x, est.validation_fraction, seed)
-    cfg, data = _config(est, len(train), seed), _dataset(est, train, val)
-    _check_clusters(est, cfg)
-    with _turn, TemporaryDirectory() as folder:
-        return cfg, fit(cfg, data, bool(est.verbose), folder, checkpoints=False)
-
-# %% ../nbs/20_estimator.ipynb #200123
+# %% ../nbs/20_estimator.ipynb #200218
 _of_the_start = (
     "model prior latent_dim components lam beta network likelihood standardize "
     "epochs warmup lr config device random_state"
@@ -363,6 +352,17 @@ def _check_unchanged(est):
             f"{', '.join(changed)}: set since the training began, which partial_fit goes on with as it is; "
             "set it back, or begin anew with fit, or with partial_fit of a clone"
         )
+
+# %% ../nbs/20_estimator.ipynb #200020
+def _whole_run(est, X):
+    "A training from the start: its configuration, and the run."
+    x, _ = _rows(est, X, True, ensure_min_samples=2)
+    seed = _seed(est.random_state)
+    train, val = _split(x, est.validation_fraction, seed)
+    cfg, data = _config(est, len(train), seed), _dataset(est, train, val)
+    _check_clusters(est, cfg)
+    with _turn, TemporaryDirectory() as folder:
+        return cfg, fit(cfg, data, bool(est.verbose), folder, checkpoints=False)
 
 # %% ../nbs/20_estimator.ipynb #200024
 def _left_off(est, n):  # rows of the next pass

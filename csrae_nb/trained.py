@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 # %% ../nbs/23_after_training.ipynb #230102
-from .catalogue import DATASETS, TABLES, load_data
+from .catalogue import DATASETS, TABLES, dataset_name, load_data, loader_of
 from .config import command, identity
 from csrae_nb.data import (
     BINARISATION_SEED,
@@ -95,9 +95,8 @@ def read_examples(
 ) -> Examples:
     """Examples for a run: of a data set by name its test split, of an .npz its `x`, or a split that it has.
     ValueError for what cannot be read, or is not as the run was trained."""
-    if isinstance(source, str) and source in DATASETS:
-        x = load_data(source, run.likelihood).fixed("test")
-        _check_shape(run, x, source)
+    if isinstance(source, (str, Path)) and loader_of(source)[0]:
+        x = _test_split(run, str(source))
         return Examples(x, tuple(f"test {i}" for i in range(len(x))))
     path = Path(source).expanduser() if isinstance(source, (str, Path)) else None
     x, names, of_table = _read(path, run.columns) if path else _in_memory(source, run.columns)
@@ -106,6 +105,20 @@ def read_examples(
         run, table_as(x, run.values, str(path or "the table")) if of_table else x, str(path or "x")
     )
     return Examples(x, names or tuple(map(str, range(len(x)))))
+
+# %% ../nbs/23_after_training.ipynb #230608
+def _test_split(run, source):
+    "The test split of a data set, with the fold, split and size of the run's own configuration."
+    own = {f: getattr(run.cfg, f) for f in loader_of(source)[1]}
+    if dataset_name(source) != dataset_name(run.cfg.dataset):
+        own.pop("answers", None)  # may be none that it has, and no label is asked for
+    if "image_size" in own:
+        side = own["image_size"] = run.x_shape[-1]
+        if run.x_shape != (3, side, side) or side < 32:  # said before pictures are prepared
+            raise ValueError(f"{source} has square pictures in colour; {run.path.name} takes {run.x_shape}")
+    x = load_data(source, run.likelihood, run.cfg.split_seed, **own).fixed("test")
+    _check_shape(run, x, source)
+    return x
 
 # %% ../nbs/23_after_training.ipynb #230408
 def _read(path, columns):

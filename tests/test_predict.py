@@ -18,7 +18,7 @@ from csrae_nb.detection import Face
 from csrae_nb.drawings import DISFA_AUS, some_frames, write_disfa
 from csrae_nb.predict import BLOCK, COLUMNS, find_clips, write_predictions
 from csrae_nb.runs import fit
-from csrae_nb.trained import open_run
+from csrae_nb.trained import open_run, read_examples
 from csrae_nb.verbs import main
 
 cv2 = pytest.importorskip("cv2")
@@ -189,6 +189,47 @@ def test_answers_are_those_of_the_run(runs, videos, tmp_path):
     x = torch.from_numpy(crop[2:34, 2:34, ::-1].transpose(2, 0, 1).copy())[None].float() / 255 - 0.5
     expected = run.model.predict(x).sigmoid()[0].tolist()
     assert [float(table[3][a]) for a in AUS] == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.fixture
+def data_folder(runs, monkeypatch):
+    "Where faces_demo lies that the runs were trained on."
+    monkeypatch.setenv("CSRAE_DATA", str(runs / "data"))
+    monkeypatch.delenv("CSRAE_CACHE", raising=False)
+    return runs / "data"
+
+
+@pytest.mark.parametrize("fold", [0, 1])
+@pytest.mark.filterwarnings("ignore")
+def test_a_data_set_by_its_name_is_the_test_split_of_the_run(runs, data_folder, tmp_path, fold):
+    "Its fold, and its size: the test of another fold are subjects that the run was trained on."
+    brief = dict(epochs=1, warmup=1, model="Supervised", labels=1.0, image_size=32, fold=fold)
+    if fold:
+        fit(Config(dataset="faces_demo", **brief), progress=False, folder=tmp_path / "run")
+    run = open_run(tmp_path / "run" if fold else runs / "faces", codes=False)
+    before = sorted(p.name for p in data_folder.iterdir())
+    x = read_examples(run, "faces_demo").x
+    assert sorted(p.name for p in data_folder.iterdir()) == before  # nothing is prepared at another size
+    tests = [load_data("faces_demo", fold=f, image_size=32).fixed("test") for f in (0, 1)]
+    same = [len(x) == len(t) and bool((x[:20] == t[:20]).all()) for t in tests]
+    assert same == [fold == 0, fold == 1]
+    assert main(["predict", str(run.path), "faces_demo", "--out", str(tmp_path / "p.csv")]) == 0
+    assert len(rows(tmp_path / "p.csv")) == len(x)
+
+
+def test_a_data_set_of_another_shape_is_refused_before_it_is_prepared(runs, data_folder, tmp_path, capsys):
+    before = sorted(p.name for p in data_folder.iterdir())
+    with pytest.raises(SystemExit):
+        main(["predict", str(runs / "digits"), "faces_demo", "--out", str(tmp_path / "p.csv")])
+    assert "faces_demo has square pictures in colour; digits takes (8, 8)" in capsys.readouterr().err
+    assert sorted(p.name for p in data_folder.iterdir()) == before
+
+
+def test_a_split_that_a_seed_chose_is_chosen_again(tmp_path):
+    data = load_data("digits", split_seed=5)
+    brief = dict(model="Supervised", labels=1.0, split_seed=5, epochs=1, warmup=1)
+    run = fit(Config(**brief), data, progress=False, folder=tmp_path / "run")
+    assert (read_examples(run, "digits").x == data.fixed("test")).all()
 
 
 def test_examples_have_a_row_each(runs, tmp_path):
