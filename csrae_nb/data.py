@@ -426,10 +426,8 @@ def from_arrays(
     for k, v in x.items():
         make_likelihood(likelihood).check(v, k)
     about = dict(units=column_units(x["x_train"]) if likelihood == "gaussian" else None, values=values)
-    dynamic = likelihood == "bernoulli" and not binary
-    return Dataset(
-        name, **x, **y, likelihood=likelihood, dynamic=dynamic, sha256=hashes, classes=classes, **about
-    )
+    about |= dict(dynamic=likelihood == "bernoulli" and not binary)
+    return Dataset(name, **x, **y, likelihood=likelihood, sha256=hashes, classes=classes, **about)
 
 # %% ../nbs/08_data.ipynb #080045
 def some(

@@ -402,8 +402,7 @@ def write_predictions(
     progress: bool = True,  # show a progress bar on stderr
 ) -> Path:
     """How probable each answer is, or its expected intensity, as a table: a row per frame or example.
-    ValueError for what cannot be, or is there already. One of several videos that cannot be used is left
-    out, and at the end, when the table is there, a warning LeftOut says so."""
+    ValueError for what cannot be, or is there already; LeftOut, a warning at the end, of videos left out."""
     check_output(out := Path(out), (".csv",), force)
     answers_of(run)
     if jobs < 1 or every is not None and every < 1:
