@@ -37,7 +37,7 @@ SUPERVISED = "Supervised"  # the model that is a classifier alone, from the chap
 class ModelConfig:
     "What a run trains, and on which data."
 
-    dataset: str = "digits"  # a data set, or a path to .npz, .npy, .csv or images; "arrays": given to fit
+    dataset: str = "digits"  # a data set, or path to .npz, .npy, .csv, .parquet, images, videos; "arrays"
     model: str = "MixtureCSRAE"  # or VAE, IWAE, MixtureVAE, VampPriorVAE, CSRAE, WAE, CWAE, RAE; Supervised
     prior: str = "mog"  # of a MixtureCSRAE: mog or vamp
     latent_dim: int | None = None  # D; None: the data set's preset, as for every None below

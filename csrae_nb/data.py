@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'BINARISATION_SEED', 'ROOM', 'LazyImages', 'Dataset', 'names_of_labels', 'labelled_rows', 'is_binary',
-           'default_likelihood', 'scaled', 'column_units', 'channels_first', 'cut_splits', 'numbered', 'check_arrays',
-           'sha256', 'from_arrays', 'some', 'chosen_columns', 'table_arrays', 'is_table', 'as_named_arrays',
-           'as_arrays']
+           'is_bytes', 'default_likelihood', 'scaled', 'values_of', 'table_as', 'scaled_as', 'column_units',
+           'channels_first', 'cut_splits', 'numbered', 'check_arrays', 'sha256', 'from_arrays', 'some',
+           'chosen_columns', 'table_arrays', 'is_table', 'as_named_arrays', 'as_arrays']
 
 # %% ../nbs/08_data.ipynb #080002
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -79,6 +80,7 @@ class Dataset:
     units: Units | None = field(default=None, kw_only=True)  # of the networks; None: those of x
     levels: int = field(default=2, kw_only=True)  # of an answer: no and yes, or intensities 0, 1, …
     columns: tuple[str, ...] = field(default=(), kw_only=True)  # names of a table's columns
+    values: str | None = field(default=None, kw_only=True)  # what x came as, see `values_of`; None: not known
 
     @property
     def x_shape(self) -> tuple[int, ...]:  # e.g. (28, 28)
@@ -147,6 +149,11 @@ def is_binary(x: np.ndarray) -> bool:
     return bool(((x == 0) | (x == 1)).all())
 
 
+def is_bytes(x: Any) -> bool:
+    "Whether it is an array or a tensor of bytes, from 0 to 255, or can be one."
+    return np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x).dtype == np.uint8
+
+
 def default_likelihood(
     xs: list[np.ndarray],  # the examples of all splits: uint8 or float
 ) -> str:  # a key of `LIKELIHOODS`
@@ -168,6 +175,49 @@ def scaled(
         t /= 255
     if x.dtype == np.uint8 and likelihood == "discretized_logistic":
         t -= 0.5
+    return t
+
+# %% ../nbs/08_data.ipynb #080215
+def values_of(
+    xs: list[np.ndarray],  # the examples of all splits: uint8 or float
+) -> str:
+    "What examples came as, by the rows of the table above: zeros and ones, bytes, or floats."
+    if all(map(is_binary, xs)):
+        return "zeros and ones"
+    return "bytes" if xs[0].dtype == np.uint8 else "floats"
+
+
+def table_as(
+    x: np.ndarray,  # numbers of a table
+    values: str | None,  # what those of training came as
+    table: str = "the table",  # what it is called, in errors
+) -> np.ndarray:
+    "A table's numbers as bytes, or as floats, if those of training were. ValueError for what is no byte."
+    if values == "bytes" and x.dtype != np.uint8:
+        if (odd := x[(x < 0) | (x > 255) | (x != np.round(x))]).size:
+            raise ValueError(
+                f"{table} holds {odd[0]:g}; expected whole numbers from 0 to 255, as in training"
+            )
+        return x.astype(np.uint8)
+    return x.astype(np.float32) if values == "floats" and x.dtype == np.uint8 else x
+
+# %% ../nbs/08_data.ipynb #080315
+def scaled_as(
+    x: np.ndarray,  # new examples: uint8 or float
+    likelihood: str,  # a key of `LIKELIHOODS`
+    values: str | None,  # what those of training came as; None: not known, these are asked
+    name: str = "x",  # of the examples, in a warning
+) -> Float[Tensor, "..."]:  # float32
+    "New values in the range of the likelihood, each example by itself; a warning where bytes are ambiguous."
+    if values is None or x.dtype != np.uint8:
+        return scaled(x, likelihood, is_binary(x))
+    if values != "zeros and ones":
+        if x.max(initial=0) == 1:
+            bits = "zeros and ones are to be booleans, or floats"
+            warnings.warn(f"{name} has no level above 1, and is read as grey levels up to 255; {bits}")
+        return scaled(x, likelihood, False)
+    t, grey = scaled(x, likelihood, True), x.reshape(len(x), -1).max(1, initial=0) > 1
+    t[torch.from_numpy(grey)] = scaled(x[grey], likelihood, False)
     return t
 
 # %% ../nbs/08_data.ipynb #080018
@@ -366,7 +416,8 @@ def from_arrays(
     hashes = hashes or {k: sha256(v.tobytes()) for k, v in arrays.items()}
     arrays = {f"{a}_{s}": None for a in "xy" for s in SPLITS} | cut_splits(arrays, split_seed)
     xs = [channels_first(arrays[f"x_{s}"]) for s in SPLITS]
-    likelihood, binary = likelihood or default_likelihood(xs), all(map(is_binary, xs))
+    likelihood, values = likelihood or default_likelihood(xs), values_of(xs)
+    binary = values == "zeros and ones"
     x = {f"x_{s}": scaled(v, likelihood, binary) for s, v in zip(SPLITS, xs)}
     labels, classes = numbered({k: v for k, v in arrays.items() if k[0] == "y" and v is not None})
     y = dict.fromkeys(f"y_{s}" for s in SPLITS) | {
@@ -374,11 +425,9 @@ def from_arrays(
     }
     for k, v in x.items():
         make_likelihood(likelihood).check(v, k)
-    units = column_units(x["x_train"]) if likelihood == "gaussian" else None
-    dynamic = likelihood == "bernoulli" and not binary
-    return Dataset(
-        name, **x, **y, likelihood=likelihood, dynamic=dynamic, sha256=hashes, classes=classes, units=units
-    )
+    about = dict(units=column_units(x["x_train"]) if likelihood == "gaussian" else None, values=values)
+    about |= dict(dynamic=likelihood == "bernoulli" and not binary)
+    return Dataset(name, **x, **y, likelihood=likelihood, sha256=hashes, classes=classes, **about)
 
 # %% ../nbs/08_data.ipynb #080045
 def some(

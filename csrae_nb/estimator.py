@@ -22,13 +22,14 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from .data import column_units, default_likelihood, from_arrays, is_binary, scaled
+from .data import column_units, default_likelihood, from_arrays, is_table
+from .data import scaled_as, table_as, values_of
 from .mixtures import GMM, matrix_log_prob
 from .likelihoods import make_likelihood
 from .models import Autoencoder, rows_at_once, warmed_up
 
 # %% ../nbs/20_estimator.ipynb #200102
-from .config import Config, ModelConfig, has_cs, identity, make_config, resolve
+from .config import Config, ModelConfig, has_cs, identity, make_config, prior_kind, resolve
 from .files import generator, progress_bar
 from .priors import merge_components
 from .process import accelerator, torch_defaults
@@ -80,6 +81,7 @@ class _Codes(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Parameters):
     config_: Config  # of the training, resolved
     likelihood_: str
     scaler_: StandardScaler | None  # of a gaussian's columns
+    values_: str | None  # what the rows came as: zeros and ones, bytes, or floats
     x_shape_: tuple[int, ...]  # of a row as the model sees it
 
     def __sklearn_tags__(self):
@@ -91,7 +93,8 @@ class _Codes(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Parameters):
     def _n_features_out(self):  # for get_feature_names_out
         return self.config_.latent_dim
 
-    def _start(self, x):  # rows that a training begins with, float64
+    def _start(self, x, grey):  # rows that a training begins with, float64; their bytes, if they are some
+        self.values_ = values_of([x if grey is None else grey])
         self.likelihood_, self.scaler_ = _columns_of(x, self.likelihood, self.standardize)
         self.x_shape_ = x.shape[1:]
 
@@ -151,19 +154,18 @@ class CSRAEEmbedding(_Codes, _Components):
         ValueError for rows or parameters that cannot be."""
         for known in ("model_", "run_"):  # should this fit fail, there is none
             vars(self).pop(known, None)
-        _check_clusters(self)
         cfg, run = _whole_run(self, X)
         model = run.model.cpu().double()
         self.component_clusters_ = _clusters_of_components(self, model, cfg.seed)
-        self.config_, self.model_, self._optimizer = cfg, model, None
+        self.config_, self.model_, self._optimizer, self._begun = cfg, model, None, _begun_with(self)
         self.history_, self.n_iter_, self.best_epoch_ = run.history, len(run.history), run.best_epoch
         return self
 
     def partial_fit(self, X, y=None) -> "CSRAEEmbedding":  # itself; y is ignored
         """One pass over the rows X in shuffled batches, from where the last call or fit left off.
         Nothing validates. ValueError as in fit."""
-        _check_clusters(self)
         cfg, model, optimizer, history = _one_pass(self, X)
+        self._begun = _begun_with(self)
         model = model.eval().cpu().double()
         self.component_clusters_ = _clusters_of_components(self, model, cfg.seed)
         self.config_, self.model_, self._optimizer = cfg, model, optimizer
@@ -216,18 +218,30 @@ def _rows(est, X, start, **kw):  # start: a training begins
     """The rows as the model sees them, float64, and X's precision.
     ValueError for what is no table of numbers, or beyond the likelihood's range."""
     X = X if start else _flat(X, est.x_shape_)
-    levels = _grey_levels(X)
+    grey, table = _grey_levels(X), is_table(X)
     X = validate_data(est, X, reset=start, dtype=[np.float64, np.float32], **kw)
     x = X.astype(np.float64)
     if start:
-        est._start(x)
-    if levels is not None and est.likelihood_ != "gaussian":
-        x = scaled(levels, est.likelihood_, is_binary(levels)).double().numpy()
+        est._start(x, grey)
+    x = _as_trained(est, x, grey, table)
     with np.errstate(over="ignore"):  # an outlier may be too far for a number
         if est.scaler_:
             x = np.nan_to_num(est.scaler_.transform(x))
     make_likelihood(est.likelihood_).check(torch.from_numpy(x), "X")
     return torch.from_numpy(x).reshape(-1, *est.x_shape_), X.dtype
+
+# %% ../nbs/20_estimator.ipynb #200309
+def _as_trained(est, x, grey, table):
+    "Rows, which may be bytes or a table's, in the range of the likelihood, as the training had them."
+    values, of_run = getattr(est, "values_", None), hasattr(est, "run_")
+    if of_run and table:
+        of_table = table_as(x if grey is None else grey, values, "X")
+        grey = of_table if of_table.dtype == np.uint8 else None
+    if (
+        grey is None or est.likelihood_ == "gaussian" and not of_run
+    ):  # numbers, for the estimator's own scaler
+        return x
+    return scaled_as(grey, est.likelihood_, values, "X").double().numpy()
 
 # %% ../nbs/20_estimator.ipynb #200209
 def _flat(X, x_shape):
@@ -293,12 +307,17 @@ def _dataset(est, train, val):
 _turn = threading.Lock()  # one training at a time in a process
 
 # %% ../nbs/20_estimator.ipynb #200118
-def _check_clusters(est):
-    "ValueError for a number of clusters that cannot be."
-    C, K = est.clusters, est.components
+def _check_clusters(est, cfg):  # resolved, of the rows that there are
+    "ValueError, before anything is trained, for clusters that the prior's components cannot be joined into."
+    C, K = est.clusters, 1 if prior_kind(cfg) == "normal" else cfg.components
+    if C is not None and K < 3:
+        raise ValueError(
+            f"clusters={C!r}; expected None, as this {cfg.model} has fewer than 3 components: {K}"
+        )
     if C in (None, "auto") or isinstance(C, Integral) and 1 <= C <= K:
         return
-    raise ValueError(f"clusters={C!r}; expected None, 'auto', or an integer from 1 to components={K}")
+    few = "" if K == est.components else f", as many as rows to train on (components={est.components})"
+    raise ValueError(f"clusters={C!r}; expected None, 'auto', or an integer from 1 to components={K}{few}")
 
 
 @torch.no_grad()
@@ -309,6 +328,31 @@ def _clusters_of_components(est, model, seed):  # (K,), int64
         return np.arange(len(p.logw))
     return merge_components(p, None if est.clusters == "auto" else int(est.clusters), seed=seed).cpu().numpy()
 
+# %% ../nbs/20_estimator.ipynb #200218
+_of_the_start = (
+    "model prior latent_dim components lam beta network likelihood standardize "
+    "epochs warmup lr config device random_state"
+).split()
+
+
+def _begun_with(est):
+    "The parameters that a training keeps."
+    given = {k: getattr(est, k) for k in _of_the_start}
+    return {k: dict(v) if isinstance(v, dict) else v for k, v in given.items()}
+
+
+def _check_unchanged(est):
+    "ValueError for parameters that were set to something else since the training began."
+    begun = getattr(est, "_begun", {})
+    now = {k: v for k, v in _begun_with(est).items() if k in begun}
+    if changed := [
+        f"{k}={v!r} (was {begun[k]!r})" for k, v in now.items() if v is not begun[k] and v != begun[k]
+    ]:
+        raise ValueError(
+            f"{', '.join(changed)}: set since the training began, which partial_fit goes on with as it is; "
+            "set it back, or begin anew with fit, or with partial_fit of a clone"
+        )
+
 # %% ../nbs/20_estimator.ipynb #200020
 def _whole_run(est, X):
     "A training from the start: its configuration, and the run."
@@ -316,6 +360,7 @@ def _whole_run(est, X):
     seed = _seed(est.random_state)
     train, val = _split(x, est.validation_fraction, seed)
     cfg, data = _config(est, len(train), seed), _dataset(est, train, val)
+    _check_clusters(est, cfg)
     with _turn, TemporaryDirectory() as folder:
         return cfg, fit(cfg, data, bool(est.verbose), folder, checkpoints=False)
 
@@ -325,8 +370,11 @@ def _left_off(est, n):  # rows of the next pass
     if name := getattr(est, "run_", None):
         raise ValueError(f"partial_fit has no optimiser to go on from: {name} is a finished run; use fit")
     if hasattr(est, "model_"):
+        _check_unchanged(est)
+        _check_clusters(est, est.config_)
         return est.config_, est._optimizer, est.history_, min(_plain(est.batch_size), n)
     cfg = _config(est, n, _seed(est.random_state))
+    _check_clusters(est, cfg)
     return cfg, None, [], min(cfg.batch_size, n)
 
 
@@ -453,7 +501,8 @@ def _parameters_of(run):
     "The parameters by which an estimator would train as a run was trained."
     known = {k: getattr(run.cfg, k) for k in _fields}
     known |= dict(likelihood=run.likelihood, random_state=run.cfg.seed)
-    known["standardize"] = getattr(run.model.likelihood, "units", None) is not None
+    as_bytes = run.values == "bytes" and run.likelihood == "gaussian"  # which the run saw as x/255
+    known["standardize"] = as_bytes or getattr(run.model.likelihood, "units", None) is not None
     usual = {f.name: f.default for f in dataclasses.fields(Config)}
     others = {*(f.name for f in dataclasses.fields(ModelConfig)), "precision"} - {"dataset", *known}
     changed = {k: v for k, v in identity(run.cfg).items() if k in others and v != usual[k]}
@@ -463,7 +512,7 @@ def _parameters_of(run):
 def _taken_over(est, run):
     "An estimator with what a run has learned."
     est.config_, est.likelihood_, est.scaler_ = run.cfg, run.likelihood, None
-    est.x_shape_, est.n_features_in_ = run.x_shape, math.prod(run.x_shape)
+    est.x_shape_, est.n_features_in_, est.values_ = run.x_shape, math.prod(run.x_shape), run.values
     if run.columns:
         est.feature_names_in_ = np.array(run.columns, dtype=object)
     model = copy.deepcopy(run.model).cpu().double().eval()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'COLUMNS', 'answers_of', 'predict_examples', 'sees_faces', 'predict_faces', 'Clip', 'find_clips', 'seen_in',
-           'write_predictions', 'show_prediction']
+           'LeftOut', 'write_predictions', 'show_prediction']
 
 # %% ../nbs/23a_predict.ipynb #232002
 import csv
@@ -13,17 +13,19 @@ import io
 import json
 import os
 import shutil
+import signal
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from threading import Thread
+from _thread import interrupt_main
+from threading import Thread, current_thread, main_thread
 from typing import Any
 
 import numpy as np
@@ -33,7 +35,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 # %% ../nbs/23a_predict.ipynb #232102
-from .catalogue import DATASETS
+from .catalogue import ARRAYS, DATASETS
 from .data import some
 from .detection import VIDEOS, Detector, Seen, check_found, ends_early, face_picture, make_detector
 from .detection import video_faces, video_length
@@ -293,25 +295,55 @@ def _predicted(job, clip, finished, tools, progress):
         return reason(e), True
 
 # %% ../nbs/23a_predict.ipynb #232019
+_shared = {}  # by a process with the one that began it
+
+
 def _end_with_parent():
     parent_process().join()
     os._exit(1)
 
 
-def _begin_process():
-    "One thread of computation, and one that waits for the end of the process that began this."
-    Thread(target=_end_with_parent, daemon=True).start()
+def _stop_when_told():
+    _shared["stop"].wait()
+    interrupt_main()
+
+
+def _begin_process(stop):
+    "One thread of computation, and two that wait for the end, or the word, of the process that began this."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # but while there is work
+    _shared["stop"] = stop
+    for wait in (_end_with_parent, _stop_when_told):
+        Thread(target=wait, daemon=True).start()
     torch.set_num_threads(1)
     face_library("cv2").setNumThreads(1)
 
-
+# %% ../nbs/23a_predict.ipynb #232119
 @cache
 def _tools(job):
     return job.tools()
 
 
 def _in_process(job, clip, finished):
-    return _predicted(job, clip, finished, _tools(job), False)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        if _shared["stop"].is_set():
+            raise KeyboardInterrupt
+        return _predicted(job, clip, finished, _tools(job), False)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _deaf():
+    "Processes that begin within do not hear Ctrl-C while they import."
+    if current_thread() is not main_thread():
+        yield  # only the main thread may say so
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
 
 # %% ../nbs/23a_predict.ipynb #232020
 def _all_predicted(job, work, jobs, tools, progress):
@@ -320,12 +352,13 @@ def _all_predicted(job, work, jobs, tools, progress):
         for k, (clip, finished) in enumerate(work):
             yield k, _predicted(job, clip, finished, tools, progress)
         return
-    context = get_context("spawn")
+    stop = (context := get_context("spawn")).Event()
     with (
         progress_bar(progress, total=len(work), unit="video", desc="predicting") as bar,
-        ProcessPoolExecutor(min(jobs, len(work)), context, _begin_process) as pool,
+        ProcessPoolExecutor(min(jobs, len(work)), context, _begin_process, (stop,)) as pool,
     ):
-        waiting = {pool.submit(_in_process, job, *w): k for k, w in enumerate(work)}
+        with _deaf():
+            waiting = {pool.submit(_in_process, job, *w): k for k, w in enumerate(work)}
         try:
             for f in as_completed(waiting):
                 yield waiting[f], f.result()
@@ -336,9 +369,14 @@ def _all_predicted(job, work, jobs, tools, progress):
                 "what is done stays, and the same command goes on"
             ) from e
         finally:
+            stop.set()
             pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/23a_predict.ipynb #232021
+class LeftOut(UserWarning):
+    "Videos that a table is without."
+
+
 def _together(out, work, said):
     "Put the table together from the clips without a problem; ValueError if there is none."
     problems = [text for text, problem in said if problem]
@@ -346,10 +384,6 @@ def _together(out, work, said):
         raise ValueError(
             some(problems, 1) if len(work) == 1 else f"no video of {len(work)}: {some(problems)}"
         )
-    if problems:
-        warnings.warn(f"{len(problems)} of {len(work)} videos are left out: {'; '.join(problems)}")
-    for text in (text for text, problem in said if text and not problem):
-        warnings.warn(text)
     whole = out.with_name(f".{out.name}.tmp")
     with open(whole, "wb") as f:
         for finished, (_, problem) in zip((w[1] for w in work), said):
@@ -357,6 +391,14 @@ def _together(out, work, said):
                 lines = finished.read_bytes().splitlines(keepends=True)
                 f.writelines(lines[1:] if f.tell() else lines)
     os.replace(whole, out)
+
+
+def _tell(said):
+    "Warn of what is to be said of clips, when the table is there."
+    for text in (text for text, problem in said if text and not problem):
+        warnings.warn(text)
+    if problems := [text for text, problem in said if problem]:
+        warnings.warn(f"{len(problems)} of {len(said)} videos are left out: {'; '.join(problems)}", LeftOut)
 
 # %% ../nbs/23a_predict.ipynb #232022
 def write_predictions(
@@ -372,7 +414,7 @@ def write_predictions(
     progress: bool = True,  # show a progress bar on stderr
 ) -> Path:
     """How probable each answer is, or its expected intensity, as a table: a row per frame or example.
-    ValueError for what cannot be, or is there already; one of several videos is left out with a warning."""
+    ValueError for what cannot be, or is there already; LeftOut, a warning at the end, of videos left out."""
     check_output(out := Path(out), (".csv",), force)
     answers_of(run)
     if jobs < 1 or every is not None and every < 1:
@@ -397,19 +439,20 @@ def _write_frames(run, clips, out, job, jobs, progress):
     work = [(clip, _part(job, clip, weights)) for clip in clips]
     try:
         with run_lock(job.parts):
-            said = dict(_all_predicted(job, work, jobs, (run, detector), progress))
-            _together(out, work, [said[k] for k in range(len(work))])
+            found = dict(_all_predicted(job, work, jobs, (run, detector), progress))
+            _together(out, work, said := [found[k] for k in range(len(work))])
         shutil.rmtree(job.parts, ignore_errors=True)
     finally:
         with suppress(OSError):
             if not {f.name for f in job.parts.iterdir()} - {".lock"}:
                 shutil.rmtree(job.parts)
+    _tell(said)
 
 # %% ../nbs/23a_predict.ipynb #232123
 def _are_examples(run, source):
     "Whether a source holds examples, not clips; ValueError for videos and a run that is not on faces."
     path = Path(source).expanduser() if isinstance(source, (str, Path)) else None
-    if path is None or str(source) in DATASETS or path.suffix.lower() in (".npz", ".npy", ".csv"):
+    if path is None or str(source) in DATASETS or path.suffix.lower() in ARRAYS:
         return True
     if sees_faces(run):
         return False

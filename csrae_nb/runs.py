@@ -58,6 +58,7 @@ class Run:
     x_shape: tuple[int, ...]  # of an example
     likelihood: str  # a key of LIKELIHOODS
     columns: tuple[str, ...]  # names of a table's columns, if it was trained on one
+    values: str | None = None  # what its training examples came as, see `values_of`; None: not known
 
     @property
     def task(self) -> Task:
@@ -87,6 +88,7 @@ def load_run(
         model.load_state_dict(weights)
         known = {k: meta[k] for k in ("history", "best_epoch", "seconds", "sha256", "likelihood")}
         known |= dict(x_shape=tuple(meta["x_shape"]), columns=tuple(meta.get("columns", ())))
+        known |= dict(values=meta.get("values"))
     except (KeyError, RuntimeError, TypeError) as e:
         raise ValueError(f"{file} is no model of a finished run ({e})") from e
     return Run(cfg, path, model.to(device).eval(), **known)

@@ -8,7 +8,9 @@ __all__ = ['NEEDED', 'FILES', 'LIMIT', 'model_card', 'check_model', 'Pretrained'
 # %% ../nbs/19b_sharing.ipynb #210002
 import dataclasses
 import json
+import re
 import sys
+from difflib import SequenceMatcher
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from .catalogue import DATASETS
 from .catalogue import dataset_name
+from .data import some
 from .results import markdown_table
 from .config import Config, command, identity, make_config
 from .files import load_tensors, save_tensors
@@ -178,8 +181,9 @@ def _download(name, limit, kw):
     try:
         return snapshot_download(name, allow_patterns=[*FILES], **kw)
     except (OSError, ValueError) as e:
+        why = next(iter(str(e).splitlines()), "")  # the Hub's advice goes on
         raise FileNotFoundError(
-            f"{name!r} is no folder here, and the Hub did not give it ({type(e).__name__}: {e}). "
+            f"{name!r} is no folder here, and the Hub did not give it ({type(e).__name__}: {why}). "
             "Expected a folder that save_pretrained wrote, or the name of a model, as in user/name; "
             "for a private one, log in first (hf auth login)"
         ) from e
@@ -232,6 +236,28 @@ def _shared_metrics(content, cfg):
         "provenance": {**content["provenance"], "command": command(cfg)},
     }
 
+# %% ../nbs/19b_sharing.ipynb #210410
+def _no_run(where):
+    "That no run has this name, and which are named most like it."
+    there, name = [p.parent.name for p in runs_folder().glob("*/config.json")], Path(where).name.lower()
+    like = {n: (name in n.lower(), SequenceMatcher(None, name, n.lower()).ratio()) for n in sorted(there)}
+    alike = (
+        f"; most alike: {some(sorted(like, key=like.get, reverse=True))}" if like else ", which holds none"
+    )
+    return f"no run is named {str(where)!r} in {runs_folder()}{alike}"
+
+
+def _from_hub(where):
+    "A run that is no folder here; FileNotFoundError if the Hub has no such name, either."
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(where)):
+        raise FileNotFoundError(
+            f"{_no_run(where)}; nor is it a folder, or a name on the Hub, as in user/name"
+        )
+    try:
+        return Pretrained.from_pretrained(str(where)).run
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"{_no_run(where)}; {e}") from e
+
 # %% ../nbs/19b_sharing.ipynb #210310
 def open_run(
     where: Path | str,  # folder of a run or of a saved model, name of a run, or name of a model on the Hub
@@ -242,7 +268,7 @@ def open_run(
     folder = next((p for p in (Path(where).expanduser(), runs_folder() / where) if p.is_dir()), None)
     if folder:
         check_model(folder / "model.safetensors")  # who knows where it comes from
-    run = load_run(folder) if folder else Pretrained.from_pretrained(str(where)).run
+    run = load_run(folder) if folder else _from_hub(where)
     run.model.to(device)
     if codes and not isinstance(run.model, Autoencoder):
         raise ValueError(f"{run.path.name} is a classifier alone: it has no codes")

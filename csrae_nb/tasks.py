@@ -272,6 +272,8 @@ class Task(Epochs, Validation):
         "What must be known of the data to make the model."
         known = dict(x_shape=data.x_shape, likelihood=data.likelihood)
         known |= dict(columns=data.columns) if data.columns else {}
+        if values := data.values or ("bytes" if isinstance(data.x_train, LazyImages) else None):
+            known["values"] = values
         return known if data.units is None else {**known, "units": data.units.record()}
 
     def make_model(

@@ -14,6 +14,7 @@ import heapq
 import io
 import json
 import os
+import re
 from base64 import b64encode
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 # %% ../nbs/23_after_training.ipynb #230102
-from .catalogue import DATASETS, TABLES, load_data
+from .catalogue import DATASETS, TABLES, dataset_name, load_data, loader_of
 from .config import command, identity
 from csrae_nb.data import (
     BINARISATION_SEED,
@@ -38,8 +39,10 @@ from csrae_nb.data import (
     as_named_arrays,
     channels_first,
     check_arrays,
-    is_binary,
-    scaled,
+    is_bytes,
+    is_table,
+    scaled_as,
+    table_as,
 )
 from .clusters import cluster_codes
 from .divergence import cs_divergence
@@ -76,12 +79,12 @@ def as_trained(
     name: str = "x",  # of them, in errors
 ) -> Float[Tensor, "n *X"]:
     "Examples in the range of the run's likelihood; ValueError for another shape or range."
+    values = run.values if is_bytes(x) or run.values is None else "zeros and ones"  # integers are no levels
     x, kind = channels_first(check_arrays({"x": x})["x_train"]), run.model.likelihood
     _check_shape(run, x, name)
-    binary = is_binary(x)
-    t = scaled(x, run.likelihood, binary)
+    t = scaled_as(x, run.likelihood, values, name)
     kind.check(t, name)
-    if run.likelihood == "bernoulli" and not binary:
+    if run.likelihood == "bernoulli":  # zeros and ones stay as they are
         t = torch.bernoulli(t, generator=torch.Generator().manual_seed(BINARISATION_SEED))
     return t
 
@@ -92,25 +95,46 @@ def read_examples(
 ) -> Examples:
     """Examples for a run: of a data set by name its test split, of an .npz its `x`, or a split that it has.
     ValueError for what cannot be read, or is not as the run was trained."""
-    if isinstance(source, str) and source in DATASETS:
-        x = load_data(source, run.likelihood).fixed("test")
-        _check_shape(run, x, source)
+    if isinstance(source, (str, Path)) and loader_of(source)[0]:
+        x = _test_split(run, str(source))
         return Examples(x, tuple(f"test {i}" for i in range(len(x))))
     path = Path(source).expanduser() if isinstance(source, (str, Path)) else None
-    x, names = _read(path, run.columns) if path else (as_named_arrays(source, run.columns)[0], None)
-    x = as_trained(run, _one_array(x), str(path or "x"))
+    x, names, of_table = _read(path, run.columns) if path else _in_memory(source, run.columns)
+    x = _one_array(x)
+    x = as_trained(
+        run, table_as(x, run.values, str(path or "the table")) if of_table else x, str(path or "x")
+    )
     return Examples(x, names or tuple(map(str, range(len(x)))))
+
+# %% ../nbs/23_after_training.ipynb #230608
+def _test_split(run, source):
+    "The test split of a data set, with the fold, split and size of the run's own configuration."
+    own = {f: getattr(run.cfg, f) for f in loader_of(source)[1]}
+    if dataset_name(source) != dataset_name(run.cfg.dataset):
+        own.pop("answers", None)  # may be none that it has, and no label is asked for
+    if "image_size" in own:
+        side = own["image_size"] = run.x_shape[-1]
+        if run.x_shape != (3, side, side) or side < 32:  # said before pictures are prepared
+            raise ValueError(f"{source} has square pictures in colour; {run.path.name} takes {run.x_shape}")
+    x = load_data(source, run.likelihood, run.cfg.split_seed, **own).fixed("test")
+    _check_shape(run, x, source)
+    return x
 
 # %% ../nbs/23_after_training.ipynb #230408
 def _read(path, columns):
-    "Arrays by name, or one array; and the names of the examples, None if they have none."
+    "Arrays by name, or one; the names of the examples, None if they have none; whether it is a table."
     kind = path.suffix.lower()
     if path.is_dir() or kind in IMAGES:
         files, x = folder_images(path)
-        return x, tuple(f.as_posix() for f in files)
+        return x, tuple(f.as_posix() for f in files), False
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there, nor one of {', '.join(DATASETS)}")
-    return (TABLES[kind](path, columns) if kind in TABLES else read_arrays(path))[0], None
+    return (TABLES[kind](path, columns) if kind in TABLES else read_arrays(path))[0], None, kind in TABLES
+
+
+def _in_memory(source, columns):
+    arrays, names = as_named_arrays(source, columns)
+    return arrays, None, bool(names) or is_table(source)
 
 
 def _one_array(x):
@@ -216,22 +240,24 @@ def write_encoded(
     return out
 
 # %% ../nbs/23_after_training.ipynb #230015p
-def _part(run, examples, out):
-    "Where rows are begun, under a name that says of which weights and examples they are; older ones go."
-    of = hashlib.sha256((run.path / "model.safetensors").read_bytes())
-    if isinstance(examples.x, Tensor):
-        of.update(examples.x.contiguous().cpu().numpy())
-    part = out.with_name(f".{out.name}.{run.path.name}.{of.hexdigest()[:16]}.part")
-    for other in out.parent.glob(f".{out.name}.{run.path.name}.*.part"):
-        if other != part:
+def _part(run, examples, out, ll_samples=0, codes=True):
+    "Where rows are begun, under a name that says all that they depend on; those of anything else go."
+    of, rows = hashlib.sha256((run.path / "model.safetensors").read_bytes()), rows_at_once(examples.x)
+    x = examples.x if isinstance(examples.x, Tensor) else examples.x[:rows]  # of too many the first
+    of.update(x.contiguous().cpu().numpy())
+    of.update(json.dumps([run.device.type, rows, ll_samples, codes, examples.names]).encode())
+    begun = f".{out.name}.{run.path.name}."
+    part = out.with_name(f"{begun}{of.hexdigest()[:16]}.part")
+    for other in out.parent.iterdir():
+        if re.fullmatch(re.escape(begun) + r"[0-9a-f]{16}\.(part|sorted|tmp)", other.name) and other != part:
             other.unlink()
     return part
 
 # %% ../nbs/23_after_training.ipynb #230115
 def _write_rows(run, examples, out, ll_samples, progress, codes=True):
     "The rows in a .csv beside the file that is wanted: begun, or gone on with."
-    part = _part(run, examples, out)
-    done = _whole_rows(part, examples.names, ll_samples, codes)
+    part = _part(run, examples, out, ll_samples, codes)
+    done = _whole_blocks(part, rows_at_once(examples.x))
     digits = 9 if out.suffix.lower() == ".parquet" else 7  # to the bit, or to be read
     with open(part, "r+" if done else "w", newline="", encoding="utf-8") as f:
         f.seek(0, io.SEEK_END)
@@ -251,21 +277,23 @@ def _short(values, digits):
     return [f"{v:.{digits}g}" if isinstance(v, float) else v for v in values]
 
 
-def _whole_rows(part, names, ll_samples, codes):
-    "How many rows of these examples are there already; what follows them is cut off."
-    if not part.exists():
+def _records(f):
+    "The rows of a .csv, its header first, and the byte at which each ends; a name may have line breaks."
+    for row in csv.reader(line.decode(errors="replace") for line in iter(f.readline, b"")):
+        yield row, f.tell()
+
+
+def _whole_blocks(part, rows):
+    "How many rows there are in whole blocks of so many; what follows them is cut off."
+    if not part.exists() or not part.stat().st_size:
         return 0
-    lines = part.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [r for r in lines[1:] if r.endswith("\n")]
-    there = [next(csv.reader([r]))[0 if codes else 1] for r in whole]
-    columns = lines[0].split(",") if whole else [""]
-    same = columns[0] == ("name" if codes else "unusual") and ("log_likelihood" in columns) == bool(
-        ll_samples
-    )
-    if not same or tuple(there) != names[: len(there)]:
-        return 0
-    part.write_text("".join([lines[0], *whole]), encoding="utf-8")
-    return len(whole)
+    with open(part, "r+b") as f:
+        lengths, ends = zip(*((len(row), end) for row, end in _records(f)))
+        f.seek(-1, io.SEEK_END)
+        half = f.read() != b"\n" or lengths[-1] < lengths[0]  # the last row
+        done = max(0, len(ends) - 1 - half) // rows * rows
+        f.truncate(ends[done])
+    return done
 
 # %% ../nbs/23_after_training.ipynb #230515
 def _publish(part, out):
@@ -354,9 +382,9 @@ def _sort(table, out):
     with open(table, "rb") as f, open(out, "wb") as g:
         g.write(f.readline())
         ends, keys = [f.tell()], []
-        for row in csv.reader(line.decode() for line in iter(f.readline, b"")):
+        for row, end in _records(f):
             keys.append(float(row[0]))
-            ends.append(f.tell())
+            ends.append(end)
         for i in np.argsort(-np.array(keys), kind="stable"):
             f.seek(ends[i])
             g.write(f.read(ends[i + 1] - ends[i]))

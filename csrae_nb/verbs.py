@@ -9,6 +9,8 @@ __all__ = ['PICTURES', 'VERBS', 'main']
 import argparse
 import io
 import sys
+import warnings
+from glob import escape
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -20,8 +22,8 @@ from . import sweeps
 from .evaluation import complete_run, write_table
 from .files import RunLocked, write_atomic
 from .detection import DETECTORS
-from .grids import read_words, run_folder
-from .predict import write_predictions
+from .grids import FIELDS, read_words, run_folder
+from .predict import LeftOut, write_predictions
 from csrae_nb.trained import (
     CODES,
     check_output,
@@ -38,11 +40,17 @@ from csrae_nb.trained import (
 )
 
 # %% ../nbs/23b_csrae.ipynb #235005
+_MAIN = "reconstruction divergence ll active_units knn5 frechet_classifier_samples fid_samples error f1 icc"
+
+
 def _train(o):
     configs = read_words(o.fields)
     if len(configs) != 1:
         raise ValueError(f"{len(configs)} configurations; csrae train takes one, csrae sweep any number")
-    complete_run(configs[0])
+    metrics = complete_run(configs[0])
+    shown = [f"{k} {metrics[k]:.5g}" for k in _MAIN.split() if metrics.get(k) is not None]
+    if shown:  # not on stdout, which is the folder alone
+        print(f"{', '.join(shown)}; metrics.json has the others", file=sys.stderr)
     print(run_folder(configs[0]))
 
 
@@ -70,10 +78,17 @@ def _score(o):
 def _predict(o):
     how = dict(detector=o.detector, model=o.model, jobs=o.jobs, overlay=o.overlay, every=o.every)
     check_output(o.out, (".csv",), o.force)
-    run = open_run(o.run, o.device, codes=False)
-    write_predictions(run, o.data, o.out, **how, force=o.force)
+    run, left_out = open_run(o.run, o.device, codes=False), None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", LeftOut)
+            write_predictions(run, o.data, o.out, **how, force=o.force)
+    except LeftOut as e:  # the table of the others is there
+        left_out = e
+        print(f"csrae predict: {e}", file=sys.stderr)
     with open(o.out, encoding="utf-8") as f:
         print(f"{o.out}: {sum(1 for _ in f) - 1:,} rows")
+    return int(left_out is not None)
 
 # %% ../nbs/23b_csrae.ipynb #235006
 PICTURES = (".png", ".pdf", ".svg")
@@ -141,8 +156,7 @@ def _parser():
         prog="csrae", description="Train an autoencoder with a mixture prior, and use it."
     )
     verbs = p.add_subparsers(dest="verb", required=True, metavar="VERB")
-    train = verbs.add_parser("train", help="train and evaluate one run")
-    train.add_argument("fields", nargs="*", help="field=value, as in csrae_nb.Config; or one TOML file")
+    _add_train(verbs)
     verbs.add_parser("sweep", help="many runs, as csrae-sweep", add_help=False)
     encode = _on_data(verbs, "encode", "a table of codes, components and what is unusual")
     _with_output(encode, "table, .csv, .parquet or .npz")
@@ -157,10 +171,22 @@ def _parser():
     _with_output(_on_run(verbs, "report", "a page about a run, which needs no other file"), "page, .html")
     return p
 
+# %% ../nbs/23b_csrae.ipynb #235409
+def _add_train(verbs):
+    said = "Prints the run's folder, and on stderr its main metrics. Runs are kept in $CSRAE_RUNS, or _runs/."
+    about = f"Fields: {', '.join(FIELDS)}; train.ipynb describes them."
+    what = dict(description=f"Train and evaluate one run. {said}", epilog=about)
+    train = verbs.add_parser("train", help="train and evaluate one run", **what)
+    train.add_argument("fields", nargs="*", help="field=value, as in csrae_nb.Config; or one TOML file")
+
 # %% ../nbs/23b_csrae.ipynb #235209
 def _add_predict(verbs):
     what = "each answer's probability, of examples, or of every frame of videos"
-    predict = _on_data(verbs, "predict", what, data="video, folder of videos, pictures; or as for the others")
+    data = f"of a run on faces: video, folder of videos, or pictures; of any run: {_DATA}"
+    predict = _on_data(verbs, "predict", what, data=data)
+    predict.epilog = (
+        "Ends with status 1 if videos were left out, which are named, and the others are in the table."
+    )
     _with_output(predict, "table, .csv")
     predict.add_argument("--detector", choices=[*DETECTORS], default="mtcnn", help="of faces (mtcnn)")
     predict.add_argument("--model", type=Path, help="yunet's file (downloaded)")
@@ -188,7 +214,11 @@ def _on_run(verbs, name, what):
     return p
 
 
-def _on_data(verbs, name, what, data=".npz, .npy, .csv, .parquet, image, folder of images, or name", **kw):
+_DATA = ".npz, .npy, .csv, .parquet, image, folder of images; or a data set, of which it is the test split: "
+_DATA += "by its name, or a folder of videos with labels.csv"
+
+
+def _on_data(verbs, name, what, data=_DATA, **kw):
     p = _on_run(verbs, name, what)
     p.add_argument("data", metavar="DATA", help=data, **kw)
     return p
@@ -221,6 +251,13 @@ VERBS = dict(
     report=_report,
 )
 
+# %% ../nbs/23b_csrae.ipynb #235110
+def _stopped(o):
+    "What is said when a command is stopped: whether anything is begun that it would go on with."
+    out = getattr(o, "out", None)
+    begun = o.verb == "train" or out and any(out.parent.glob(f".{escape(out.name)}.*part*"))
+    return f"csrae {o.verb}: stopped" + ("; the same command goes on" if begun else "")
+
 
 def main(
     words: list[str] | None = None,  # of the command; None: those typed
@@ -231,7 +268,9 @@ def main(
         return sweeps.main(words[1:])
     o = (parser := _parser()).parse_args(words)
     try:
-        VERBS[o.verb](o)
+        return VERBS[o.verb](o) or 0
+    except KeyboardInterrupt:
+        print(_stopped(o), file=sys.stderr)
+        return 130
     except (ValueError, OSError, RunLocked) as e:
         parser.exit(2, f"csrae {o.verb}: {e}\n")
-    return 0

