@@ -4,6 +4,7 @@ A replay repeats the operations on the same tensors: a number that Python worked
 recording, and nothing may wait for a value or bring one from the processor."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -89,11 +90,20 @@ class Called(Recorded):
         return self.f()
 
 
+def validated_both_ways(validate, together, ts, failed):
+    "Members validated together, as on a GPU, after a look at what each gives by itself."
+    rows = validate(together, ts, failed)
+    for row, t in zip(rows, ts, strict=True):
+        assert row == pytest.approx(t.task.validate(t.model.eval(), t.data, t.val), rel=1e-4, abs=1e-5)
+    return rows
+
+
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(fleet, "_recordable", lambda data: True)
     monkeypatch.setattr(kernels, "_for_loops", lambda mu, nu: False)  # of which torch knows nothing
+    monkeypatch.setattr(fleet, "_validate", partial(validated_both_ways, fleet._validate))
 
 
 def trained(graph, monkeypatch, x=X, y=None, levels=2, **fields):
