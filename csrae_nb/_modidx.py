@@ -549,6 +549,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'csrae_nb.faces._loader': ('nbs/faces.html#_loader', 'csrae_nb/faces.py'),
                                 'csrae_nb.faces._prepare_all': ('nbs/faces.html#_prepare_all', 'csrae_nb/faces.py'),
                                 'csrae_nb.faces._prepare_missing': ('nbs/faces.html#_prepare_missing', 'csrae_nb/faces.py'),
+                                'csrae_nb.faces._prepared': ('nbs/faces.html#_prepared', 'csrae_nb/faces.py'),
                                 'csrae_nb.faces._prepared_folder': ('nbs/faces.html#_prepared_folder', 'csrae_nb/faces.py'),
                                 'csrae_nb.faces._readable': ('nbs/faces.html#_readable', 'csrae_nb/faces.py'),
                                 'csrae_nb.faces._subjects': ('nbs/faces.html#_subjects', 'csrae_nb/faces.py'),

@@ -292,11 +292,12 @@ def _frames_left_out(index):
         f"{n}: " + "; ".join([f"{lost[n]:,} of {whole[n]:,}"] * bool(lost[n]) + about[n].get("odd", []))
         for n in sorted(told, key=lambda n: -lost[n] / max(1, whole[n]))
     ]
-    reasons = f" ({', '.join(f'{k:,} {w}' for w, k in why.items())})" if why else ""
-    said = (
-        f"{sum(lost.values()):,} of {sum(whole.values()):,} frames of {index['name']} are left out{reasons}"
-    )
-    return [f"{said}: {'; '.join(parts[:3])}{' …' if len(parts) > 3 else ''}"]
+    all_of = " …" if len(parts) > 3 else ""
+    if not why:
+        return [f"what is odd in {index['name']}: {'; '.join(parts[:3])}{all_of}"]
+    reasons = ", ".join(f"{k:,} {w}" for w, k in why.items())
+    share = f"{sum(lost.values()):,} of {sum(whole.values()):,} frames of {index['name']}"
+    return [f"{share} are left out ({reasons}): {'; '.join(parts[:3])}{all_of}"]
 
 # %% ../nbs/15c_faces.ipynb #150937
 def _tell(index, folder):
@@ -611,6 +612,17 @@ def _check_faces(faces, likelihood, answers):
     if answers not in ANSWERS:
         raise ValueError(f"answers={answers!r}; expected one of {', '.join(ANSWERS)}")
 
+# %% ../nbs/15c_faces.ipynb #150459
+def _prepared(faces, size, eyes, progress):
+    "The store of a data set, prepared if need be; a warning of what is left out."
+    folder = _prepared_folder(faces, size, eyes)
+    if new := _to_prepare(faces, folder):
+        prepare_faces(faces, _find(faces), folder, size, progress=progress, eyes=eyes)
+    store = FrameStore(folder, faces)
+    if not new:
+        _tell(store.index, folder)  # as the preparation did
+    return store
+
 # %% ../nbs/15c_faces.ipynb #150449
 def load_faces(
     faces: str | FaceSet,  # a key of FACES, or one of your own
@@ -630,12 +642,7 @@ def load_faces(
     fold_rows(
         np.array([*faces.recordings().values()]), faces.folds, fold, split_seed, validation
     )  # or an error
-    folder = _prepared_folder(faces, size, eyes)
-    if new := _to_prepare(faces, folder):
-        prepare_faces(faces, _find(faces), folder, size, progress=progress, eyes=eyes)
-    store = FrameStore(folder, faces)
-    if not new:
-        _tell(store.index, folder)  # as the preparation did
+    store = _prepared(faces, size, eyes, progress)
     rows = fold_rows(store.subjects, faces.folds, fold, split_seed, validation)
     y, levels = _answers(store, rows, fold, answers), 6 if answers == "intensity" else 2
     return _fold_data(store, rows, y, image_size, likelihood, levels)

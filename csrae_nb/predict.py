@@ -422,7 +422,6 @@ def write_predictions(
     if _are_examples(run, source):
         _write_examples(run, read_examples(run, source), out, progress)
         return out
-    _check_places(run)
     parts = out.with_name(f".{out.name}.parts")
     job = _Job(run.path, str(run.device), detector, model, overlay, every, parts)
     _write_frames(run, find_clips(source), out, job, jobs, progress)
@@ -431,6 +430,7 @@ def write_predictions(
 # %% ../nbs/23a_predict.ipynb #232023
 def _write_frames(run, clips, out, job, jobs, progress):
     "The table of clips."
+    _check_places(run)
     detector = make_detector(job.detector, job.model) if isinstance(job.detector, str) else job.detector
     face_library("cv2").setNumThreads(1)
     for folder in filter(None, (job.parts, job.overlay)):

@@ -804,13 +804,15 @@ def test_each_load_says_what_is_left_out(in_threads, tmp_path, monkeypatch):
         ({"used": 10, "not named": 990}, [], False),
         ({"used": 98, "not named": 900, "no face": 2}, [], True),
         (dict(used=1000), ["its times stand still"], True),
+        (dict(used=1000, unreadable=1), ["its times stand still"], True),
     ],
 )
 def test_what_is_worth_a_word(counts, odd, told):
     "More than one frame in a hundred, more than one in ten not coded, or anything odd."
     lost = {k: n for k, n in counts.items() if k != "used"}
     index = dict(name="x", recordings=dict(a=dict(frames=counts["used"], left_out=lost, odd=odd)))
-    assert bool(faces._frames_left_out(index)) == told
+    said = faces._frames_left_out(index)
+    assert bool(said) == told and not any(s.startswith("0 of") for s in said)
 
 
 # --- pictures that a camera dropped
