@@ -681,7 +681,7 @@ def fewest_errors_claim(tables: dict) -> Claim:
         if mix and best:
             outcomes.append(tested(mix, best, "error"))
             ours, other = (f"{shown(r, 'error', 2)} %" for r in (mix, best))
-            details.append(f"{n:,} labels {ours}, {best['name']} {other}")
+            details.append(f"{n:,} labels {ours} (best other: {best['name']} {other})")
     return _judged(
         "§4.5, Table 3a: MixtureCSRAE errs least at 250, 1,000 and 4,000 labels",
         outcomes,

@@ -85,6 +85,7 @@ def plot_matched(panels: dict[str, list[dict]]) -> Figure:  # title: rows
             if line:
                 shown[label] = ax.errorbar(x, y, e, fmt=style, color=colour, ms=4, lw=1)
         ax.set(title=title, xlabel="reconstruction error, nats")
+        ax.set_yscale("log")
         plain_log(ax.yaxis)
     axs[0, 0].set_ylabel("Fréchet distance of samples")
     fig.legend(shown.values(), shown, fontsize=8, loc="outside right center")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'AXES', 'QUESTIONS', 'measured', 'with_best', 'cells', 'plot_frontier', 'estimate', 'at_reconstruction',
-           'Comparison', 'verdicts', 'compared', 'comparison_table', 'tally']
+           'Comparison', 'verdicts', 'compared', 'comparison_table', 'counted']
 
 # %% ../nbs/13c_equal_pressure.ipynb #133002
 import math
@@ -88,6 +88,7 @@ def _lines(ax, rows, metric):
         line = sorted(where(rows, name=name), key=_error)
         y, e = ([r[f"{metric}_{s}"] or 0 for r in line] for s in ("mean", "se"))
         ax.errorbar(list(map(_error, line)), y, e, fmt=f"{marker}-", color=colour, ms=4, lw=1, label=name)
+    ax.set_yscale("log")
     plain_log(ax.yaxis)
 
 
@@ -194,8 +195,7 @@ def _short(e):
     return f"{e.mean:.3g}"
 
 
-def tally(found: list[Comparison], *metrics: str) -> str:
-    "The verdicts on some metrics, counted: 3 better, 1 undecided."
-    count = Counter(v for c, v in zip(found, verdicts(found)) if not metrics or c.metric in metrics)
-    kinds = ("better", "equivalent", "undecided", "worse")
+def counted(said: Iterable[str]) -> str:  # verdicts
+    "How many verdicts of each kind there are: 3 better, 1 undecided."
+    count, kinds = Counter(said), ("better", "equivalent", "undecided", "worse")
     return ", ".join(f"{count[k]} {k}" for k in kinds if count[k])
