@@ -844,6 +844,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                               'csrae_nb/likelihoods.py'),
                                       'csrae_nb.likelihoods.Units.read': ('nbs/likelihoods.html#units.read', 'csrae_nb/likelihoods.py'),
                                       'csrae_nb.likelihoods.Units.record': ('nbs/likelihoods.html#units.record', 'csrae_nb/likelihoods.py'),
+                                      'csrae_nb.likelihoods._source': ('nbs/likelihoods.html#_source', 'csrae_nb/likelihoods.py'),
                                       'csrae_nb.likelihoods.make_likelihood': ( 'nbs/likelihoods.html#make_likelihood',
                                                                                 'csrae_nb/likelihoods.py')},
             'csrae_nb.matched': { 'csrae_nb.matched._laid_out': ('nbs/matched.html#_laid_out', 'csrae_nb/matched.py'),

@@ -43,6 +43,11 @@ class Likelihood:
                 f"from {self.low:g} to {self.high:g}; {self.remedy}"
             )
 
+# %% ../nbs/04_likelihoods.ipynb #040107
+def _source(generator):
+    "The argument for a generator, if there is one: with a None, `torch.compile` takes a single shape only."
+    return {} if generator is None else {"generator": generator}
+
 # %% ../nbs/04_likelihoods.ipynb #040007
 @dataclass(frozen=True)
 class Bernoulli(Likelihood):
@@ -125,7 +130,7 @@ class Gaussian(Likelihood):
     ) -> Float[Tensor, "B *X"]:
         "A draw of x."
         d = self._normal(out)
-        noise = torch.randn(d.loc.shape, generator=generator, dtype=d.loc.dtype, device=d.loc.device)
+        noise = torch.randn(d.loc.shape, dtype=d.loc.dtype, device=d.loc.device, **_source(generator))
         return self._outputs(d.loc + d.scale * noise)
 
 # %% ../nbs/04_likelihoods.ipynb #040013
@@ -159,7 +164,7 @@ class DiscretizedLogistic(Likelihood):
         self, out: Float[Tensor, "B 2 *X"], generator: torch.Generator | None = None
     ) -> Float[Tensor, "B *X"]:
         "A draw of x, on the grid of values."
-        u = torch.rand(out[:, 0].shape, generator=generator, dtype=out.dtype, device=out.device)
+        u = torch.rand(out[:, 0].shape, dtype=out.dtype, device=out.device, **_source(generator))
         x = out[:, 0] + out[:, 1].clamp_max(LOG_VAR).exp() * u.logit(1e-6)
         return ((x.clamp(self.low, self.high) - self.low) / self.width).round() * self.width + self.low
 

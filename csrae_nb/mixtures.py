@@ -36,6 +36,9 @@ _looks = ContextVar("looks", default=True)
 @contextmanager
 def unchecked():
     "Mixtures that are made inside, or by a function that this decorates, are taken as they are."
+    if torch.compiler.is_compiling():  # a context variable is not traced, and nothing is looked at then
+        yield
+        return
     token = _looks.set(False)
     try:
         yield
@@ -95,7 +98,8 @@ def _standard_normal(like, generator):  # a torch.Generator, Draws or None
     "Draws from N(0, 1) in the shape of `like`."
     if isinstance(generator, Draws):
         return generator.standard_normal(like)
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+    source = {} if generator is None else {"generator": generator}  # a None is compiled for one shape only
+    return torch.randn(like.shape, dtype=like.dtype, device=like.device, **source)
 
 
 @dataclass(frozen=True)
@@ -122,10 +126,11 @@ class Mixture:
         total = self.mu[..., 0, :] if N == 1 else (self.logw.exp()[..., None] * self.mu).sum(-2)
         return total.expand(*self.batch_shape, D)
 
-    @unchecked()
     def joint_log_prob(self, z: Float[Tensor, "*#B D"]) -> Float[Tensor, "*B N"]:
         "log wₙ N(z | μₙ, σₙ²) for every component."
-        return pairwise_log_overlap(GMM.gaussian(z, torch.zeros_like(z)), self)[..., 0, :] + self.logw
+        with unchecked():  # here it is compiled, too; as a decorator within another it is not
+            point = GMM.gaussian(z, torch.zeros_like(z))
+        return pairwise_log_overlap(point, self)[..., 0, :] + self.logw
 
     def log_prob(self, z: Float[Tensor, "*#B D"]) -> Float[Tensor, "*B"]:
         "log Σₙ wₙ N(z | μₙ, σₙ²), exact."
