@@ -609,6 +609,25 @@ def _without_row_numbers(names, rows, path):
         raise ValueError(f"{path}: column {odd[0]} of {len(names)} has no name: name it, or leave it out")
     return names[n:], [r[n:] for r in rows]
 
+# %% ../nbs/08b_formats.ipynb #082485
+def _check_labels(labels, table):  # None: there are none
+    "ValueError for numbers that are not whole; a warning for so many that they look like a measurement."
+    values = dict.fromkeys(map(str, [] if labels is None else labels.tolist()))
+    try:
+        known = [v for v in values if v.strip() and v not in ("None", "<NA>")]
+        numbers = {n: v for v in known if not math.isnan(n := float(v))}
+    except ValueError:
+        return  # words
+    advice = "call a measurement by another name than y, and it is one of the columns of numbers"
+    if odd := [v for n, v in numbers.items() if not n.is_integer()]:
+        raise ValueError(
+            f"{table}'s column y holds {odd[0]}; expected labels, which are classes "
+            f"(whole numbers, or words): {advice}"
+        )
+    if len(numbers) > 20 and len(labels) < 5 * len(numbers):
+        many = f"{len(numbers):,} different numbers in {len(labels):,} rows"
+        warnings.warn(f"{table}'s column y holds {many}, and each is a class; {advice}")
+
 # %% ../nbs/08b_formats.ipynb #082085
 def read_table(
     path: Path,  # .csv in UTF-8
@@ -628,6 +647,7 @@ def read_table(
     at = [names.index(name) for name in columns]
     x = [[_number(r[j], f"{path}, row {i + 1}, column {names[j]!r}") for j in at] for i, r in enumerate(rows)]
     labels = {"y": np.array([r[names.index("y")] for r in rows])} if "y" in names else {}
+    _check_labels(None if wanted else labels.get("y"), path)
     return {"x": np.array(x)} | labels, columns
 
 # %% ../nbs/08b_formats.ipynb #082086
@@ -642,6 +662,9 @@ def _number(text, where):
     raise ValueError(f"{where} holds {said}; expected a number: leave the column out, or fill it in")
 
 # %% ../nbs/08b_formats.ipynb #082089
+_INDEX = re.compile(r"__index_level_\d+__$")  # what pandas calls the numbers of rows
+
+
 def arrow_parquet():  # the module pyarrow.parquet
     "pyarrow's files; ValueError that says how to get it."
     try:
@@ -651,9 +674,6 @@ def arrow_parquet():  # the module pyarrow.parquet
     return pyarrow.parquet
 
 # %% ../nbs/08b_formats.ipynb #082189
-_INDEX = re.compile(r"__index_level_\d+__$")  # what pandas calls the numbers of rows
-
-
 def read_parquet(
     path: Path,  # .parquet
     wanted: tuple[str, ...] = (),  # columns of numbers, in this order; none: all but y
@@ -675,4 +695,6 @@ def read_parquet(
         raise ValueError(f"{path} is damaged or no .parquet ({reason(e)})") from e
     if not parts:
         raise ValueError(f"{path} has no rows of numbers")
-    return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}, columns
+    arrays = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+    _check_labels(None if wanted else arrays.get("y"), path)
+    return arrays, columns
