@@ -54,7 +54,10 @@ class Bernoulli(Likelihood):
     "p(x|z) of binary x, by logits, Eq. (19); grey levels in [0, 1] are taken as probabilities."
 
     low, high = 0.0, 1.0
-    remedy = "give grey levels as uint8, or divided by the largest; other numbers call for gaussian"
+    remedy = (
+        "divide grey levels by the largest that there can be, or give them as uint8 if that is 255; "
+        "other numbers call for gaussian"
+    )
 
     def log_prob(self, x: Float[Tensor, "B *X"], out: Float[Tensor, "B 1 *X"]) -> Float[Tensor, "B"]:
         "log p(x|z), summed over the values of x."

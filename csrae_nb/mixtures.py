@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import (
     Categorical,
     Distribution,
@@ -65,12 +65,21 @@ def _check_shapes(g):
         )
 
 # %% ../nbs/01b_mixtures.ipynb #010404
+def _refuse_nan(name, t):
+    if bad := t.isnan().sum().item():
+        raise ValueError(
+            f"{name} holds {bad:,} NaN among {t.numel():,} numbers; look at what the network was given, "
+            "or at the learning rate"
+        )
+
+
 @torch.no_grad()
 def _check_weights(logw):
     "ValueError for log weights whose weights do not sum to one."
     off = (logw.logsumexp(-1).exp() - 1).flatten()
     if (off.abs() <= 1e-3 + 4 * torch.finfo(off.dtype).eps).all():
         return
+    _refuse_nan("logw", logw)
     total = 1 + off[off.abs().argmax()]
     raise ValueError(
         f"logw are the logs of weights that sum to one, but exp(logw) sums to {total:.4g}; "
@@ -80,9 +89,13 @@ def _check_weights(logw):
 
 @torch.no_grad()
 def _check_positive(var):
-    "ValueError for variances that are not above 0."
-    if not (var > 0).all():
-        raise ValueError(f"var are variances σ², above 0; the least of these is {var.min():.4g}")
+    "ValueError for variances that are not above 0, or not finite."
+    if ((var > 0) & (var < math.inf)).all():
+        return
+    _refuse_nan("var", var)
+    least, largest = (v.item() for v in var.aminmax())
+    odd = f"the least of these is {least:.4g}" if least <= 0 else f"the largest of these is {largest:.4g}"
+    raise ValueError(f"var are variances σ², above 0 and finite; {odd}")
 
 # %% ../nbs/01b_mixtures.ipynb #010033
 class Draws:
@@ -307,8 +320,10 @@ class FullGMM(Mixture):
         if not _can_look(self.logw):
             return
         _check_weights(self.logw)
-        if torch.linalg.cholesky_ex(self.cov.detach()).info.any():
-            raise ValueError("cov are covariance matrices, but some are not positive definite")
+        cov = self.cov.detach()
+        if torch.linalg.cholesky_ex(cov).info.any() or not cov.isfinite().all():
+            _refuse_nan("cov", cov)
+            raise ValueError("cov are covariance matrices, but some are infinite or not positive definite")
 
     @classmethod
     @unchecked()
@@ -349,6 +364,19 @@ def _of_family(d):
         return GMM(logw, c.mu.squeeze(-2), c.var.squeeze(-2))
     return FullGMM(logw, c.mu.squeeze(-2), c.cov.squeeze(-3))
 
+# %% ../nbs/01b_mixtures.ipynb #010209
+def _no_mixture(d):
+    "Why something is no mixture, and what is expected."
+    kind = type(d).__name__
+    if isinstance(d, nn.Module):
+        return f"a {kind} is a module, which gives a mixture when it is called; give prior() for prior"
+    if not isinstance(d, Distribution):
+        return f"a {kind} is no mixture; expected a GMM, as of GMM.gaussian(mu, var), or a torch distribution"
+    return (
+        f"a {kind} is no mixture of Gaussians; expected Normal, Independent(Normal), "
+        "MultivariateNormal or a MixtureSameFamily of one of these"
+    )
+
 # %% ../nbs/01b_mixtures.ipynb #010309
 def as_mixture(
     d: GMM | FullGMM | Distribution,  # a mixture, or a distribution that equals one
@@ -366,10 +394,7 @@ def as_mixture(
         return GMM.gaussian(b.loc.flatten(-n), b.scale.flatten(-n) ** 2)
     if isinstance(d, MixtureSameFamily):
         return _of_family(d)
-    raise ValueError(
-        f"a {type(d).__name__} is no mixture of Gaussians; expected Normal, Independent(Normal), "
-        "MultivariateNormal or a MixtureSameFamily of one of these"
-    )
+    raise ValueError(_no_mixture(d))
 
 # %% ../nbs/01b_mixtures.ipynb #010231
 def as_gmm(

@@ -4,6 +4,7 @@ import warnings
 from dataclasses import replace
 from functools import partial
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from sklearn.datasets import load_wine
 from csrae_nb import training
 from csrae_nb.catalogue import load_data
 from csrae_nb.data import column_units
+from csrae_nb.divergence import cs_divergence, kl_bounds, kl_divergence, log_overlap
 from csrae_nb.estimator import CSRAEEmbedding
 from csrae_nb.evaluation import complete_run
 from csrae_nb.fleet import fit_fleet
@@ -19,6 +21,7 @@ from csrae_nb.likelihoods import LIKELIHOODS, make_likelihood
 from csrae_nb.priors import LOG_VAR, MoGPrior, variance
 from csrae_nb.config import Config, resolve
 from csrae_nb.files import load_tensors
+from csrae_nb.mixtures import GMM, pairwise_log_overlap
 from csrae_nb.models import MODELS
 from csrae_nb.runs import fit, load_run
 from csrae_nb.tasks import make_model, task_of
@@ -220,7 +223,7 @@ def test_runs_from_before_have_no_units(wine):
 @pytest.mark.parametrize(
     "likelihood, says",
     [
-        ("bernoulli", "x_train ranges from 0 to 255, .* divided by the largest"),
+        ("bernoulli", "x_train ranges from 0 to 255, .* divide grey levels by the largest that there can be"),
         ("discretized_logistic", "x_train ranges from 0 to 255, .*uint8, or as x/255 - 0.5"),
     ],
 )
@@ -305,3 +308,18 @@ def test_examples_of_one_class_need_no_three_components(hasty, components):
     metrics = complete_run(cfg, dict(x=x, y=np.zeros(60, int)), progress=False)
     assert 0 < metrics["cluster_accuracy"] <= 1
     assert metrics.get("merged_accuracy") == (1 if components == 3 else None)
+
+
+# --- errors say what to give instead
+
+
+@pytest.mark.parametrize("f", [cs_divergence, log_overlap, kl_divergence, kl_bounds, pairwise_log_overlap])
+def test_what_is_no_mixture_is_told_what_to_be(f, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    q, prior = GMM.gaussian(torch.zeros(3, 2), torch.ones(3, 2)), MoGPrior(4, 2)
+    for sides in (q, prior), (prior, q), (prior, prior):
+        with pytest.raises(ValueError, match=r"a MoGPrior is a module.*when it is called; give prior\(\)"):
+            f(*sides)
+    for wrong in q.mu, (q.mu, q.var), None:
+        with pytest.raises(ValueError, match=r"is no mixture; expected a GMM, as of GMM.gaussian\(mu, var\)"):
+            f(wrong, prior())
