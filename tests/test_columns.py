@@ -8,8 +8,6 @@ import subprocess
 import sys
 import time
 import tracemalloc
-import warnings
-from importlib.util import find_spec
 
 import numpy as np
 import pandas as pd
@@ -129,22 +127,29 @@ def test_row_numbers_in_a_parquet_are_no_data(tmp_path):
     assert load_data(tmp_path / "people.parquet").columns == NAMES
 
 
-def test_a_measurement_is_no_label(tmp_path):
-    paths = [tmp_path / "t.csv", *([tmp_path / "t.parquet"] if find_spec("pyarrow") else [])]
+def with_labels(y, path):
+    "The data in a file of a table with such a column y."
+    if path.suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    FRAME.assign(y=y).to_csv(path, index=False) if path.suffix == ".csv" else FRAME.assign(y=y).to_parquet(
+        path
+    )
+    return load_data(path)
 
-    def read(y, path):
-        frame = FRAME.assign(y=y)
-        frame.to_csv(path, index=False) if path.suffix == ".csv" else frame.to_parquet(path)
-        return load_data(path)
 
-    for path in paths:
-        with pytest.raises(ValueError, match="column y holds .*; expected labels, which are classes"):
-            read(VALUES[:, 0], path)
-        with pytest.warns(UserWarning, match="column y holds 60 different numbers in 80 rows, and each is a"):
-            read([*range(25, 85)] + [25.0] * 20, path)
-        with warnings.catch_warnings(action="error"):
-            assert len(read([0, 1, 2, None] * 20, path).classes) == 3  # pandas writes 0.0, 1.0, 2.0
-            assert len(read(["%.1f mg" % v for v in VALUES[:, 1]], path).classes) > 20
+@pytest.mark.parametrize("name", ["t.csv", "t.parquet"])
+def test_a_measurement_is_no_label(tmp_path, name):
+    with pytest.raises(ValueError, match="column y holds .*; expected labels, which are classes"):
+        with_labels(VALUES[:, 0], tmp_path / name)
+    with pytest.warns(UserWarning, match="column y holds 60 different numbers in 80 rows, and each is a"):
+        with_labels([*range(25, 85)] + [25.0] * 20, tmp_path / name)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["t.csv", "t.parquet"])
+def test_classes_are_labels(tmp_path, name):
+    assert len(with_labels([0, 1, 2, None] * 20, tmp_path / name).classes) == 3  # pandas writes 0.0, 1.0, 2.0
+    assert len(with_labels(["%.1f mg" % v for v in VALUES[:, 1]], tmp_path / name).classes) > 20
 
 
 def test_tables_of_splits_are_brought_into_one_order():
