@@ -1209,6 +1209,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'csrae_nb.process._keep_memory': ('nbs/process.html#_keep_memory', 'csrae_nb/process.py'),
                                   'csrae_nb.process._nothing_cast': ('nbs/process.html#_nothing_cast', 'csrae_nb/process.py'),
                                   'csrae_nb.process.accelerator': ('nbs/process.html#accelerator', 'csrae_nb/process.py'),
+                                  'csrae_nb.process.check_device': ('nbs/process.html#check_device', 'csrae_nb/process.py'),
                                   'csrae_nb.process.cpu_threads': ('nbs/process.html#cpu_threads', 'csrae_nb/process.py'),
                                   'csrae_nb.process.is_main_process': ('nbs/process.html#is_main_process', 'csrae_nb/process.py'),
                                   'csrae_nb.process.product_precision': ('nbs/process.html#product_precision', 'csrae_nb/process.py'),

@@ -23,6 +23,7 @@ from .files import load_tensors, save_tensors
 from .runs import Model, Run, load_run
 from .files import runs_folder, write_atomic
 from .models import Autoencoder
+from .process import check_device
 from .tasks import task_of
 
 # %% ../nbs/19b_sharing.ipynb #210005
@@ -238,7 +239,9 @@ def open_run(
     device: torch.device | str = "cpu",  # where the model goes
     codes: bool = True,  # whether it must have codes, as all but classifiers alone have
 ) -> Run:
-    "A finished run. ValueError for a damaged, unfinished or codeless one, FileNotFoundError for none."
+    """A finished run. ValueError for a damaged, unfinished or codeless one, or a device that is not here;
+    FileNotFoundError for none."""
+    device = check_device(device)
     folder = next((p for p in (Path(where).expanduser(), runs_folder() / where) if p.is_dir()), None)
     if folder:
         check_model(folder / "model.safetensors")  # who knows where it comes from
