@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData, ModelHubMixin, snapshot_download
 from safetensors import SafetensorError, safe_open
 
+from .process import check_device
 from .catalogue import DATASETS
 from .catalogue import dataset_name
 from .results import markdown_table
@@ -23,7 +24,6 @@ from .files import load_tensors, save_tensors
 from .runs import Model, Run, load_run
 from .files import runs_folder, write_atomic
 from .models import Autoencoder
-from .process import check_device
 from .tasks import task_of
 
 # %% ../nbs/19b_sharing.ipynb #210005
