@@ -139,6 +139,10 @@ class Mixture:
         total = self.mu[..., 0, :] if N == 1 else (self.logw.exp()[..., None] * self.mu).sum(-2)
         return total.expand(*self.batch_shape, D)
 
+    def to(self, *args, **kw) -> "Mixture":  # a device, a dtype, or both, as of a tensor
+        "The same mixtures on another device, or in another precision."
+        return type(self)(*(t.to(*args, **kw) for t in vars(self).values()))
+
     def joint_log_prob(self, z: Float[Tensor, "*#B D"]) -> Float[Tensor, "*B N"]:
         "log wₙ N(z | μₙ, σₙ²) for every component."
         with unchecked():  # here it is compiled, too; as a decorator within another it is not
@@ -244,6 +248,14 @@ class _Diagonal(Mixture):
         "Log weights, means and variances, each with all of the batch axes."
         B, (N, D) = self.batch_shape, self.mu.shape[-2:]
         return self.logw.expand(*B, N), self.mu.expand(*B, N, D), self.var.expand(*B, N, D)
+
+    @unchecked()
+    def __getitem__(self, at) -> "GMM":  # of the batch axes alone, as a tensor takes it
+        "The mixtures of a part of the batch. ValueError for a single mixture, IndexError as of a tensor."
+        if not (B := self.batch_shape):
+            raise ValueError("this is a single mixture, without a batch to take a part of")
+        rows = torch.arange(math.prod(B), device=self.mu.device).view(B)[at]
+        return GMM(*(t.flatten(0, len(B) - 1)[rows] for t in self.broadcast()))
 
     @unchecked()
     def detach(self) -> "GMM":

@@ -21,7 +21,7 @@ from csrae_nb.likelihoods import LIKELIHOODS, make_likelihood
 from csrae_nb.priors import LOG_VAR, MoGPrior, variance
 from csrae_nb.config import Config, resolve
 from csrae_nb.files import load_tensors
-from csrae_nb.mixtures import GMM, pairwise_log_overlap
+from csrae_nb.mixtures import GMM, FullGMM, pairwise_log_overlap
 from csrae_nb.models import MODELS
 from csrae_nb.runs import fit, load_run
 from csrae_nb.tasks import make_model, task_of
@@ -323,3 +323,32 @@ def test_what_is_no_mixture_is_told_what_to_be(f, monkeypatch):
     for wrong in q.mu, (q.mu, q.var), None:
         with pytest.raises(ValueError, match=r"is no mixture; expected a GMM, as of GMM.gaussian\(mu, var\)"):
             f(wrong, prior())
+
+
+# --- a batch of mixtures in parts, and elsewhere
+
+PARTS = 0, -1, (1, 2), slice(1, 3), (..., 0), (slice(None), [0, 2]), None, [True, False, True]
+
+
+@pytest.mark.parametrize("at", PARTS)
+def test_a_part_of_a_batch_is_that_part(at):
+    g = torch.Generator().manual_seed(0)
+    r = partial(torch.randn, generator=g)
+    q, z = GMM(r(3, 1, 2).log_softmax(-1), r(4, 2, 5), torch.ones(2, 5)), r(5)
+    assert torch.equal(q[at].log_prob(z), q.log_prob(z)[at])
+    assert torch.allclose(q[at].mean.sum(-1), q.mean.sum(-1)[at])
+    with pytest.raises(IndexError):
+        q[3]
+    with pytest.raises(IndexError):
+        q[0, 0, 0]  # a component is no part of a batch
+    with pytest.raises(ValueError, match="a single mixture, without a batch"):
+        list(q[0, 0])
+
+
+def test_a_mixture_moves_as_one():
+    p = MoGPrior(4, 2)()
+    for moved in (p.to(torch.float64), FullGMM.of(p).to(torch.float64)):
+        assert {t.dtype for t in vars(moved).values()} == {torch.float64}
+        assert cs_divergence(moved, moved).abs() < 1e-12
+    assert {t.device.type for t in vars(p.to("meta")).values()} == {"meta"}
+    assert p.to(torch.float64).mu.requires_grad
