@@ -92,7 +92,7 @@ class Config(ModelConfig):
     fid_layer: int | None = None  # Inception features of the FID: 64, 192, 768 or 2048; 0: leave it out
     fid_images: int = 10_000  # images of each kind in a Fréchet distance, at most
     expost_components: int = 100  # K of the mixture that is fitted to the codes afterwards, as a baseline
-    device: str = "auto"  # auto: a GPU if there is one; cpu
+    device: str = "auto"  # auto: a GPU if there is one; cpu; cuda
     precision: str = "no"  # of the networks: no (single), tf32 (products on a GPU), bf16
     threads: int = 1  # CPU threads within an operation
     tracker: str | None = None  # where the history goes, too: tensorboard, wandb or another of Accelerate's
@@ -139,7 +139,7 @@ def _choices(c):
         prior_objective=list(PRIOR_OBJECTIVES),
         likelihood=LIKELIHOODS,
         network=NETWORKS,
-        device=("auto", "cpu"),
+        device=("auto", "cpu", "cuda"),
         balance=("batches", "weights", "asymmetric", "none"),
         precision=("no", "tf32", "bf16"),
         fid_layer=(0, 64, 192, 768, 2048),

@@ -114,6 +114,9 @@ def _parts(d):
 # %% ../nbs/01c_divergence.ipynb #01c065
 def _overlap_of(q, p):
     "The function of the table for two distributions; ValueError if there is none."
+    for d in (q, p):
+        if not isinstance(d, GMM | FullGMM | Distribution):
+            as_mixture(d)  # says what is expected
     kinds = [Normal if isinstance(d, GMM) else type(_innermost(d)) for d in (q, p)]
     for pair in product(*(k.__mro__ for k in kinds)):
         if pair in OVERLAPS:

@@ -62,7 +62,7 @@ class _Parameters(BaseEstimator):
         lr=1e-3,  # Adam's learning rate; twice that of a Config, as small tables give few steps
         validation_fraction=0.1,  # of the rows, to choose the epoch by; under two rows: the training rows
         config=None,  # a dict of further fields of a Config
-        device="auto",  # where to train: auto, a GPU if there is one, or cpu
+        device="auto",  # where to train: auto, a GPU if there is one; cpu; cuda
         random_state=None,  # None, a RandomState, or an int, which is the seed of the Config
         verbose=False,  # show a progress bar
     ):

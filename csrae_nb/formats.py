@@ -17,6 +17,7 @@ import hashlib
 import io
 import math
 import os
+import re
 import struct
 import tarfile
 import warnings
@@ -585,6 +586,48 @@ def read_arrays(
         ) from e
     return arrays, {path.name: sha256(raw)}
 
+# %% ../nbs/08b_formats.ipynb #082185
+def _numbers_rows(cells):
+    "Whether a column holds whole numbers, none of them twice."
+    cells = [c.strip() for c in cells]
+    return len({*cells}) == len(cells) and all(c.isdecimal() for c in cells)
+
+
+def _without_row_numbers(names, rows, path):
+    "A table without first columns that number the rows; ValueError for other columns without a name."
+    n = 0  # of them
+    while n < len(names) and (not names[n] or names[n].startswith("Unnamed: 0")):
+        if not _numbers_rows(r[n] for r in rows):
+            break
+        n += 1
+    if n and rows:
+        warnings.warn(
+            f"{path}: the first column has no name and numbers the rows, so it is left out; "
+            "if it is data, give it a name (pandas writes none with to_csv(index=False))"
+        )
+    if odd := [i + 1 for i, name in enumerate(names) if i >= n and not name]:
+        raise ValueError(f"{path}: column {odd[0]} of {len(names)} has no name: name it, or leave it out")
+    return names[n:], [r[n:] for r in rows]
+
+# %% ../nbs/08b_formats.ipynb #082485
+def _check_labels(labels, table):  # None: there are none
+    "ValueError for numbers that are not whole; a warning for so many that they look like a measurement."
+    values = dict.fromkeys(map(str, [] if labels is None else labels.tolist()))
+    try:
+        known = [v for v in values if v.strip() and v not in ("None", "<NA>")]
+        numbers = {n: v for v in known if not math.isnan(n := float(v))}
+    except ValueError:
+        return  # words
+    advice = "call a measurement by another name than y, and it is one of the columns of numbers"
+    if odd := [v for n, v in numbers.items() if not n.is_integer()]:
+        raise ValueError(
+            f"{table}'s column y holds {odd[0]}; expected labels, which are classes "
+            f"(whole numbers, or words): {advice}"
+        )
+    if len(numbers) > 20 and len(labels) < 5 * len(numbers):
+        many = f"{len(numbers):,} different numbers in {len(labels):,} rows"
+        warnings.warn(f"{table}'s column y holds {many}, and each is a class; {advice}")
+
 # %% ../nbs/08b_formats.ipynb #082085
 def read_table(
     path: Path,  # .csv in UTF-8
@@ -593,15 +636,18 @@ def read_table(
     "A table of numbers, and its labels. ValueError that says where there is no number, or what is missing."
     header, *rows = [r for r in csv.reader(io.StringIO(read_text(path))) if r] or [[]]
     names = [name.strip() for name in header]
-    columns = chosen_columns(names, wanted, str(path))
-    if not rows or not columns:
-        raise ValueError(f"{path} has no rows of numbers below its first, which names the columns")
     for i, row in enumerate(rows):
         if len(row) != len(names):
             raise ValueError(f"{path}, row {i + 1}: {len(row)} values for {len(names)} columns")
+    if not wanted:
+        names, rows = _without_row_numbers(names, rows, path)
+    columns = chosen_columns(names, wanted, str(path))
+    if not rows or not columns:
+        raise ValueError(f"{path} has no rows of numbers below its first, which names the columns")
     at = [names.index(name) for name in columns]
     x = [[_number(r[j], f"{path}, row {i + 1}, column {names[j]!r}") for j in at] for i, r in enumerate(rows)]
     labels = {"y": np.array([r[names.index("y")] for r in rows])} if "y" in names else {}
+    _check_labels(None if wanted else labels.get("y"), path)
     return {"x": np.array(x)} | labels, columns
 
 # %% ../nbs/08b_formats.ipynb #082086
@@ -616,6 +662,9 @@ def _number(text, where):
     raise ValueError(f"{where} holds {said}; expected a number: leave the column out, or fill it in")
 
 # %% ../nbs/08b_formats.ipynb #082089
+_INDEX = re.compile(r"__index_level_\d+__$")  # what pandas calls the numbers of rows
+
+
 def arrow_parquet():  # the module pyarrow.parquet
     "pyarrow's files; ValueError that says how to get it."
     try:
@@ -635,8 +684,9 @@ def read_parquet(
 
     try:
         with parquet.ParquetFile(path) as file:
-            columns = chosen_columns(file.schema_arrow.names, wanted, str(path))
-            read = [*columns, *({"y"} & {*file.schema_arrow.names} - {*columns})]
+            names = [name for name in file.schema_arrow.names if wanted or not _INDEX.match(name)]
+            columns = chosen_columns(names, wanted, str(path))
+            read = [*columns, *({"y"} & {*names} - {*columns})]
             for i in range(file.num_row_groups):
                 group = file.read_row_group(i, read)
                 parts.append(table_arrays({k: group[k] for k in read}, columns, str(path), first)[0])
@@ -645,4 +695,6 @@ def read_parquet(
         raise ValueError(f"{path} is damaged or no .parquet ({reason(e)})") from e
     if not parts:
         raise ValueError(f"{path} has no rows of numbers")
-    return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}, columns
+    arrays = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+    _check_labels(None if wanted else arrays.get("y"), path)
+    return arrays, columns

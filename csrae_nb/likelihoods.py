@@ -43,13 +43,21 @@ class Likelihood:
                 f"from {self.low:g} to {self.high:g}; {self.remedy}"
             )
 
+# %% ../nbs/04_likelihoods.ipynb #040107
+def _source(generator):
+    "The argument for a generator, if there is one: with a None, `torch.compile` takes a single shape only."
+    return {} if generator is None else {"generator": generator}
+
 # %% ../nbs/04_likelihoods.ipynb #040007
 @dataclass(frozen=True)
 class Bernoulli(Likelihood):
     "p(x|z) of binary x, by logits, Eq. (19); grey levels in [0, 1] are taken as probabilities."
 
     low, high = 0.0, 1.0
-    remedy = "give grey levels as uint8, or divided by the largest; other numbers call for gaussian"
+    remedy = (
+        "divide grey levels by the largest that there can be, or give them as uint8 if that is 255; "
+        "other numbers call for gaussian"
+    )
 
     def log_prob(self, x: Float[Tensor, "B *X"], out: Float[Tensor, "B 1 *X"]) -> Float[Tensor, "B"]:
         "log p(x|z), summed over the values of x."
@@ -125,7 +133,7 @@ class Gaussian(Likelihood):
     ) -> Float[Tensor, "B *X"]:
         "A draw of x."
         d = self._normal(out)
-        noise = torch.randn(d.loc.shape, generator=generator, dtype=d.loc.dtype, device=d.loc.device)
+        noise = torch.randn(d.loc.shape, dtype=d.loc.dtype, device=d.loc.device, **_source(generator))
         return self._outputs(d.loc + d.scale * noise)
 
 # %% ../nbs/04_likelihoods.ipynb #040013
@@ -159,7 +167,7 @@ class DiscretizedLogistic(Likelihood):
         self, out: Float[Tensor, "B 2 *X"], generator: torch.Generator | None = None
     ) -> Float[Tensor, "B *X"]:
         "A draw of x, on the grid of values."
-        u = torch.rand(out[:, 0].shape, generator=generator, dtype=out.dtype, device=out.device)
+        u = torch.rand(out[:, 0].shape, dtype=out.dtype, device=out.device, **_source(generator))
         x = out[:, 0] + out[:, 1].clamp_max(LOG_VAR).exp() * u.logit(1e-6)
         return ((x.clamp(self.low, self.high) - self.low) / self.width).round() * self.width + self.low
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import (
     Categorical,
     Distribution,
@@ -36,6 +36,9 @@ _looks = ContextVar("looks", default=True)
 @contextmanager
 def unchecked():
     "Mixtures that are made inside, or by a function that this decorates, are taken as they are."
+    if torch.compiler.is_compiling():  # a context variable is not traced, and nothing is looked at then
+        yield
+        return
     token = _looks.set(False)
     try:
         yield
@@ -62,12 +65,21 @@ def _check_shapes(g):
         )
 
 # %% ../nbs/01b_mixtures.ipynb #010404
+def _refuse_nan(name, t):
+    if bad := t.isnan().sum().item():
+        raise ValueError(
+            f"{name} holds {bad:,} NaN among {t.numel():,} numbers; look at what the network was given, "
+            "or at the learning rate"
+        )
+
+
 @torch.no_grad()
 def _check_weights(logw):
     "ValueError for log weights whose weights do not sum to one."
     off = (logw.logsumexp(-1).exp() - 1).flatten()
     if (off.abs() <= 1e-3 + 4 * torch.finfo(off.dtype).eps).all():
         return
+    _refuse_nan("logw", logw)
     total = 1 + off[off.abs().argmax()]
     raise ValueError(
         f"logw are the logs of weights that sum to one, but exp(logw) sums to {total:.4g}; "
@@ -77,9 +89,13 @@ def _check_weights(logw):
 
 @torch.no_grad()
 def _check_positive(var):
-    "ValueError for variances that are not above 0."
-    if not (var > 0).all():
-        raise ValueError(f"var are variances σ², above 0; the least of these is {var.min():.4g}")
+    "ValueError for variances that are not above 0, or not finite."
+    if ((var > 0) & (var < math.inf)).all():
+        return
+    _refuse_nan("var", var)
+    least, largest = (v.item() for v in var.aminmax())
+    odd = f"the least of these is {least:.4g}" if least <= 0 else f"the largest of these is {largest:.4g}"
+    raise ValueError(f"var are variances σ², above 0 and finite; {odd}")
 
 # %% ../nbs/01b_mixtures.ipynb #010033
 class Draws:
@@ -95,7 +111,8 @@ def _standard_normal(like, generator):  # a torch.Generator, Draws or None
     "Draws from N(0, 1) in the shape of `like`."
     if isinstance(generator, Draws):
         return generator.standard_normal(like)
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+    source = {} if generator is None else {"generator": generator}  # a None is compiled for one shape only
+    return torch.randn(like.shape, dtype=like.dtype, device=like.device, **source)
 
 
 @dataclass(frozen=True)
@@ -122,10 +139,15 @@ class Mixture:
         total = self.mu[..., 0, :] if N == 1 else (self.logw.exp()[..., None] * self.mu).sum(-2)
         return total.expand(*self.batch_shape, D)
 
-    @unchecked()
+    def to(self, *args, **kw) -> "Mixture":  # a device, a dtype, or both, as of a tensor
+        "The same mixtures on another device, or in another precision."
+        return type(self)(*(t.to(*args, **kw) for t in vars(self).values()))
+
     def joint_log_prob(self, z: Float[Tensor, "*#B D"]) -> Float[Tensor, "*B N"]:
         "log wₙ N(z | μₙ, σₙ²) for every component."
-        return pairwise_log_overlap(GMM.gaussian(z, torch.zeros_like(z)), self)[..., 0, :] + self.logw
+        with unchecked():  # here it is compiled, too; as a decorator within another it is not
+            point = GMM.gaussian(z, torch.zeros_like(z))
+        return pairwise_log_overlap(point, self)[..., 0, :] + self.logw
 
     def log_prob(self, z: Float[Tensor, "*#B D"]) -> Float[Tensor, "*B"]:
         "log Σₙ wₙ N(z | μₙ, σₙ²), exact."
@@ -228,6 +250,14 @@ class _Diagonal(Mixture):
         return self.logw.expand(*B, N), self.mu.expand(*B, N, D), self.var.expand(*B, N, D)
 
     @unchecked()
+    def __getitem__(self, at) -> "GMM":  # of the batch axes alone, as a tensor takes it
+        "The mixtures of a part of the batch. ValueError for a single mixture, IndexError as of a tensor."
+        if not (B := self.batch_shape):
+            raise ValueError("this is a single mixture, without a batch to take a part of")
+        rows = torch.arange(math.prod(B), device=self.mu.device).view(B)[at]
+        return GMM(*(t.flatten(0, len(B) - 1)[rows] for t in self.broadcast()))
+
+    @unchecked()
     def detach(self) -> "GMM":
         "The same mixtures, to which no gradient goes."
         return GMM(self.logw.detach(), self.mu.detach(), self.var.detach())
@@ -302,8 +332,10 @@ class FullGMM(Mixture):
         if not _can_look(self.logw):
             return
         _check_weights(self.logw)
-        if torch.linalg.cholesky_ex(self.cov.detach()).info.any():
-            raise ValueError("cov are covariance matrices, but some are not positive definite")
+        cov = self.cov.detach()
+        if torch.linalg.cholesky_ex(cov).info.any() or not cov.isfinite().all():
+            _refuse_nan("cov", cov)
+            raise ValueError("cov are covariance matrices, but some are infinite or not positive definite")
 
     @classmethod
     @unchecked()
@@ -344,6 +376,19 @@ def _of_family(d):
         return GMM(logw, c.mu.squeeze(-2), c.var.squeeze(-2))
     return FullGMM(logw, c.mu.squeeze(-2), c.cov.squeeze(-3))
 
+# %% ../nbs/01b_mixtures.ipynb #010209
+def _no_mixture(d):
+    "Why something is no mixture, and what is expected."
+    kind = type(d).__name__
+    if isinstance(d, nn.Module):
+        return f"a {kind} is a module, which gives a mixture when it is called; give prior() for prior"
+    if not isinstance(d, Distribution):
+        return f"a {kind} is no mixture; expected a GMM, as of GMM.gaussian(mu, var), or a torch distribution"
+    return (
+        f"a {kind} is no mixture of Gaussians; expected Normal, Independent(Normal), "
+        "MultivariateNormal or a MixtureSameFamily of one of these"
+    )
+
 # %% ../nbs/01b_mixtures.ipynb #010309
 def as_mixture(
     d: GMM | FullGMM | Distribution,  # a mixture, or a distribution that equals one
@@ -361,10 +406,7 @@ def as_mixture(
         return GMM.gaussian(b.loc.flatten(-n), b.scale.flatten(-n) ** 2)
     if isinstance(d, MixtureSameFamily):
         return _of_family(d)
-    raise ValueError(
-        f"a {type(d).__name__} is no mixture of Gaussians; expected Normal, Independent(Normal), "
-        "MultivariateNormal or a MixtureSameFamily of one of these"
-    )
+    raise ValueError(_no_mixture(d))
 
 # %% ../nbs/01b_mixtures.ipynb #010231
 def as_gmm(

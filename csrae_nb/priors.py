@@ -134,9 +134,13 @@ class MoGPrior(Prior):
 
     @torch.no_grad()
     def init_from_codes(self, codes: Float[Tensor, "n D"], seed: int = 0):
-        "Set the components to k-means clusters of the codes; ValueError for a network, or for too few codes."
+        """Set the components to k-means clusters of the codes; ValueError for a network, for too few codes,
+        or for codes of another D."""
         if self.network is not None:
             raise ValueError("a MoGPrior with a network has no free parameters to set from codes")
+        if codes.ndim != 2 or codes.shape[1] != self.mu.shape[1]:
+            got, D = tuple(codes.shape), self.mu.shape[1]
+            raise ValueError(f"codes have shape {got}; expected (n, {D}), D of the prior being {D}")
         n, mu, var = kmeans(codes, len(self.mu), seed)
         self.mu.copy_(mu)
         self.logvar.copy_(var.log().clamp(-LOG_VAR, LOG_VAR))
@@ -235,7 +239,13 @@ class VampPrior(Prior):
         self.pseudo_inputs = nn.Parameter(pseudo_inputs.clone())
 
     def forward(self) -> GMM:
-        return self._encoder[0](self.pseudo_inputs).aggregate()
+        q = self._encoder[0](self.pseudo_inputs)
+        if not isinstance(q, GMM):
+            raise ValueError(
+                f"the encoder of a VampPrior gave a {type(q).__name__}; expected one that gives a GMM: "
+                "let its forward end in GMM.gaussian(mu, var)"
+            )
+        return q.aggregate()
 
     def jointly(self, encode, x, posterior=lambda q: q):
         if not _normalises_batches(self._encoder[0]):

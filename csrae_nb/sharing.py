@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData, ModelHubMixin, snapshot_download
 from safetensors import SafetensorError, safe_open
 
+from .process import check_device
 from .catalogue import DATASETS
 from .catalogue import dataset_name
 from .data import some
@@ -264,7 +265,9 @@ def open_run(
     device: torch.device | str = "cpu",  # where the model goes
     codes: bool = True,  # whether it must have codes, as all but classifiers alone have
 ) -> Run:
-    "A finished run. ValueError for a damaged, unfinished or codeless one, FileNotFoundError for none."
+    """A finished run. ValueError for a damaged, unfinished or codeless one, or a device that is not here;
+    FileNotFoundError for none."""
+    device = check_device(device)
     folder = next((p for p in (Path(where).expanduser(), runs_folder() / where) if p.is_dir()), None)
     if folder:
         check_model(folder / "model.safetensors")  # who knows where it comes from

@@ -106,6 +106,56 @@ def test_a_table_in_memory_is_the_data_set_that_its_file_is(tmp_path, kind):
         load_data(kind(FRAME.assign(who="someone")))
 
 
+@pytest.mark.parametrize("numbers", [range(80), range(1, 81), [*range(80, 160)][::-1]])
+def test_row_numbers_of_pandas_are_no_data(tmp_path, numbers, run):
+    frame, path = FRAME.set_axis(numbers), tmp_path / "people.csv"
+    for _ in range(2):  # written, and read and written once more
+        frame.to_csv(path)
+        with pytest.warns(UserWarning, match="numbers the rows, so it is left out") as told:
+            data = load_data(path)
+        assert len(told) == 1 and data.columns == NAMES and data.x_shape == (3,)
+        assert trained.read_examples(run, path).x.shape == (80, 3)  # by name: nothing to be left out
+        frame = pd.read_csv(path)
+    for first in (["a", "b"] * 40, [0, *range(79)], VALUES[:, 0]):  # of other kinds
+        FRAME.set_axis(first).to_csv(path)
+        with pytest.raises(ValueError, match="column 1 of 5 has no name: name it, or leave it out"):
+            load_data(path)
+    path.write_text("a,b,\n" + "1,2,3\n" * 80)
+    with pytest.raises(ValueError, match="column 3 of 3 has no name"):
+        load_data(path)
+
+
+def test_row_numbers_in_a_parquet_are_no_data(tmp_path):
+    pytest.importorskip("pyarrow")
+    FRAME.sample(frac=1, random_state=0).to_parquet(tmp_path / "people.parquet")
+    assert load_data(tmp_path / "people.parquet").columns == NAMES
+
+
+def with_labels(y, path):
+    "The data in a file of a table with such a column y."
+    if path.suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    FRAME.assign(y=y).to_csv(path, index=False) if path.suffix == ".csv" else FRAME.assign(y=y).to_parquet(
+        path
+    )
+    return load_data(path)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.parquet"])
+def test_a_measurement_is_no_label(tmp_path, name):
+    with pytest.raises(ValueError, match="column y holds .*; expected labels, which are classes"):
+        with_labels(VALUES[:, 0], tmp_path / name)
+    with pytest.warns(UserWarning, match="column y holds 60 different numbers in 80 rows, and each is a"):
+        with_labels([*range(25, 85)] + [25.0] * 20, tmp_path / name)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["t.csv", "t.parquet"])
+def test_classes_are_labels(tmp_path, name):
+    assert len(with_labels([0, 1, 2, None] * 20, tmp_path / name).classes) == 3  # pandas writes 0.0, 1.0, 2.0
+    assert len(with_labels(["%.1f mg" % v for v in VALUES[:, 1]], tmp_path / name).classes) > 20
+
+
 def test_tables_of_splits_are_brought_into_one_order():
     arrays, columns = as_named_arrays(dict(x_train=FRAME, x_test=FRAME[::-1][["age", "height", "weight"]]))
     assert columns == NAMES and np.array_equal(arrays["x_test"], VALUES[::-1])

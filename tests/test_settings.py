@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
-from csrae_nb import CSRAEEmbedding, Pretrained
+from csrae_nb import CSRAEEmbedding, Pretrained, verbs
 from csrae_nb.evaluation import evaluate
 from csrae_nb.fleet import fit_fleet
 from csrae_nb.catalogue import DATASETS
@@ -207,3 +207,24 @@ def test_a_run_in_bf16_learns_what_one_in_single_precision_does(around):
     with around():
         cast = fit(Config(model="CSRAE", epochs=4, warmup=1, name="cast", precision="bf16"), progress=False)
     assert cast.history[-1]["criterion"] == pytest.approx(plain.history[-1]["criterion"], rel=0.02)
+
+
+def test_a_gpu_may_be_asked_for_and_is_refused_where_there_is_none(tmp_path, capsys):
+    asked = arrays(device="cuda")
+    assert run_name(asked) == run_name(arrays()) == run_name(arrays(device="cpu"))
+    with pytest.raises(ValueError, match="unknown device 'gpu'; expected one of auto, cpu, cuda"):
+        arrays(device="gpu")
+    run = fit(arrays(device="cpu"), dict(x=X), progress=False, folder=tmp_path / "run")
+    out = str(tmp_path / "codes.csv")
+    for device in ("cuda:99", "gpu"):
+        with pytest.raises(SystemExit) as e:
+            verbs.main(["encode", str(run.path), "digits", "--device", device, "--out", out])
+        said = capsys.readouterr().err
+        assert e.value.code == 2 and said.startswith(f"csrae encode: there is no device '{device}' here (")
+        assert said.count("\n") == 1
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="there is no device 'cuda' here .*take cpu, or, to train, auto"):
+            fit(asked, dict(x=X), progress=False, folder=tmp_path / "none")
+        with pytest.raises(ValueError, match="there is no device 'cuda' here"):
+            CSRAEEmbedding(device="cuda", epochs=1, components=3).fit(X)
+    assert not (tmp_path / "none").exists() and not (tmp_path / "codes.csv").exists()

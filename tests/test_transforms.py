@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 import csrae_nb
 from csrae_nb.divergence import cs_divergence, kl_bounds, kl_divergence, log_overlap
 from csrae_nb.layers import layered_networks, two_layers
-from csrae_nb.likelihoods import Bernoulli
+from csrae_nb.likelihoods import Bernoulli, DiscretizedLogistic, Gaussian
 from csrae_nb.mixtures import GMM, FullGMM, pairwise_log_overlap
 from csrae_nb.models import CSRAE, IWAE, VAE, MixtureCSRAE, MixtureVAE, VampPriorVAE
 from csrae_nb.networks import Decoder, Encoder, mlp
@@ -212,15 +212,35 @@ def compile_the_divergence(B, K, D):
         close(a, b, 1e-4)
 
 
-def compile_models():
-    for model in [*models()][-4:]:
-        torch._dynamo.reset()
-        x = torch.rand(6, 3, 3, generator=torch.Generator().manual_seed(1)).round()
-        losses = []
-        for f in (torch.compile(model, backend="eager"), model):
+def in_one_graph(f, *inputs):
+    "A function compiled without a break, against itself, for inputs of more than one size."
+    torch._dynamo.reset()
+    compiled = torch.compile(f, backend="eager", fullgraph=True)
+    for x in inputs:
+        values = []
+        for by in (compiled, f):
             torch.manual_seed(0)
-            losses.append(f(x).loss)
-        close(*losses, 1e-5)
+            values.append(by(x))
+        close(*values, 1e-5)
+
+
+def compile_models():
+    g = torch.Generator().manual_seed(1)
+    batches = [torch.rand(n, 3, 3, generator=g).round() for n in (6, 10)]
+    for model in [*models()][-4:]:
+        in_one_graph(lambda x: model(x).loss, *batches)
+
+
+def compile_parts():
+    "A prior, densities and draws, each beside what else may be somebody's own."
+    batches = [torch.randn(n, 2, 8, generator=torch.Generator().manual_seed(n)) for n in (100, 37, 52)]
+    for p in MoGPrior(20, 8), StandardNormal(8):
+        in_one_graph(lambda x: cs_divergence(GMM.gaussian(x[:, 0], x[:, 1].exp()), p()), *batches)
+        in_one_graph(lambda x: p.log_prob(x[:, 0]), *batches)
+    in_one_graph(lambda x: GMM.gaussian(x[:, 0], x[:, 1].exp()).rsample(), *batches)
+    in_one_graph(lambda x: Gaussian().sample(x), *batches)
+    in_one_graph(lambda x: DiscretizedLogistic().sample(x), *batches)
+    in_one_graph(lambda x: Bernoulli().sample(x[:, :1]), *batches)
 
 
 def compile_draws():
@@ -255,5 +275,6 @@ if __name__ == "__main__":
     for size in reversed(SIZES.values()):
         compile_the_divergence(*size)
     compile_models()
+    compile_parts()
     compile_draws()
     print("compiled")

@@ -4,6 +4,7 @@ import warnings
 from dataclasses import replace
 from functools import partial
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from sklearn.datasets import load_wine
 from csrae_nb import training
 from csrae_nb.catalogue import load_data
 from csrae_nb.data import column_units
+from csrae_nb.divergence import cs_divergence, kl_bounds, kl_divergence, log_overlap
 from csrae_nb.estimator import CSRAEEmbedding
 from csrae_nb.evaluation import complete_run
 from csrae_nb.fleet import fit_fleet
@@ -19,6 +21,7 @@ from csrae_nb.likelihoods import LIKELIHOODS, make_likelihood
 from csrae_nb.priors import LOG_VAR, MoGPrior, variance
 from csrae_nb.config import Config, resolve
 from csrae_nb.files import load_tensors
+from csrae_nb.mixtures import GMM, FullGMM, pairwise_log_overlap
 from csrae_nb.models import MODELS
 from csrae_nb.runs import fit, load_run
 from csrae_nb.tasks import make_model, task_of
@@ -220,7 +223,7 @@ def test_runs_from_before_have_no_units(wine):
 @pytest.mark.parametrize(
     "likelihood, says",
     [
-        ("bernoulli", "x_train ranges from 0 to 255, .* divided by the largest"),
+        ("bernoulli", "x_train ranges from 0 to 255, .* divide grey levels by the largest that there can be"),
         ("discretized_logistic", "x_train ranges from 0 to 255, .*uint8, or as x/255 - 0.5"),
     ],
 )
@@ -305,3 +308,47 @@ def test_examples_of_one_class_need_no_three_components(hasty, components):
     metrics = complete_run(cfg, dict(x=x, y=np.zeros(60, int)), progress=False)
     assert 0 < metrics["cluster_accuracy"] <= 1
     assert metrics.get("merged_accuracy") == (1 if components == 3 else None)
+
+
+# --- errors say what to give instead
+
+
+@pytest.mark.parametrize("f", [cs_divergence, log_overlap, kl_divergence, kl_bounds, pairwise_log_overlap])
+def test_what_is_no_mixture_is_told_what_to_be(f, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    q, prior = GMM.gaussian(torch.zeros(3, 2), torch.ones(3, 2)), MoGPrior(4, 2)
+    for sides in (q, prior), (prior, q), (prior, prior):
+        with pytest.raises(ValueError, match=r"a MoGPrior is a module.*when it is called; give prior\(\)"):
+            f(*sides)
+    for wrong in q.mu, (q.mu, q.var), None:
+        with pytest.raises(ValueError, match=r"is no mixture; expected a GMM, as of GMM.gaussian\(mu, var\)"):
+            f(wrong, prior())
+
+
+# --- a batch of mixtures in parts, and elsewhere
+
+PARTS = 0, -1, (1, 2), slice(1, 3), (..., 0), (slice(None), [0, 2]), None, [True, False, True]
+
+
+@pytest.mark.parametrize("at", PARTS)
+def test_a_part_of_a_batch_is_that_part(at):
+    g = torch.Generator().manual_seed(0)
+    r = partial(torch.randn, generator=g)
+    q, z = GMM(r(3, 1, 2).log_softmax(-1), r(4, 2, 5), torch.ones(2, 5)), r(5)
+    assert torch.equal(q[at].log_prob(z), q.log_prob(z)[at])
+    assert torch.allclose(q[at].mean.sum(-1), q.mean.sum(-1)[at])
+    with pytest.raises(IndexError):
+        q[3]
+    with pytest.raises(IndexError):
+        q[0, 0, 0]  # a component is no part of a batch
+    with pytest.raises(ValueError, match="a single mixture, without a batch"):
+        list(q[0, 0])
+
+
+def test_a_mixture_moves_as_one():
+    p = MoGPrior(4, 2)()
+    for moved in (p.to(torch.float64), FullGMM.of(p).to(torch.float64)):
+        assert {t.dtype for t in vars(moved).values()} == {torch.float64}
+        assert cs_divergence(moved, moved).abs() < 1e-12
+    assert {t.device.type for t in vars(p.to("meta")).values()} == {"meta"}
+    assert p.to(torch.float64).mu.requires_grad
