@@ -511,7 +511,7 @@ def measure(run: Run, data: Dataset, progress: bool = True) -> dict:  # metric: 
         write_metrics(run, metrics)
     return metrics
 
-
+# %% ../nbs/10b_evaluation.ipynb #100247
 def complete_run(
     cfg: Config,  # what to run
     data: Dataset | dict | None = None,  # as in fit

@@ -86,7 +86,7 @@ def _check_weights(logw):
         "give logits.log_softmax(-1), or the weights themselves to GMM.mixture"
     )
 
-
+# %% ../nbs/01b_mixtures.ipynb #010454
 @torch.no_grad()
 def _check_positive(var):
     "ValueError for variances that are not above 0, or not finite."

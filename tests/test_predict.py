@@ -354,7 +354,8 @@ def test_a_table_that_is_interrupted_says_so_in_one_line(runs, videos, tmp_path,
     for k in range(3):
         shutil.copy(videos / "a.mp4", root / f"{k}.mp4")
     words = program("predict", runs / "faces", root, "--out", tmp_path / "aus.csv", "--jobs", jobs)
-    p = subprocess.Popen(**words | dict(stderr=subprocess.PIPE, text=True, start_new_session=True))
+    heard = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # also under nohup
+    p = subprocess.Popen(**words | heard | dict(stderr=subprocess.PIPE, text=True, start_new_session=True))
     parts = tmp_path / ".aus.csv.parts"
     while not (any(f.stat().st_size > 500 for f in parts.glob("*.part")) if begun else parts.exists()):
         assert p.poll() is None

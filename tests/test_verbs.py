@@ -228,7 +228,8 @@ def test_encoding_that_is_interrupted_goes_on(runs, tmp_path):
     code = "import sys; from csrae_nb.verbs import main; sys.exit(main())"
     env = {k: v for k, v in os.environ.items() if k != "CSRAE_TYPECHECK"}
     program = [sys.executable, "-c", code, *map(str, words)]
-    p = subprocess.Popen(program, env=env, stderr=subprocess.PIPE, text=True)
+    heard = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # also under nohup
+    p = subprocess.Popen(program, env=env, stderr=subprocess.PIPE, text=True, **heard)
     while not [f for f in tmp_path.glob(".codes.csv.mixture.*.part") if f.stat().st_size > 10_000]:
         assert p.poll() is None
         time.sleep(0.002)
