@@ -77,9 +77,10 @@ def accelerator(
 
     if cfg.device == "cuda":
         check_device(cfg.device)
-    cast = "bf16" if cfg.precision == "bf16" else "no"
+    cast, mps = "bf16" if cfg.precision == "bf16" else "no", torch.backends.mps.is_available()
     with _accelerate_anew(), product_precision(cfg.precision):
-        acc = Accelerator(cpu=cfg.device == "cpu", mixed_precision=cast)
+        on_cpu = cfg.device == "cpu" or mps  # which has no double precision, as k-means and evaluation need
+        acc = Accelerator(cpu=on_cpu, mixed_precision=cast)
         _check_shares(cfg, acc.num_processes)
         yield acc
 

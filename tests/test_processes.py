@@ -8,6 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from csrae_nb.config import Config, resolve
+from csrae_nb.process import accelerator
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo over forked processes")
 
@@ -100,3 +104,11 @@ def test_two_processes_train_the_runs_of_one(start, alone, how, names):
             assert a == pytest.approx(b, rel=2e-4), name
         a, b = (json.loads((p / "metrics.json").read_text())["metrics"] for p in (one, two))
         assert (a["reconstruction"], a["ll"]) == pytest.approx((b["reconstruction"], b["ll"]), rel=1e-3)
+
+
+def test_a_mac_trains_on_its_processor(monkeypatch):
+    "Its GPU has no double precision."
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr("accelerate.state.is_mps_available", lambda *a, **kw: True)
+    with accelerator(resolve(Config())) as acc:
+        assert acc.device.type == "cpu"
