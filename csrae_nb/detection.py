@@ -197,13 +197,8 @@ def video_frames(
         )
 
 # %% ../nbs/15d_detection.ipynb #156115
-COUNTED = (
-    ".mp4",
-    ".m4v",
-    ".mov",
-    ".avi",
-    ".3gp",
-)  # videos whose header counts frames; others have a duration
+# videos whose header counts frames; others have a duration
+COUNTED = ".mp4", ".m4v", ".mov", ".avi", ".3gp"
 
 
 def frames_missing(

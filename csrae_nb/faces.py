@@ -50,6 +50,7 @@ from csrae_nb.frames import (
     prepare_recording,
 )
 from .frames import prepared_recording, read_disfa, read_fera2015
+from .process import cores
 
 # %% ../nbs/15c_faces.ipynb #150015
 @dataclass(frozen=True)
@@ -189,14 +190,9 @@ def prepare_faces(
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / ".lock").acquire()
     with lock:  # others wait, and find it done
-        return _prepare_missing(faces, root, out, size, jobs or _cores(), progress, eyes)
+        return _prepare_missing(faces, root, out, size, jobs or cores(), progress, eyes)
 
 # %% ../nbs/15c_faces.ipynb #150437
-def _cores():
-    "Cores that this process may use, which may be fewer than the machine has."
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _prepare_missing(faces, root, out, size, jobs, progress, eyes):
     "Prepare what is not yet, and write the index."
     to = EYES
@@ -387,7 +383,7 @@ class FrameStore:
         self._starts = np.concatenate([np.cumsum(t["sizes"]) - t["sizes"] for t in tables.values()])
         self._files = np.repeat(np.arange(len(tables)), [len(t["rows"]) for t in tables.values()])
         self._maps = [np.memmap(folder / f"{n}.jpegs", np.uint8, "r") for n in tables]
-        self._pool = ThreadPoolExecutor(min(8, _cores()))
+        self._pool = ThreadPoolExecutor(min(8, cores()))
         sums = [(n, a["sha256"]) for n, a in self.about.items()] + [self.size]
         name = self.name + MEAN_EYES * any("eyes" in a for a in self.about.values())
         self.sha256 = {name: hashlib.sha256(json.dumps(sums).encode()).hexdigest()}

@@ -33,7 +33,7 @@ from .data import Dataset
 from .files import RunLocked, generator, progress_bar, run_lock, runs_folder
 from .kernels import NotEnoughMemory, free_memory, members_first
 from .mixtures import Draws
-from .process import accelerator, torch_defaults
+from .process import accelerator, cores, torch_defaults
 from .runs import Run, load_run, open_run, prepare_data
 from .tasks import Task, task_of
 from csrae_nb.training import (
@@ -322,7 +322,7 @@ def _validate(fleet, ts, failed):
     if type(task).validate is not Task.validate or not _recordable(ts[0].data):  # faster on a CPU
         return [{} if t in failed else t.task.validate(t.model.eval(), t.data, x) for t in ts]
     draws = MemberDraws([generator(t.cfg.seed, "validation", device=x.device) for t in ts])
-    found = fleet.each(partial(task.measure, x=x, draws=draws))
+    found = fleet.each(partial(task.outputs, x=x, draws=draws))
     each = [{k: v[r] for k, v in found.items()} for r in range(len(ts))]
     return [{} if t in failed else t.task.judge(t.model, own, t.data) for t, own in zip(ts, each)]
 
@@ -363,7 +363,7 @@ def _diverged(log, names, ts, epoch):
 def _place_all(ts):
     "Free components of each run to the k-means clusters of its codes."
     workers = len(ts) if ts[0].acc.device.type == "cuda" else 1  # where the processor has nothing else to do
-    with ThreadPoolExecutor(min(workers, os.cpu_count())) as pool:
+    with ThreadPoolExecutor(min(workers, cores())) as pool:
         for _ in pool.map(lambda t: place_components(t.model, t.opt, t.data, t.cfg), ts):
             pass
 

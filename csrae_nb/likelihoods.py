@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from .mixtures import of_generator
 from .priors import LOG_VAR, variance, within
 
 # %% ../nbs/04_likelihoods.ipynb #040005
@@ -42,11 +43,6 @@ class Likelihood:
                 f"{name} ranges from {low:g} to {high:g}, but {type(self).__name__} needs values "
                 f"from {self.low:g} to {self.high:g}; {self.remedy}"
             )
-
-# %% ../nbs/04_likelihoods.ipynb #040107
-def _source(generator):
-    "The argument for a generator, if there is one: with a None, `torch.compile` takes a single shape only."
-    return {} if generator is None else {"generator": generator}
 
 # %% ../nbs/04_likelihoods.ipynb #040007
 @dataclass(frozen=True)
@@ -133,7 +129,7 @@ class Gaussian(Likelihood):
     ) -> Float[Tensor, "B *X"]:
         "A draw of x."
         d = self._normal(out)
-        noise = torch.randn(d.loc.shape, dtype=d.loc.dtype, device=d.loc.device, **_source(generator))
+        noise = torch.randn(d.loc.shape, dtype=d.loc.dtype, device=d.loc.device, **of_generator(generator))
         return self._outputs(d.loc + d.scale * noise)
 
 # %% ../nbs/04_likelihoods.ipynb #040013
@@ -167,7 +163,7 @@ class DiscretizedLogistic(Likelihood):
         self, out: Float[Tensor, "B 2 *X"], generator: torch.Generator | None = None
     ) -> Float[Tensor, "B *X"]:
         "A draw of x, on the grid of values."
-        u = torch.rand(out[:, 0].shape, dtype=out.dtype, device=out.device, **_source(generator))
+        u = torch.rand(out[:, 0].shape, dtype=out.dtype, device=out.device, **of_generator(generator))
         x = out[:, 0] + out[:, 1].clamp_max(LOG_VAR).exp() * u.logit(1e-6)
         return ((x.clamp(self.low, self.high) - self.low) / self.width).round() * self.width + self.low
 

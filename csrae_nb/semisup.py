@@ -978,8 +978,8 @@ class _LabelledBatches(Task):
 class _ChosenByLabels(Task):
     "The epoch that is kept, and what is measured at the end."
 
-    def measure(self, model, x, draws):
-        return super().measure(model, x, draws) | dict(logits=model.predict(x))
+    def outputs(self, model, x, draws):
+        return super().outputs(model, x, draws) | dict(logits=model.predict(x))
 
     def judge(self, model, found, data):
         logits, name = found.pop("logits"), model.kind.measure
@@ -1235,7 +1235,7 @@ class SupervisedTask(_WithPatterns):
         "There is no phase without labels."
         Task.start(self, model, run_first)
 
-    def measure(self, model, x, draws):
+    def outputs(self, model, x, draws):
         return dict(logits=model.predict(x))
 
     def judge(self, model, found, data):

@@ -48,6 +48,7 @@ from csrae_nb.grids import (
     surroundings,
     trained_epochs,
 )
+from .process import cores
 from .reading import read_text
 from .runs import prepare_data
 from .training import is_trained
@@ -468,11 +469,6 @@ def _add_how(p):
     )
 
 # %% ../nbs/12b_sweeps.ipynb #120049
-def _cores():
-    "Cores that this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def _engine(o):
     "The engine that the options ask for, and its own options; ValueError for options that do not fit."
     if o.jobs is not None and o.jobs < 1:
@@ -568,7 +564,7 @@ def _carry_out(o):
     if o.list:
         _show_states(configs)
     else:
-        status = _run(configs, o.jobs or _cores(), how)
+        status = _run(configs, o.jobs or cores(), how)
     if o.csv:
         _write_csv(o.csv, whole)
     return status

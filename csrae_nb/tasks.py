@@ -189,7 +189,7 @@ def check_rows(cfg: Config, *networks: nn.Module) -> None:
 class Validation:
     """How a task judges an epoch: what a model computes, in a fleet all at once, and what is made of it."""
 
-    def measure(
+    def outputs(
         self, model: nn.Module, x: Tensor | LazyImages, draws: torch.Generator | Draws
     ) -> dict[str, Tensor]:
         "What a model gives on the validation images x; no shape may depend on it."
@@ -200,13 +200,13 @@ class Validation:
     def judge(
         self, model: nn.Module, found: dict[str, Tensor], data: Dataset
     ) -> dict:  # column of the history: value
-        "The validation of an epoch, of what was measured."
+        "The validation of an epoch, of these outputs."
         return {k: t.item() for k, t in found.items()}
 
     def validate(self, model: nn.Module, data: Dataset, x: Tensor | LazyImages) -> dict:  # as `judge`
         "Validation of an epoch, on the validation images x."
         draws = generator(self.cfg.seed, "validation", device=x.device)
-        return self.judge(model, self.measure(model, x, draws), data)
+        return self.judge(model, self.outputs(model, x, draws), data)
 
     def score(self, model: nn.Module, row: dict) -> float:
         "Of a row of the history: what is smallest in the epoch to keep, by full weights or a constraint."
