@@ -109,7 +109,9 @@ def _parts(d):
         return d.logw, Independent(Normal(d.mu, d.var.sqrt(), validate_args=False), 1)
     if isinstance(d, MixtureSameFamily):
         return d.mixture_distribution.logits.log_softmax(-1), d.component_distribution
-    return torch.zeros(*d.batch_shape, 1), _with_axis(d, -1)
+    single, base = _with_axis(d, -1), _innermost(d)
+    like = getattr(base, next(iter(base.arg_constraints)))
+    return like.new_zeros(single.batch_shape), single
 
 # %% ../nbs/01c_divergence.ipynb #01c065
 def _overlap_of(q, p):

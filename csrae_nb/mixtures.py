@@ -268,8 +268,8 @@ class _Diagonal(Mixture):
 
     def to_distribution(self) -> MixtureSameFamily:
         "The same mixture as a `torch.distributions` object."
-        normals = Independent(Normal(self.mu, self.var.sqrt()), 1)
-        return MixtureSameFamily(Categorical(logits=self.logw), normals)
+        logw, mu, var = self.broadcast()
+        return MixtureSameFamily(Categorical(logits=logw), Independent(Normal(mu, var.sqrt()), 1))
 
 # %% ../nbs/01b_mixtures.ipynb #010005
 @dataclass(frozen=True)
@@ -364,7 +364,9 @@ class FullGMM(Mixture):
 
     def to_distribution(self) -> MixtureSameFamily:
         "The same mixture as a `torch.distributions` object."
-        return MixtureSameFamily(Categorical(logits=self.logw), MultivariateNormal(self.mu, self.cov))
+        B, (N, D) = self.batch_shape, self.mu.shape[-2:]
+        normals = MultivariateNormal(self.mu.expand(*B, N, D), self.cov.expand(*B, N, D, D))
+        return MixtureSameFamily(Categorical(logits=self.logw.expand(*B, N)), normals)
 
 # %% ../nbs/01b_mixtures.ipynb #010009
 def _of_multivariate(d):
@@ -484,15 +486,15 @@ def matrix_log_prob(
 ) -> Callable[[Tensor], Tensor]:  # z (*B, D) to log p(z) (*B), without gradients
     """A function that gives log p(z) of many z by a matrix product, within 1e-6 of the pairs' form; that form
     itself where the product would be less exact."""
-    centre = p.mu.mean(0)
-    nu, w = (p.mu - centre).double(), p.var.double().reciprocal()
+    centre = p.mu.double().mean(0)
+    nu, w = p.mu - centre, p.var.double().reciprocal()
     if not (nu.square() * w).sum(-1).max() < 1e9:
         return p.log_prob
     right = torch.cat([-w / 2, nu * w], -1).T
     c = p.logw - 0.5 * (nu.square() * w + (2 * math.pi / w).log()).sum(-1)
 
     def log_prob(z):
-        y = (z - centre).double()
+        y = z - centre  # in double precision, as all that follows
         return log_sum_exp((torch.cat([y.square(), y], -1) @ right + c).to(z.dtype))
 
     return log_prob
