@@ -973,6 +973,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'csrae_nb/mixtures.py'),
                                    'csrae_nb.mixtures._can_look': ('nbs/mixtures.html#_can_look', 'csrae_nb/mixtures.py'),
                                    'csrae_nb.mixtures._check_covariances': ('nbs/mixtures.html#_check_covariances', 'csrae_nb/mixtures.py'),
+                                   'csrae_nb.mixtures._check_devices': ('nbs/mixtures.html#_check_devices', 'csrae_nb/mixtures.py'),
                                    'csrae_nb.mixtures._check_positive': ('nbs/mixtures.html#_check_positive', 'csrae_nb/mixtures.py'),
                                    'csrae_nb.mixtures._check_shapes': ('nbs/mixtures.html#_check_shapes', 'csrae_nb/mixtures.py'),
                                    'csrae_nb.mixtures._check_weights': ('nbs/mixtures.html#_check_weights', 'csrae_nb/mixtures.py'),

@@ -438,6 +438,11 @@ def rsample(
     return z if isinstance(d, GMM) or d.event_shape else z[..., 0]
 
 # %% ../nbs/01b_mixtures.ipynb #010022
+def _check_devices(q, p):
+    if len(devices := {str(t.device) for g in (q, p) for t in vars(g).values()}) > 1:
+        raise ValueError(f"q and p are on {' and '.join(sorted(devices))}; move them to one device")
+
+
 def common_batch(
     q: GMM | FullGMM,  # a mixture
     p: GMM | FullGMM,  # another
@@ -445,8 +450,8 @@ def common_batch(
     "Broadcast batch shape of two mixtures; ValueError if D, the batches or the devices do not fit."
     if q.mu.shape[-1] != p.mu.shape[-1]:
         raise ValueError(f"q has D={q.mu.shape[-1]}, p has D={p.mu.shape[-1]}: both must live in one space")
-    if len(devices := {str(t.device) for g in (q, p) for t in vars(g).values()}) > 1:
-        raise ValueError(f"q and p are on {' and '.join(sorted(devices))}; move them to one device")
+    if not torch.compiler.is_compiling():  # which sees to devices itself
+        _check_devices(q, p)
     try:
         return np.broadcast_shapes(q.batch_shape, p.batch_shape)
     except ValueError as e:

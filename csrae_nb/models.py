@@ -422,7 +422,7 @@ class CSRAE(Autoencoder):
         return DIVERGENCES[self.objective](q, p)
 
     def sharing_term(self):
-        names, overridden = [*self.batch_terms], type(self).divergence is not CSRAE.divergence
+        names, overridden = [*self.batch_terms.keys()], type(self).divergence is not CSRAE.divergence
         if len(names) != 1 or overridden or not one_process():
             return None
         return names[0] if self.batch_terms[names[0]].shares_with(self.objective) else None
