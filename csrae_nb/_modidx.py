@@ -808,6 +808,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'csrae_nb.kernels._tiles_work': ('nbs/kernels.html#_tiles_work', 'csrae_nb/kernels.py'),
                                   'csrae_nb.kernels._untraced': ('nbs/kernels.html#_untraced', 'csrae_nb/kernels.py'),
                                   'csrae_nb.kernels._used_pairs': ('nbs/kernels.html#_used_pairs', 'csrae_nb/kernels.py'),
+                                  'csrae_nb.kernels.broadcast_shapes': ('nbs/kernels.html#broadcast_shapes', 'csrae_nb/kernels.py'),
                                   'csrae_nb.kernels.check_memory': ('nbs/kernels.html#check_memory', 'csrae_nb/kernels.py'),
                                   'csrae_nb.kernels.free_memory': ('nbs/kernels.html#free_memory', 'csrae_nb/kernels.py'),
                                   'csrae_nb.kernels.log_sum_exp': ('nbs/kernels.html#log_sum_exp', 'csrae_nb/kernels.py'),

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from torch.distributions import (
     Normal,
 )
 
-from .kernels import check_memory, log_sum_exp, log_z, transformed
+from .kernels import broadcast_shapes, check_memory, log_sum_exp, log_z, transformed
 
 # %% ../nbs/01b_mixtures.ipynb #010204
 _looks = ContextVar("looks", default=True)
@@ -219,7 +218,7 @@ class _Diagonal(Mixture):
     def batch_shape(self) -> tuple[int, ...]:  # () for a single mixture
         "Broadcast shape of the batch axes *B."
         w, m, v = self.logw.shape[:-1], self.mu.shape[:-2], self.var.shape[:-2]
-        return w if w == m == v else np.broadcast_shapes(w, m, v)
+        return w if w == m == v else broadcast_shapes(w, m, v)
 
     def rsample(self, generator: torch.Generator | Draws | None = None) -> Float[Tensor, "*B D"]:
         """One draw per element of the batch, with first derivatives to all parameters: of several components,
@@ -350,7 +349,7 @@ class FullGMM(Mixture):
     @property
     def batch_shape(self) -> tuple[int, ...]:  # () for a single mixture
         "Broadcast shape of the batch axes *B."
-        return np.broadcast_shapes(self.logw.shape[:-1], self.mu.shape[:-2], self.cov.shape[:-3])
+        return broadcast_shapes(self.logw.shape[:-1], self.mu.shape[:-2], self.cov.shape[:-3])
 
     def _each(self, generator):
         "A draw from every component, (*B, N, D)."
@@ -453,7 +452,7 @@ def common_batch(
     if not torch.compiler.is_compiling():  # which sees to devices itself
         _check_devices(q, p)
     try:
-        return np.broadcast_shapes(q.batch_shape, p.batch_shape)
+        return broadcast_shapes(q.batch_shape, p.batch_shape)
     except ValueError as e:
         batches = f"q has batch {tuple(q.batch_shape)}, p has {tuple(p.batch_shape)}"
         raise ValueError(f"{batches}: they do not broadcast") from e
