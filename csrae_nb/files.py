@@ -77,7 +77,7 @@ def _damaged(path, what, why):
 def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict]:  # tensors on the CPU, metadata
     "What `save_tensors` wrote; ValueError for a damaged, foreign or newer file, which is left as it is."
     try:
-        with safe_open(str(path), "pt") as f:
+        with torch.device("cpu"), safe_open(str(path), "pt") as f:  # whatever device is torch's default
             header = f.metadata() or {}
             tensors = {k: f.get_tensor(k).clone() for k in f.keys()}  # not the file's: it can be replaced
     except (SafetensorError, ValueError) as e:
