@@ -389,7 +389,9 @@ def evidence(folder: Path | str | None = None) -> dict[str, list[dict]]:  # name
     pool, semisup = merge(*tables.values()), equal_training(read_results(SEMISUP, folder))
     return {name: with_errors(rows, pool) for name, rows in tables.items()} | {
         "all": with_errors(pool, pool),
-        "likelihoods": with_errors([r for r in read_results("table2", folder) if r.get("ll_mean")], pool),
+        "likelihoods": with_errors(
+            [r for r in read_results("table2", folder) if r.get("log_likelihood_mean")], pool
+        ),
         SEMISUP: with_errors(semisup, semisup),
     }
 
@@ -627,11 +629,11 @@ def criterion_claim(tables: dict) -> Claim:
 def likelihood_claim(tables: dict) -> Claim:
     "Whether a low criterion goes with a high likelihood."
     claim = "§4.2, Fig. 3c: a low criterion means a low −LL, though their minima may differ"
-    rows = by_lam(tables["figure3"], "criterion", "ll")
-    rho = rank_over_weights(rows, "criterion", "ll", -1)
+    rows = by_lam(tables["figure3"], "criterion", "log_likelihood")
+    rho = rank_over_weights(rows, "criterion", "log_likelihood", -1)
     if rho is None:
         return Claim(claim, "", judge_rank(rho))
-    at = [f"{r['lam']:g}" for r in (lowest(rows, "criterion"), lowest(rows, "ll", -1))]
+    at = [f"{r['lam']:g}" for r in (lowest(rows, "criterion"), lowest(rows, "log_likelihood", -1))]
     measured = f"rank correlation {show_rank(rho)}; lowest at λ = {' and '.join(at)}"
     return Claim(claim, measured, judge_rank(rho))
 
@@ -712,7 +714,9 @@ def images_claim(tables: dict) -> Claim:
     for a, b in combinations(where(tables["likelihoods"], lam=1), 2):
         metric = f"{distance_kind([a, b])}_samples"
         if all(a[k] == b[k] for k in ("dataset", "latent_dim")):
-            clear.append((compare(b, a, "ll"), compare(a, b, metric)))  # 1: a is better, by either
+            clear.append(
+                (compare(b, a, "log_likelihood"), compare(a, b, metric))
+            )  # 1: a is better, by either
     clear = [pair for pair in clear if None not in pair and 0 not in pair]
     against = sum(by_ll != by_samples for by_ll, by_samples in clear)
     if not clear:

@@ -311,7 +311,7 @@ _OF_LOWER = (  # of two layers
 # %% ../nbs/10b_evaluation.ipynb #100038
 SETS = ("floor", "reconstructions", "samples", "samples_refit", "samples_refit15", "samples_expost")
 METRICS = (
-    *("reconstruction", "divergence", "criterion", "ll"),
+    *("reconstruction", "divergence", "criterion", "log_likelihood"),
     *(f"knn{k}{s}" for s in ("", "_val") for k in (3, 5, 10)),
     *("effective_k", "log_prior", "log_prior_refit"),
     *(f"{kind}_{s}" for kind in ("frechet_classifier", "fid") for s in SETS),
@@ -406,12 +406,14 @@ def _evaluate(run, data, progress, known):
     sources = sample_sources(run, codes)
     terms = mean_terms(run.model, test, generator(run.cfg.seed, "test", device=run.device))
     samples = run.cfg.ll_samples if run.model.has_likelihood else 0
-    ll = known.get("ll") or (mean_log_likelihood(run, test, samples, progress) if samples else None)
+    found = known.get("log_likelihood")
+    if samples and found is None:
+        found = mean_log_likelihood(run, test, samples, progress)
     return dict(
         reconstruction=terms["reconstruction"],
         divergence=terms["divergence"],
         criterion=run.history[run.best_epoch - 1]["criterion"],
-        ll=ll,
+        log_likelihood=found,
         active_units=active_units(run.model, test),
         **_knn(run, data, codes),
         **_of_lower(run, data, terms),
@@ -474,7 +476,8 @@ def finished_metrics(
     cfg = resolve(cfg)
     folder = runs_folder() / run_name(cfg)
     there, metrics, of = _written(folder)
-    if not _is_as_asked(there, cfg) or not set(METRICS) <= metrics.keys() or sha256 not in (None, of):
+    needed = {m for m in METRICS if cfg.ll_samples or m != "log_likelihood"}  # 0.1.0 has another one, ll
+    if not _is_as_asked(there, cfg) or not needed <= metrics.keys() or sha256 not in (None, of):
         return None
     late = cfg.fid_layer and metrics.get("fid_missing") and weights_file().exists()  # it can be had by now
     return metrics if not late and (folder / "model.safetensors").exists() else None
@@ -620,7 +623,7 @@ def _row(runs, all_metrics):
     for m in all_metrics:
         row[f"{m}_mean"], row[f"{m}_se"] = _mean_se([r["metrics"].get(m) for r in runs])
     if len({r["config"]["ll_samples"] for r in runs}) > 1:
-        row |= dict(ll_samples=None, ll_mean=None, ll_se=None)  # they do not compare
+        row |= dict(ll_samples=None, log_likelihood_mean=None, log_likelihood_se=None)  # they do not compare
     return {**row, "commit": _commits(runs), "command": _commands(cfg, seeds)}
 
 

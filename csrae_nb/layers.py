@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 # %% ../nbs/06f_layers.ipynb #066003
 from .mixtures import GMM, unchecked
-from .models import Autoencoder, Terms, Weight, in_eval_mode, rows_at_once
+from .models import Autoencoder, Terms, Weight, in_eval_mode, rows_at_once, widened
 from .networks import NETWORKS, Decoder, Encoder, make_networks
 
 # %% ../nbs/06f_layers.ipynb #066008
@@ -115,10 +115,12 @@ class TwoLayersSeen(TwoLayers):
         return torch.cat([self.likelihood.mean(self.drawn(zb, generator)) for zb in z.split(rows)])
 
     @unchecked()
-    def log_weights(self, x, q, log_prior, samples, generator=None):
+    def log_weights(self, x, q, log_prior, samples, generator=None, widths=(1.0,)):
+        q = widened(q, widths)
         q = GMM(*(t.expand(samples, *t.shape) for t in q.broadcast()))
         z = q.rsample(generator)  # (S, B, D)
         lower, given = self.lower(self.likelihood.inputs(x), z)
+        lower = widened(lower, widths)
         z1 = lower.rsample(generator)
         xs = x.expand(samples, *x.shape).flatten(0, 1)
         decoded = self.decoder(self.lower.seen(z1, z).flatten(0, 1))

@@ -558,7 +558,7 @@ def plot_figure3(rows: list[dict]) -> Figure:  # of CSRAE
         ax.set(xlabel=criterion, ylabel=LABELS[kind], title=f"(b) {s}")
     b1.set_yscale("log")
     plain_log(b1.yaxis)
-    _scatter(c, rows, "criterion", "ll", -1, color="C2")
+    _scatter(c, rows, "criterion", "log_likelihood", -1, color="C2")
     c.set(xlabel=criterion, ylabel="$-\\log p(x)$, nats", title="(c) likelihood")
     return fig
 
@@ -587,7 +587,7 @@ def where_lowest(rows: list[dict]) -> str:
         return "Not measured yet."
     lines = [["criterion", "", f"{lowest(rows, 'criterion')['lam']:g}", ""]]
     distances = [(f"{kind}_{s}", title, 1) for s, title in _FIGURE3.items()]
-    for m, title, sign in [*distances, ("ll", "−log-likelihood", -1)]:
+    for m, title, sign in [*distances, ("log_likelihood", "−log-likelihood", -1)]:
         if best := lowest(rows, m, sign):
             value = shown(best, m).removeprefix("-" if sign < 0 else "")
             rho = rank_over_weights(rows, "criterion", m, sign)

@@ -40,7 +40,8 @@ from csrae_nb.trained import (
 )
 
 # %% ../nbs/23b_csrae.ipynb #235005
-_MAIN = "reconstruction divergence ll active_units knn5 frechet_classifier_samples fid_samples error f1 icc"
+_MAIN = "reconstruction divergence log_likelihood active_units knn5 frechet_classifier_samples fid_samples"
+_MAIN += " error f1 icc"
 
 
 def _train(o):

@@ -130,8 +130,8 @@ def test_the_fid_is_made_up_for_when_the_weights_arrive(random_weights, monkeypa
     assert (
         before["fid_samples"] is None
         and after["fid_samples"] > 0
-        and after["ll"] is not None
-        and after["ll"] == before["ll"]
+        and after["log_likelihood"] is not None
+        and after["log_likelihood"] == before["log_likelihood"]
         and finished_metrics(cfg) == after
     )
 
@@ -173,7 +173,7 @@ def test_without_labels_there_is_no_classifier_and_no_neighbours():
     assert (
         metrics["knn3"] is None
         and metrics["frechet_classifier_samples"] is None
-        and metrics["ll"] is not None
+        and metrics["log_likelihood"] is not None
     )
 
 

@@ -217,7 +217,7 @@ def test_it_is_evaluated_with_both_codes(own_runs):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = evaluate(run, load_data(dict(x=ROWS, y=labels)), progress=False)
-    assert np.isfinite(found["ll"]) and np.isfinite(found["divergence_lower"])
+    assert np.isfinite(found["log_likelihood"]) and np.isfinite(found["divergence_lower"])
     assert 0 <= found["knn3_lower"] <= 100 and 0 <= found["active_units_lower"] <= 3
 
 

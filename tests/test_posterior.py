@@ -59,7 +59,7 @@ def test_the_stratified_error_is_the_mean_over_components():
 def test_it_is_evaluated_as_any_other(own_runs):
     run = trained("run", ll_samples=10, fid_layer=0)
     found = evaluate(run, load_data(dict(x=ROWS)), progress=False)
-    assert np.isfinite(found["ll"]) and np.isfinite(found["divergence"])
+    assert np.isfinite(found["log_likelihood"]) and np.isfinite(found["divergence"])
 
 
 def test_the_divergence_of_the_whole_mixture_warns(own_runs):

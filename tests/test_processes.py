@@ -103,7 +103,9 @@ def test_two_processes_train_the_runs_of_one(start, alone, how, names):
         for a, b in zip(history(one), history(two), strict=True):
             assert a == pytest.approx(b, rel=2e-4), name
         a, b = (json.loads((p / "metrics.json").read_text())["metrics"] for p in (one, two))
-        assert (a["reconstruction"], a["ll"]) == pytest.approx((b["reconstruction"], b["ll"]), rel=1e-3)
+        assert (a["reconstruction"], a["log_likelihood"]) == pytest.approx(
+            (b["reconstruction"], b["log_likelihood"]), rel=1e-3
+        )
 
 
 def test_a_mac_trains_on_its_processor(monkeypatch):

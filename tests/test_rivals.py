@@ -16,7 +16,7 @@ def rival(model, **fields):
 @pytest.mark.parametrize("model, beta", [("WAE", 50.0), ("CWAE", 5.0), ("RAE", 0.1)])
 def test_a_rival_trains_and_is_evaluated(model, beta, own_runs):
     metrics = complete_run(rival(model, beta=beta), progress=False)
-    assert metrics["ll"] is None and 0 < metrics["knn3"] < 60
+    assert metrics["log_likelihood"] is None and 0 < metrics["knn3"] < 60
     assert metrics["frechet_classifier_samples_expost"] < metrics["frechet_classifier_samples"]
     run = fit(rival(model, beta=beta), progress=False)
     again, x = load_run(run.path), torch.rand(5, 8, 8)

@@ -32,7 +32,7 @@ def test_every_model_learns_with_labels(digits, model):
     assert (
         0 < metrics["error"] < 90
         and metrics["error_val"] < 90
-        and metrics["ll"] < 0
+        and metrics["log_likelihood"] < 0
         and metrics["frechet_classifier_samples"] > 0
     )
     (folder,) = runs_folder().glob("digits-*-labels100-seed0-*")

@@ -64,7 +64,7 @@ def short(folder, good=CS):
         for D in (10, 20)
     ]
     figure3 = [
-        row("mnist", "CSRAE", 40, lam=l, seeds=1, ll=-90 - abs(math.log(l)) - l / 100)
+        row("mnist", "CSRAE", 40, lam=l, seeds=1, log_likelihood=-90 - abs(math.log(l)) - l / 100)
         for l in (0.25, 0.5, 1.0, 2.0, 5.0)
     ]
     figure4 = [

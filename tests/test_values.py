@@ -181,7 +181,7 @@ def test_evaluation_is_in_the_units_of_the_data(wine, hasty):
     metrics = complete_run(replace(CFG, epochs=60, lr=2e-3), wine, False)
     normal = torch.distributions.Normal(wine.x_train.mean(0), wine.x_train.std(0))
     assert (
-        metrics["ll"] > normal.log_prob(wine.x_test).sum(1).mean().item() - 1
+        metrics["log_likelihood"] > normal.log_prob(wine.x_test).sum(1).mean().item() - 1
     )  # no worse than a normal for each column
     assert metrics["frechet_classifier_samples"] is not None and metrics["knn5"] < 40
 
@@ -272,7 +272,8 @@ def test_what_one_row_cannot_tell_is_none_with_one_warning(hasty, rows):
         ),
     }
     assert "cluster_nmi" not in metrics and all(
-        np.isfinite(metrics[k]) for k in ("reconstruction", "divergence", "ll", "knn5", "log_prior")
+        np.isfinite(metrics[k])
+        for k in ("reconstruction", "divergence", "log_likelihood", "knn5", "log_prior")
     )
 
 

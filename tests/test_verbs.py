@@ -250,7 +250,7 @@ def test_training_says_how_it_went(own_runs, capsys):
         line = said.err.splitlines()[-1]
         assert line.endswith("; metrics.json has the others")
         shown = dict(part.split() for part in line.split("; metrics")[0].split(", "))
-        assert {"reconstruction", "divergence", "ll", "active_units"} <= shown.keys()
+        assert {"reconstruction", "divergence", "log_likelihood", "active_units"} <= shown.keys()
         assert all(float(v) == pytest.approx(metrics[k], rel=1e-4) for k, v in shown.items())
 
 
