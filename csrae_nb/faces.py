@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .catalogue import DATASETS, FOLDERS, PAPER, SMALL, dataset_name
-from .data import SPLITS, Dataset, LazyImages
+from .data import CENTRED, SPLITS, Dataset, LazyImages
 from .drawings import DISFA_AUS, FERA_AUS, write_disfa
 from .files import progress_bar, writing, write_atomic
 from .formats import cache_folder, data_folder
@@ -567,7 +567,7 @@ def _fold_data(store, rows, y, crop, likelihood, levels):
     x = lazy("train", lambda x: x, store.size), middle["val"], middle["test"]
     who = {s: tuple(map(str, np.unique(store.subjects[rows[s]]))) for s in SPLITS}
     about = dict(crop=crop, centres=middle["train"], aus=store.faces.aus, levels=levels)
-    about |= dict(subjects=who, counts=frame_counts(store.index))
+    about |= dict(subjects=who, counts=frame_counts(store.index), values=CENTRED)
     return FaceData(store.name, *x, *y, likelihood, False, store.sha256, **about)
 
 # %% ../nbs/15c_faces.ipynb #159349

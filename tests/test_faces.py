@@ -16,18 +16,22 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
+from PIL import Image
 from scipy.io import loadmat, savemat
 
 from csrae_nb import faces, frames, sweeps
 from csrae_nb.drawings import FERA_AUS, some_frames, write_disfa, write_fera2015
+from csrae_nb.estimator import CSRAEEmbedding
 from csrae_nb.evaluation import complete_run
 from csrae_nb.faces import FACES, FrameStore, load_faces, prepare_faces
 from csrae_nb.frames import read_disfa, read_fera2015
 from csrae_nb.config import Config, command, identity, resolve, run_name
 from csrae_nb.files import load_tensors, runs_folder, save_tensors
 from csrae_nb.runs import fit, load_run, prepare_data
+from csrae_nb.trained import read_examples, sample_examples
 
 h5py = pytest.importorskip("h5py")
 pytest.importorskip("cv2")
@@ -1013,3 +1017,57 @@ def test_a_path_to_a_known_layout_is_that_data_set(in_threads, tmp_path, monkeyp
     for wrong, says in ((dict(fold=3), "unknown fold 3"), (dict(image_size=48), "32, 96, 160, 224")):
         with pytest.raises(ValueError, match=says):
             dataclasses.replace(cfg, **wrong)
+
+
+# --- new pictures for a run on faces
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "discretized_logistic"])
+def test_new_pictures_reach_a_run_as_faces_reached_it_in_training(
+    in_threads, drawn, tmp_path, monkeypatch, likelihood
+):
+    "As files, bytes or a table, in Python and in an estimator, also with a run of an earlier version."
+    monkeypatch.setenv("CSRAE_DATA", str(tmp_path))
+    (tmp_path / "faces_demo").symlink_to(drawn)
+    cfg = Config(dataset="faces_demo", image_size=32, model="VAE", labels=0, latent_dim=2, epochs=1)
+    cfg = dataclasses.replace(cfg, likelihood=likelihood, warmup=1, batch_size=20)
+    run = fit(cfg, progress=False, folder=tmp_path / "run")
+    seen = read_examples(run, "faces_demo").x[:4]
+    levels = ((seen + 0.5) * 255).round().byte().numpy()
+    (pictures := tmp_path / "pictures").mkdir()
+    for i, x in enumerate(levels):
+        Image.fromarray(x.transpose(1, 2, 0)).save(pictures / f"{i}.png")
+    tensors, meta = load_tensors(run.path / "model.safetensors")
+    assert meta["values"] == "centred bytes" and seen.min() < 0
+    for values in (None, "bytes", "centred bytes"):  # of 0.1.0, of a version between, and of this one
+        meta = {k: v for k, v in meta.items() if k != "values"} | ({"values": values} if values else {})
+        save_tensors(run.path / "model.safetensors", tensors, meta)
+        there = load_run(run.path)
+        assert there.values == "centred bytes"
+        for new in (pictures, levels, dict(x=seen.numpy())):
+            torch.testing.assert_close(read_examples(there, new).x, seen)
+        codes = there.model.encode(seen).mean.detach().numpy()
+        est, flat = CSRAEEmbedding.from_run(there), levels.reshape(4, -1)
+        for new in (levels, flat, pandas.DataFrame(flat.astype(int))):
+            assert np.allclose(est.transform(new), codes, atol=1e-4)
+        back = est.inverse_transform(est.transform(levels)).reshape(seen.shape)
+        assert -1 < back.min() < 0 and np.allclose(sample_examples(there, 4).mean(), back.mean(), atol=0.3)
+    assert read_examples(run, np.ones((1, 3, 32, 32), bool)).x.unique().tolist() == [0.5]
+
+
+def test_levels_on_another_scale_are_told(in_threads, drawn, tmp_path, monkeypatch):
+    "A Gaussian takes any number: levels from 0 to 1 draw a warning, data sets of another scale are refused."
+    monkeypatch.setenv("CSRAE_DATA", str(tmp_path))
+    (tmp_path / "faces_demo").symlink_to(drawn)
+    cfg = Config(dataset="faces_demo", image_size=32, model="VAE", labels=0, latent_dim=2, epochs=1)
+    cfg = dataclasses.replace(cfg, likelihood="gaussian", warmup=1, batch_size=20)
+    run = fit(cfg, progress=False, folder=tmp_path / "run")
+    x = read_examples(run, "faces_demo").x[:2]
+    with pytest.warns(UserWarning, match=r"x ranges from 0.* give bytes, or subtract 0\.5"):
+        read_examples(run, (x + 0.5).numpy())
+    levels = ((x + 0.5) * 255).round().byte().numpy()
+    own = Config(dataset="arrays", model="VAE", latent_dim=2, epochs=1, batch_size=1, likelihood="gaussian")
+    of_bytes = fit(own, np.repeat(levels, 10, 0), progress=False, folder=tmp_path / "bytes")
+    assert of_bytes.values == "bytes"
+    with pytest.raises(ValueError, match="faces_demo is of centred bytes, .* of bytes: .*an array"):
+        read_examples(of_bytes, "faces_demo")
