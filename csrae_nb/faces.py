@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .catalogue import DATASETS, FOLDERS, PAPER, SMALL, dataset_name
-from .data import CENTRED, SPLITS, Dataset, LazyImages
+from .data import CENTRED, SPLITS, Dataset, LazyImages, some
 from .drawings import DISFA_AUS, FERA_AUS, write_disfa
 from .files import progress_bar, writing, write_atomic
 from .formats import cache_folder, data_folder
@@ -47,9 +47,10 @@ from csrae_nb.frames import (
     decoded_image,
     eye_sums,
     frames_of,
+    made_from,
     prepare_recording,
 )
-from .frames import prepared_recording, read_disfa, read_fera2015
+from .frames import COUNTED, prepared_recording, read_disfa, read_fera2015
 from .process import cores
 
 # %% ../nbs/15c_faces.ipynb #150015
@@ -72,7 +73,7 @@ class FaceSet:
 
     def source(self, recording: str) -> str:
         "What tells a recording that was changed from the one that was prepared; empty: nothing does."
-        return ""
+        return made_from(self.root, recording) if self.root else ""
 
     def expected(self, root: Path, recording: str) -> int:
         "How many frames a recording has, in either layout, without reading it."
@@ -199,7 +200,7 @@ def _prepare_missing(faces, root, out, size, jobs, progress, eyes):
     if eyes == "mean":
         with _workers(jobs) as pool:
             to = mean_eyes(faces, root, pool.map)
-    wanted = {n: faces.source(n) for n in faces.recordings()}
+    wanted = _sources(faces, root, {n: prepared_recording(out, n) or {} for n in faces.recordings()})
     done = {n: a for n, source in wanted.items() if (a := prepared_recording(out, n, to, source))}
     todo = [n for n in wanted if n not in done]
     _check_space(faces, root, out, size, todo)
@@ -211,6 +212,31 @@ def _prepare_missing(faces, root, out, size, jobs, progress, eyes):
             jobs, read = min(jobs, len(todo)), faces.read
             done |= _prepare_all(lambda n: (read, root, n, out, size, to, wanted[n]), out, todo, jobs, bar)
     return _write_index(faces, root, out, size, {n: done[n] for n in wanted})
+
+# %% ../nbs/15c_faces.ipynb #150837s
+def _at(faces, root):
+    "A FaceSet that knows its folders, where there are any: by them it tells what was changed."
+    return faces if faces.root or not root else replace(faces, root=root)
+
+
+def _gone(faces, root, recording):
+    "Whether files of a recording are missing."
+    try:
+        faces.read(root, recording)
+    except FileNotFoundError:
+        return True
+    except Exception:
+        pass  # readers raise what they like
+    return False
+
+
+def _sources(faces, root, known):
+    """What tells of each recording that it was changed; known: what is said of each that is prepared.
+    Of one whose files are gone nothing does, for what is prepared of it is all there is."""
+    at = _at(faces, root)
+    out = {n: at.source(n) for n in faces.recordings()}
+    changed = [n for n, s in out.items() if s and s != known[n].get("source", s)]
+    return out | {n: "" for n in changed if _gone(faces, root, n)}
 
 # %% ../nbs/15c_faces.ipynb #150537
 _DIED = (
@@ -304,9 +330,12 @@ def _tell(index, folder):
     if problems:
         first = "; ".join(problems[:3]) + (" …" if len(problems) > 3 else "")
         said.append(f"{len(problems)} of {len(of)} recordings of {index['name']} are left out: {first}")
+    if old := [n for n, a in of.items() if "frames" in a and a.get("counted", 1) < COUNTED]:
+        which = f"{len(old)} recordings of {index['name']} were prepared by an earlier version"
+        frames.append(f"{which}, which numbered and counted their frames otherwise: {some(old)}")
     if said or frames:
         anew = "; once they are mended, the same command prepares them" if problems else ""
-        anew += "; to prepare one anew of which frames were lost, remove its .npz there" if frames else ""
+        anew += "; to prepare one of these anew, remove its .npz there" if frames else ""
         warnings.warn(f"{'; '.join([*said, *frames])} (all in {folder / 'index.json'}{anew})")
 
 # %% ../nbs/15c_faces.ipynb #150337
@@ -348,11 +377,16 @@ def _index(folder, faces=None):
         return None
 
 
+def _has_own(faces):
+    "Whether a kind of data sets says itself what tells that a recording was changed."
+    return type(faces).source is not FaceSet.source
+
+
 def _as_prepared(folder, faces, entries):
     "Whether recordings are as an index says, or have the problem that it says."
     for n, entry in entries.items():
-        source = faces.source(n)
-        problem = "problem" in entry and entry.get("source", "") in ("", source)
+        source = faces.source(n) if _has_own(faces) else ""  # of others it is asked when they are loaded
+        problem = "problem" in entry and source in ("", entry.get("source", source))
         if not problem and entry != prepared_recording(folder, n, source=source):
             return False
     return True
@@ -528,17 +562,25 @@ def _readable(faces, root, recording):
     except Exception:
         return False  # readers raise what they like
 
-
+# %% ../nbs/15c_faces.ipynb #150949
 def _to_prepare(faces, folder):
-    "Whether frames are missing or damaged, or a recording that was left out can be read now."
+    """Whether frames are missing, damaged or of files that were changed since, or what was left out can be
+    read now. Where nothing can be written, what is prepared is all there is."""
     if (index := _index(folder, faces)) is None:
         return True
-    # of a problem with a source it is known that it would be the same
-    about = index["recordings"].items()
-    left_out = [n for n, a in about if a.get("problem", _DIED) != _DIED and "source" not in a]
-    # without it, what is prepared is all there is
-    root = _found(faces) if os.access(folder, os.W_OK) else None
-    return root is not None and any(_readable(faces, root, n) for n in left_out)
+    if (root := _found(faces)) is None:
+        return False
+    of, name = index["recordings"], index["name"]
+    changed = [n for n, s in _sources(faces, root, of).items() if s and s != of[n].get("source", s)]
+    if not os.access(folder, os.W_OK):
+        if changed:
+            which = f"{some(changed)} of {name} in {root} were changed since they were prepared"
+            warnings.warn(f"{which}, and {folder} cannot be written: the frames are those of before")
+        return False
+    # of a problem with a source of the data set's own it is known that it would be the same
+    own = _has_own(faces)
+    left_out = [n for n, a in of.items() if a.get("problem", _DIED) != _DIED and not (own and "source" in a)]
+    return bool(changed) or any(_readable(faces, root, n) for n in left_out)
 
 # %% ../nbs/15c_faces.ipynb #150249
 def _answers(store, rows, fold, answers):
