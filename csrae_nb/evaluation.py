@@ -554,7 +554,7 @@ def _settings(c):
     "Fields of the model that no column says and that are not at their defaults: field=value field=value."
     fields = "objective constraint posterior_components posterior_draws prior_network learned_weights"
     fields += " layers lower_dim lower_weight skip"
-    fields += " prior_objective queue kmeans_epoch answers balance encoder_weights"
+    fields += " prior_objective queue kmeans_epoch answers mirror balance encoder_weights"
     fields += " patterns lam_patterns"
     default, used = Config(), identity(c)
     values = {k: used[k] for k in fields.split() if k in used and used[k] != getattr(default, k)}

@@ -464,14 +464,15 @@ def augmented(
     crop: int,  # s, pixels kept
     generator: torch.Generator | None = None,  # on x's device
     turn: float = 10.0,  # degrees, at most
+    mirror: bool = True,  # half of them
 ) -> Float[Tensor, "B 3 s s"]:  # from -0.5 to 0.5
-    "A crop of each picture, mirrored or not and turned a little, at random."
+    "A crop of each picture, moved, turned a little and, of half of them, mirrored, at random."
     n, S = len(x), x.shape[-1]
     u = 2 * torch.rand(4, n, generator=generator, device=x.device) - 1
     angle = u[0] * turn * math.pi / 180
     c, s = angle.cos() * crop / S, angle.sin() * crop / S
-    mirror, shift = u[1].sign(), u[2:] * (S - crop) / S
-    theta = [torch.stack([c * mirror, -s, shift[0]], 1), torch.stack([s * mirror, c, shift[1]], 1)]
+    side, shift = u[1].sign() if mirror else torch.ones_like(c), u[2:] * (S - crop) / S
+    theta = [torch.stack([c * side, -s, shift[0]], 1), torch.stack([s * side, c, shift[1]], 1)]
     grid = F.affine_grid(torch.stack(theta, 1), (n, 3, crop, crop), align_corners=False)
     out = F.grid_sample(x.float(), grid, padding_mode="border", align_corners=False)
     return out.round() / 255 - 0.5
@@ -487,6 +488,7 @@ class FaceData(Dataset):
     aus: tuple[int | str, ...]  # columns of the labels
     subjects: dict[str, tuple[str, ...]]  # split: who is in it
     counts: dict[str, dict[str, int]]  # recording: as `frame_counts` has them
+    mirror: bool = True  # whether training sees half of the pictures mirrored
 
     @property
     def x_shape(self):
@@ -497,7 +499,7 @@ class FaceData(Dataset):
         return tuple(au if isinstance(au, str) else f"AU{au}" for au in self.aus)
 
     def draw(self, x, generator=None):
-        return augmented(x, self.crop, generator)
+        return augmented(x, self.crop, generator, mirror=self.mirror)
 
     def fixed(self, split):
         if split not in SPLITS:
@@ -599,7 +601,7 @@ def _answers(store, rows, fold, answers):
     return [(y if answers == "intensity" else present)[s] for s in SPLITS]
 
 
-def _fold_data(store, rows, y, crop, likelihood, levels):
+def _fold_data(store, rows, y, crop, likelihood, levels, mirror):
     "The pictures of each split, read when they are asked for, with their answers."
 
     def lazy(split, see, side):
@@ -609,7 +611,7 @@ def _fold_data(store, rows, y, crop, likelihood, levels):
     x = lazy("train", lambda x: x, store.size), middle["val"], middle["test"]
     who = {s: tuple(map(str, np.unique(store.subjects[rows[s]]))) for s in SPLITS}
     about = dict(crop=crop, centres=middle["train"], aus=store.faces.aus, levels=levels)
-    about |= dict(subjects=who, counts=frame_counts(store.index), values=CENTRED)
+    about |= dict(subjects=who, counts=frame_counts(store.index), values=CENTRED, mirror=mirror)
     return FaceData(store.name, *x, *y, likelihood, False, store.sha256, **about)
 
 # %% ../nbs/15c_faces.ipynb #159349
@@ -621,20 +623,17 @@ _drawn_faces = dict(image_size=96, latent_dim=20, epochs=40, pretrain=40, warmup
 def _loader(name):
     "A data set of faces as the table of data sets wants it."
 
-    def load(
-        likelihood=None, split_seed=0, fold=0, image_size=None, validation="frames", answers="presence"
-    ) -> FaceData:
+    def load(likelihood=None, split_seed=0, fold=0, image_size=None, **at) -> FaceData:
         likelihood = likelihood or "discretized_logistic"
-        return load_faces(
-            name, fold, image_size or 224, split_seed, likelihood, validation=validation, answers=answers
-        )
+        return load_faces(name, fold, image_size or 224, split_seed, likelihood, **at)
 
     return load
 
 
+_uses = ("fold", "image_size", "validation", "answers", "mirror")
 for _name in FACES:
     _preset = SMALL | _labels | _drawn_faces if _name == "faces_demo" else _videos
-    _fields = dict(uses=("fold", "image_size", "validation", "answers"))
+    _fields = dict(uses=_uses)
     _choices = dict(fold=tuple(range(len(FACES[_name].folds))), validation=VALIDATION, answers=ANSWERS)
     _fields |= dict(choices=_choices)
     DATASETS.add(_name, _loader(_name), preset=_preset, **_fields)
@@ -672,6 +671,7 @@ def load_faces(
     validation: str = "frames",  # one of VALIDATION
     eyes: str = "fixed",  # one of PLACES
     answers: str = "presence",  # one of ANSWERS
+    mirror: bool = True,  # whether training sees half of the pictures mirrored
 ) -> FaceData:
     """A fold of a data set of faces, prepared at the first time; a warning for what is left out, every time.
     FileNotFoundError for what is missing, ValueError for a fold without frames."""
@@ -683,7 +683,7 @@ def load_faces(
     store = _prepared(faces, size, eyes, progress)
     rows = fold_rows(store.subjects, faces.folds, fold, split_seed, validation)
     y, levels = _answers(store, rows, fold, answers), 6 if answers == "intensity" else 2
-    return _fold_data(store, rows, y, image_size, likelihood, levels)
+    return _fold_data(store, rows, y, image_size, likelihood, levels, mirror)
 
 # %% ../nbs/15c_faces.ipynb #150749
 _marks = {  # folders by which a layout is known
@@ -711,7 +711,7 @@ FOLDERS.add(
     _load_layout,
     holds=lambda folder: known_layout(folder) is not None,
     preset=DATASETS.about("disfa", "preset"),
-    uses=("fold", "image_size", "validation", "answers"),
+    uses=_uses,
     choices=dict(fold=(0, 1, 2), validation=VALIDATION, answers=ANSWERS),
 )
 

@@ -1214,3 +1214,27 @@ def test_a_run_on_mean_eyes_goes_on_where_it_was_stopped(own_faces, tmp_path):
     assert run.history == whole.history and len(run.history) == 3
     with pytest.raises(ValueError, match=there):
         fit(cfg, progress=False, folder=tmp_path / "mean")
+
+
+# --- left and right
+
+
+def test_mirroring_is_a_choice(own_faces, tmp_path, monkeypatch):
+    "Without it the same crops and turns, none in the mirror; runs that have it keep their names."
+    monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "runs"))
+    cfg = Config(dataset="faces_demo", image_size=32, fold=1, model="VAE", labels=0, epochs=1, warmup=1)
+    straight = dataclasses.replace(cfg, mirror=False, latent_dim=2, batch_size=20)
+    data, kept = prepare_data(resolve(cfg)), prepare_data(resolve(straight))
+    assert (data.mirror, kept.mirror, data.sha256) == (True, False, kept.sha256)
+    x = data.x_train[:1].expand(200, *data.x_train.shape[1:])
+    seen, plain = (d.draw(x, torch.Generator().manual_seed(0)) for d in (data, kept))
+    same = (seen == plain).flatten(1).all(1)
+    assert 70 < same.sum() < 130
+    assert torch.equal(data.fixed("val")[:3], kept.fixed("val")[:3])
+    assert "mirror" not in identity(resolve(cfg)) and identity(resolve(straight))["mirror"] is False
+    assert run_name(straight) != run_name(dataclasses.replace(straight, mirror=True))
+    assert fit(straight, progress=False).cfg.mirror is False
+    with pytest.raises(
+        ValueError, match="mirror=False is for disfa, fera2015, faces_demo, a folder of videos"
+    ):
+        fit(Config(dataset="digits", mirror=False), progress=False)
