@@ -335,7 +335,7 @@ def _tell(index, folder):
         frames.append(f"{which}, which numbered and counted their frames otherwise: {some(old)}")
     if said or frames:
         anew = "; once they are mended, the same command prepares them" if problems else ""
-        anew += "; to prepare one of these anew, remove its .npz there" if frames else ""
+        anew += "; to prepare one anew, remove its .npz there" if frames else ""
         warnings.warn(f"{'; '.join([*said, *frames])} (all in {folder / 'index.json'}{anew})")
 
 # %% ../nbs/15c_faces.ipynb #150337

@@ -69,13 +69,13 @@ class Run:
     def device(self) -> torch.device:  # where the model is
         return next(self.model.parameters()).device
 
-# %% ../nbs/09e_runs.ipynb #095007
+# %% ../nbs/09e_runs.ipynb #095107
 def _values(meta, cfg):
     "What training examples came as; earlier versions call faces bytes, or do not say it."
     known = meta.get("values")
     return CENTRED if known in (None, "bytes") and cfg.image_size is not None else known
 
-
+# %% ../nbs/09e_runs.ipynb #095007
 def load_run(
     path: Path | str,  # a run's folder
     device: torch.device | str = "cpu",  # where the model goes
