@@ -88,6 +88,7 @@ class Config(ModelConfig):
     image_size: int | None = None  # of faces: pixels of a side, 32, 96, 160, 224, …
     validation: str = "frames"  # of faces: frames, or subjects, that are kept from training to validate on
     answers: str = "presence"  # of faces: presence of action units, or their intensity, 0 to 5
+    mirror: bool = True  # of faces: whether training sees half of them mirrored
     ll_samples: int | None = None  # S of Eq. (28) in the evaluation; 0: leave it out
     fid_layer: int | None = None  # Inception features of the FID: 64, 192, 768 or 2048; 0: leave it out
     fid_images: int = 10_000  # images of each kind in a Fréchet distance, at most
@@ -385,9 +386,9 @@ _of_parts += " layers lower_dim lower_weight skip"
 _of_parts += " posterior_draws constraint objective prior_network learned_weights prior_objective queue"
 _of_parts += " kmeans_epoch warmup pretrain labelled_batch alpha balance encoder_weights"
 _of_parts += " patterns lam_patterns"
-_of_parts += " fold image_size validation answers"
+_of_parts += " fold image_size validation answers mirror"
 # that runs of before they were there do not have
-_later = ("validation", "answers", "balance", "encoder_weights", "patterns")
+_later = ("validation", "answers", "mirror", "balance", "encoder_weights", "patterns")
 
 # %% ../nbs/09_config.ipynb #090121
 def task_class(cfg: Config) -> type:  # an entry of TASKS

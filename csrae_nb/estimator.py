@@ -22,7 +22,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from .data import column_units, default_likelihood, from_arrays, is_table
+from .data import CENTRED, column_units, default_likelihood, from_arrays, is_table
 from .data import scaled_as, table_as, values_of
 from .mixtures import GMM, Draws
 from .likelihoods import make_likelihood
@@ -506,7 +506,8 @@ def _parameters_of(run):
     "The parameters by which an estimator would train as a run was trained."
     known = {k: getattr(run.cfg, k) for k in _fields}
     known |= dict(likelihood=run.likelihood, random_state=run.cfg.seed)
-    as_bytes = run.values == "bytes" and run.likelihood == "gaussian"  # which the run saw as x/255
+    # which the run saw within -0.5 and 1
+    as_bytes = run.values in ("bytes", CENTRED) and run.likelihood == "gaussian"
     known["standardize"] = as_bytes or getattr(run.model.likelihood, "units", None) is not None
     usual = {f.name: f.default for f in dataclasses.fields(Config)}
     others = {*(f.name for f in dataclasses.fields(ModelConfig)), "precision"} - {"dataset", *known}

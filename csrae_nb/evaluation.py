@@ -455,15 +455,21 @@ def provenance(run: Run) -> dict:
     )
 
 # %% ../nbs/10b_evaluation.ipynb #100044
-def write_metrics(run: Run, metrics: dict) -> Path:  # the file
-    "metrics.json in the run's folder: configuration, training, metrics and provenance."
+def write_metrics(
+    run: Run,
+    metrics: dict,
+    data: Dataset
+    | None = None,  # that it was evaluated on, for the subjects of its splits, where it has some
+) -> Path:  # the file
+    "metrics.json in the run's folder: configuration, training, metrics, provenance and subjects."
+    subjects = getattr(data, "subjects", None)
     content = dict(
         config=dataclasses.asdict(run.cfg),
         best_epoch=run.best_epoch,
         epochs_trained=len(run.history),
         metrics=metrics,
         provenance=provenance(run),
-    )
+    ) | (dict(subjects=subjects) if subjects else {})
     write_atomic(run.path / "metrics.json", json.dumps(content, indent=1))
     return run.path / "metrics.json"
 
@@ -511,7 +517,7 @@ def measure(run: Run, data: Dataset, progress: bool = True) -> dict:  # metric: 
         there, known, of = _written(run.path)
         same = there.get("ll_samples") == run.cfg.ll_samples and of == run.sha256
         metrics = evaluate(run, data, progress, known if same else None)
-        write_metrics(run, metrics)
+        write_metrics(run, metrics, data)
     return metrics
 
 # %% ../nbs/10b_evaluation.ipynb #100247
@@ -557,7 +563,7 @@ def _settings(c):
     "Fields of the model that no column says and that are not at their defaults: field=value field=value."
     fields = "objective constraint posterior_components posterior_draws prior_network learned_weights"
     fields += " layers lower_dim lower_weight skip"
-    fields += " prior_objective queue kmeans_epoch answers balance encoder_weights"
+    fields += " prior_objective queue kmeans_epoch answers mirror balance encoder_weights"
     fields += " patterns lam_patterns"
     default, used = Config(), identity(c)
     values = {k: used[k] for k in fields.split() if k in used and used[k] != getattr(default, k)}

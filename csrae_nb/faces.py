@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .catalogue import DATASETS, FOLDERS, PAPER, SMALL, dataset_name
-from .data import SPLITS, Dataset, LazyImages
+from .data import CENTRED, SPLITS, Dataset, LazyImages, some
 from .drawings import DISFA_AUS, FERA_AUS, write_disfa
 from .files import progress_bar, writing, write_atomic
 from .formats import cache_folder, data_folder
@@ -47,9 +47,10 @@ from csrae_nb.frames import (
     decoded_image,
     eye_sums,
     frames_of,
+    made_from,
     prepare_recording,
 )
-from .frames import prepared_recording, read_disfa, read_fera2015
+from .frames import COUNTED, prepared_recording, read_disfa, read_fera2015
 from .process import cores
 
 # %% ../nbs/15c_faces.ipynb #150015
@@ -72,7 +73,7 @@ class FaceSet:
 
     def source(self, recording: str) -> str:
         "What tells a recording that was changed from the one that was prepared; empty: nothing does."
-        return ""
+        return made_from(self.root, recording) if self.root else ""
 
     def expected(self, root: Path, recording: str) -> int:
         "How many frames a recording has, in either layout, without reading it."
@@ -199,7 +200,7 @@ def _prepare_missing(faces, root, out, size, jobs, progress, eyes):
     if eyes == "mean":
         with _workers(jobs) as pool:
             to = mean_eyes(faces, root, pool.map)
-    wanted = {n: faces.source(n) for n in faces.recordings()}
+    wanted = _sources(faces, root, {n: prepared_recording(out, n) or {} for n in faces.recordings()})
     done = {n: a for n, source in wanted.items() if (a := prepared_recording(out, n, to, source))}
     todo = [n for n in wanted if n not in done]
     _check_space(faces, root, out, size, todo)
@@ -211,6 +212,31 @@ def _prepare_missing(faces, root, out, size, jobs, progress, eyes):
             jobs, read = min(jobs, len(todo)), faces.read
             done |= _prepare_all(lambda n: (read, root, n, out, size, to, wanted[n]), out, todo, jobs, bar)
     return _write_index(faces, root, out, size, {n: done[n] for n in wanted})
+
+# %% ../nbs/15c_faces.ipynb #150837s
+def _at(faces, root):
+    "A FaceSet that knows its folders, where there are any: by them it tells what was changed."
+    return faces if faces.root or not root else replace(faces, root=root)
+
+
+def _gone(faces, root, recording):
+    "Whether files of a recording are missing."
+    try:
+        faces.read(root, recording)
+    except FileNotFoundError:
+        return True
+    except Exception:
+        pass  # readers raise what they like
+    return False
+
+
+def _sources(faces, root, known):
+    """What tells of each recording that it was changed; known: what is said of each that is prepared.
+    Of one whose files are gone nothing does, for what is prepared of it is all there is."""
+    at = _at(faces, root)
+    out = {n: at.source(n) for n in faces.recordings()}
+    changed = [n for n, s in out.items() if s and s != known[n].get("source", s)]
+    return out | {n: "" for n in changed if _gone(faces, root, n)}
 
 # %% ../nbs/15c_faces.ipynb #150537
 _DIED = (
@@ -304,9 +330,12 @@ def _tell(index, folder):
     if problems:
         first = "; ".join(problems[:3]) + (" …" if len(problems) > 3 else "")
         said.append(f"{len(problems)} of {len(of)} recordings of {index['name']} are left out: {first}")
+    if old := [n for n, a in of.items() if "frames" in a and a.get("counted", 1) < COUNTED]:
+        which = f"{len(old)} recordings of {index['name']} were prepared by an earlier version"
+        frames.append(f"{which}, which numbered and counted their frames otherwise: {some(old)}")
     if said or frames:
         anew = "; once they are mended, the same command prepares them" if problems else ""
-        anew += "; to prepare one anew of which frames were lost, remove its .npz there" if frames else ""
+        anew += "; to prepare one anew, remove its .npz there" if frames else ""
         warnings.warn(f"{'; '.join([*said, *frames])} (all in {folder / 'index.json'}{anew})")
 
 # %% ../nbs/15c_faces.ipynb #150337
@@ -348,11 +377,16 @@ def _index(folder, faces=None):
         return None
 
 
+def _has_own(faces):
+    "Whether a kind of data sets says itself what tells that a recording was changed."
+    return type(faces).source is not FaceSet.source
+
+
 def _as_prepared(folder, faces, entries):
     "Whether recordings are as an index says, or have the problem that it says."
     for n, entry in entries.items():
-        source = faces.source(n)
-        problem = "problem" in entry and entry.get("source", "") in ("", source)
+        source = faces.source(n) if _has_own(faces) else ""  # of others it is asked when they are loaded
+        problem = "problem" in entry and source in ("", entry.get("source", source))
         if not problem and entry != prepared_recording(folder, n, source=source):
             return False
     return True
@@ -430,14 +464,15 @@ def augmented(
     crop: int,  # s, pixels kept
     generator: torch.Generator | None = None,  # on x's device
     turn: float = 10.0,  # degrees, at most
+    mirror: bool = True,  # half of them
 ) -> Float[Tensor, "B 3 s s"]:  # from -0.5 to 0.5
-    "A crop of each picture, mirrored or not and turned a little, at random."
+    "A crop of each picture, moved, turned a little and, of half of them, mirrored, at random."
     n, S = len(x), x.shape[-1]
     u = 2 * torch.rand(4, n, generator=generator, device=x.device) - 1
     angle = u[0] * turn * math.pi / 180
     c, s = angle.cos() * crop / S, angle.sin() * crop / S
-    mirror, shift = u[1].sign(), u[2:] * (S - crop) / S
-    theta = [torch.stack([c * mirror, -s, shift[0]], 1), torch.stack([s * mirror, c, shift[1]], 1)]
+    side, shift = u[1].sign() if mirror else torch.ones_like(c), u[2:] * (S - crop) / S
+    theta = [torch.stack([c * side, -s, shift[0]], 1), torch.stack([s * side, c, shift[1]], 1)]
     grid = F.affine_grid(torch.stack(theta, 1), (n, 3, crop, crop), align_corners=False)
     out = F.grid_sample(x.float(), grid, padding_mode="border", align_corners=False)
     return out.round() / 255 - 0.5
@@ -453,6 +488,7 @@ class FaceData(Dataset):
     aus: tuple[int | str, ...]  # columns of the labels
     subjects: dict[str, tuple[str, ...]]  # split: who is in it
     counts: dict[str, dict[str, int]]  # recording: as `frame_counts` has them
+    mirror: bool = True  # whether training sees half of the pictures mirrored
 
     @property
     def x_shape(self):
@@ -463,7 +499,7 @@ class FaceData(Dataset):
         return tuple(au if isinstance(au, str) else f"AU{au}" for au in self.aus)
 
     def draw(self, x, generator=None):
-        return augmented(x, self.crop, generator)
+        return augmented(x, self.crop, generator, mirror=self.mirror)
 
     def fixed(self, split):
         if split not in SPLITS:
@@ -528,17 +564,25 @@ def _readable(faces, root, recording):
     except Exception:
         return False  # readers raise what they like
 
-
+# %% ../nbs/15c_faces.ipynb #150949
 def _to_prepare(faces, folder):
-    "Whether frames are missing or damaged, or a recording that was left out can be read now."
+    """Whether frames are missing, damaged or of files that were changed since, or what was left out can be
+    read now. Where nothing can be written, what is prepared is all there is."""
     if (index := _index(folder, faces)) is None:
         return True
-    # of a problem with a source it is known that it would be the same
-    about = index["recordings"].items()
-    left_out = [n for n, a in about if a.get("problem", _DIED) != _DIED and "source" not in a]
-    # without it, what is prepared is all there is
-    root = _found(faces) if os.access(folder, os.W_OK) else None
-    return root is not None and any(_readable(faces, root, n) for n in left_out)
+    if (root := _found(faces)) is None:
+        return False
+    of, name = index["recordings"], index["name"]
+    changed = [n for n, s in _sources(faces, root, of).items() if s and s != of[n].get("source", s)]
+    if not os.access(folder, os.W_OK):
+        if changed:
+            which = f"{some(changed)} of {name} in {root} were changed since they were prepared"
+            warnings.warn(f"{which}, and {folder} cannot be written: the frames are those of before")
+        return False
+    # of a problem with a source of the data set's own it is known that it would be the same
+    own = _has_own(faces)
+    left_out = [n for n, a in of.items() if a.get("problem", _DIED) != _DIED and not (own and "source" in a)]
+    return bool(changed) or any(_readable(faces, root, n) for n in left_out)
 
 # %% ../nbs/15c_faces.ipynb #150249
 def _answers(store, rows, fold, answers):
@@ -557,7 +601,7 @@ def _answers(store, rows, fold, answers):
     return [(y if answers == "intensity" else present)[s] for s in SPLITS]
 
 
-def _fold_data(store, rows, y, crop, likelihood, levels):
+def _fold_data(store, rows, y, crop, likelihood, levels, mirror):
     "The pictures of each split, read when they are asked for, with their answers."
 
     def lazy(split, see, side):
@@ -567,7 +611,7 @@ def _fold_data(store, rows, y, crop, likelihood, levels):
     x = lazy("train", lambda x: x, store.size), middle["val"], middle["test"]
     who = {s: tuple(map(str, np.unique(store.subjects[rows[s]]))) for s in SPLITS}
     about = dict(crop=crop, centres=middle["train"], aus=store.faces.aus, levels=levels)
-    about |= dict(subjects=who, counts=frame_counts(store.index))
+    about |= dict(subjects=who, counts=frame_counts(store.index), values=CENTRED, mirror=mirror)
     return FaceData(store.name, *x, *y, likelihood, False, store.sha256, **about)
 
 # %% ../nbs/15c_faces.ipynb #159349
@@ -579,20 +623,17 @@ _drawn_faces = dict(image_size=96, latent_dim=20, epochs=40, pretrain=40, warmup
 def _loader(name):
     "A data set of faces as the table of data sets wants it."
 
-    def load(
-        likelihood=None, split_seed=0, fold=0, image_size=None, validation="frames", answers="presence"
-    ) -> FaceData:
+    def load(likelihood=None, split_seed=0, fold=0, image_size=None, **at) -> FaceData:
         likelihood = likelihood or "discretized_logistic"
-        return load_faces(
-            name, fold, image_size or 224, split_seed, likelihood, validation=validation, answers=answers
-        )
+        return load_faces(name, fold, image_size or 224, split_seed, likelihood, **at)
 
     return load
 
 
+_uses = ("fold", "image_size", "validation", "answers", "mirror")
 for _name in FACES:
     _preset = SMALL | _labels | _drawn_faces if _name == "faces_demo" else _videos
-    _fields = dict(uses=("fold", "image_size", "validation", "answers"))
+    _fields = dict(uses=_uses)
     _choices = dict(fold=tuple(range(len(FACES[_name].folds))), validation=VALIDATION, answers=ANSWERS)
     _fields |= dict(choices=_choices)
     DATASETS.add(_name, _loader(_name), preset=_preset, **_fields)
@@ -630,6 +671,7 @@ def load_faces(
     validation: str = "frames",  # one of VALIDATION
     eyes: str = "fixed",  # one of PLACES
     answers: str = "presence",  # one of ANSWERS
+    mirror: bool = True,  # whether training sees half of the pictures mirrored
 ) -> FaceData:
     """A fold of a data set of faces, prepared at the first time; a warning for what is left out, every time.
     FileNotFoundError for what is missing, ValueError for a fold without frames."""
@@ -641,7 +683,7 @@ def load_faces(
     store = _prepared(faces, size, eyes, progress)
     rows = fold_rows(store.subjects, faces.folds, fold, split_seed, validation)
     y, levels = _answers(store, rows, fold, answers), 6 if answers == "intensity" else 2
-    return _fold_data(store, rows, y, image_size, likelihood, levels)
+    return _fold_data(store, rows, y, image_size, likelihood, levels, mirror)
 
 # %% ../nbs/15c_faces.ipynb #150749
 _marks = {  # folders by which a layout is known
@@ -669,7 +711,7 @@ FOLDERS.add(
     _load_layout,
     holds=lambda folder: known_layout(folder) is not None,
     preset=DATASETS.about("disfa", "preset"),
-    uses=("fold", "image_size", "validation", "answers"),
+    uses=_uses,
     choices=dict(fold=(0, 1, 2), validation=VALIDATION, answers=ANSWERS),
 )
 

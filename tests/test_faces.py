@@ -4,6 +4,7 @@ import codecs
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -16,18 +17,23 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
+from PIL import Image
 from scipy.io import loadmat, savemat
 
 from csrae_nb import faces, frames, sweeps
 from csrae_nb.drawings import FERA_AUS, some_frames, write_disfa, write_fera2015
+from csrae_nb.estimator import CSRAEEmbedding
 from csrae_nb.evaluation import complete_run
 from csrae_nb.faces import FACES, FrameStore, load_faces, prepare_faces
 from csrae_nb.frames import read_disfa, read_fera2015
 from csrae_nb.config import Config, command, identity, resolve, run_name
 from csrae_nb.files import load_tensors, runs_folder, save_tensors
 from csrae_nb.runs import fit, load_run, prepare_data
+from csrae_nb.training import Training
+from csrae_nb.trained import read_examples, sample_examples
 
 h5py = pytest.importorskip("h5py")
 pytest.importorskip("cv2")
@@ -1013,3 +1019,222 @@ def test_a_path_to_a_known_layout_is_that_data_set(in_threads, tmp_path, monkeyp
     for wrong, says in ((dict(fold=3), "unknown fold 3"), (dict(image_size=48), "32, 96, 160, 224")):
         with pytest.raises(ValueError, match=says):
             dataclasses.replace(cfg, **wrong)
+
+
+# --- new pictures for a run on faces
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "discretized_logistic"])
+def test_new_pictures_reach_a_run_as_faces_reached_it_in_training(
+    in_threads, drawn, tmp_path, monkeypatch, likelihood
+):
+    "As files, bytes or a table, in Python and in an estimator, also with a run of an earlier version."
+    monkeypatch.setenv("CSRAE_DATA", str(tmp_path))
+    (tmp_path / "faces_demo").symlink_to(drawn)
+    cfg = Config(dataset="faces_demo", image_size=32, model="VAE", labels=0, latent_dim=2, epochs=1)
+    cfg = dataclasses.replace(cfg, likelihood=likelihood, warmup=1, batch_size=20)
+    run = fit(cfg, progress=False, folder=tmp_path / "run")
+    seen = read_examples(run, "faces_demo").x[:4]
+    levels = ((seen + 0.5) * 255).round().byte().numpy()
+    (pictures := tmp_path / "pictures").mkdir()
+    for i, x in enumerate(levels):
+        Image.fromarray(x.transpose(1, 2, 0)).save(pictures / f"{i}.png")
+    tensors, meta = load_tensors(run.path / "model.safetensors")
+    assert meta["values"] == "centred bytes" and seen.min() < 0
+    for values in (None, "bytes", "centred bytes"):  # of 0.1.0, of a version between, and of this one
+        meta = {k: v for k, v in meta.items() if k != "values"} | ({"values": values} if values else {})
+        save_tensors(run.path / "model.safetensors", tensors, meta)
+        there = load_run(run.path)
+        assert there.values == "centred bytes"
+        for new in (pictures, levels, dict(x=seen.numpy())):
+            torch.testing.assert_close(read_examples(there, new).x, seen)
+        codes = there.model.encode(seen).mean.detach().numpy()
+        est, flat = CSRAEEmbedding.from_run(there), levels.reshape(4, -1)
+        for new in (levels, flat, pandas.DataFrame(flat.astype(int))):
+            assert np.allclose(est.transform(new), codes, atol=1e-4)
+        back = est.inverse_transform(est.transform(levels)).reshape(seen.shape)
+        assert -1 < back.min() < 0 and np.allclose(sample_examples(there, 4).mean(), back.mean(), atol=0.3)
+    assert read_examples(run, np.ones((1, 3, 32, 32), bool)).x.unique().tolist() == [0.5]
+
+
+def test_levels_on_another_scale_are_told(in_threads, drawn, tmp_path, monkeypatch):
+    "A Gaussian takes any number: levels from 0 to 1 draw a warning, data sets of another scale are refused."
+    monkeypatch.setenv("CSRAE_DATA", str(tmp_path))
+    (tmp_path / "faces_demo").symlink_to(drawn)
+    cfg = Config(dataset="faces_demo", image_size=32, model="VAE", labels=0, latent_dim=2, epochs=1)
+    cfg = dataclasses.replace(cfg, likelihood="gaussian", warmup=1, batch_size=20)
+    run = fit(cfg, progress=False, folder=tmp_path / "run")
+    x = read_examples(run, "faces_demo").x[:2]
+    with pytest.warns(UserWarning, match=r"x ranges from 0.* give bytes, or subtract 0\.5"):
+        read_examples(run, (x + 0.5).numpy())
+    levels = ((x + 0.5) * 255).round().byte().numpy()
+    own = Config(dataset="arrays", model="VAE", latent_dim=2, epochs=1, batch_size=1, likelihood="gaussian")
+    of_bytes = fit(own, np.repeat(levels, 10, 0), progress=False, folder=tmp_path / "bytes")
+    assert of_bytes.values == "bytes"
+    with pytest.raises(ValueError, match="faces_demo is of centred bytes, .* of bytes: .*an array"):
+        read_examples(of_bytes, "faces_demo")
+
+
+# --- files that were changed since their recording was prepared
+
+
+def prepared_times(folder):
+    return {f.stem: f.stat().st_mtime_ns for f in folder.glob("*.npz")}
+
+
+@pytest.fixture
+def own_faces(in_threads, drawn, tmp_path, monkeypatch):
+    "Drawn faces that a test may change, and a function that loads them and says what was prepared anew."
+    monkeypatch.setenv("CSRAE_DATA", str(tmp_path))
+    shutil.copytree(drawn, root := tmp_path / "faces_demo")
+
+    def load():
+        before = prepared_times(folder := tmp_path / "faces_demo-prepared-37")
+        data = load_faces("faces_demo", 1, 32, progress=False)
+        return data, {n for n, t in prepared_times(folder).items() if t != before.get(n)}
+
+    load()
+    return root, load
+
+
+def video(root, subject):
+    return next((root / "Videos_LeftCamera").glob(f"*{subject}*"))
+
+
+def test_what_was_changed_is_prepared_anew_and_nothing_else(own_faces):
+    "A label, a video, a landmark less: of that recording alone; of a file that is touched, to the bit."
+    root, load = own_faces
+    first, anew = load()
+    assert not anew
+    label = root / "ActionUnit_Labels" / "SN002" / "SN002_au4.txt"
+    label.write_text(re.sub(r"3,\d", "3,5", label.read_text(), count=1))  # as long as before
+    second, anew = load()
+    assert anew == {"SN002"} and second.sha256 != first.sha256 and not load()[1]
+    shutil.copy(video(root, "SN003"), video(root, "SN010"))
+    assert load()[1] == {"SN010"}
+    landmarks(root, "SN031")[4].unlink()
+    third, anew = load()
+    assert anew == {"SN031"} and third.sha256 != second.sha256
+    video(root, "SN005").touch()
+    fourth, anew = load()
+    assert anew == {"SN005"} and fourth.sha256 == third.sha256
+    (root / "Landmark_Points" / "SN006" / ".DS_Store").write_text("seen")
+    assert not load()[1]
+
+
+def test_one_per_frame_is_looked_at_here_and_there(tmp_path):
+    "A hundred pictures that are replaced together are seen, and by its name every one that comes or goes."
+    write_fera2015(tmp_path, ("F001_T1", "F001_T2"), frames=100)
+    pictures = sorted((tmp_path / "BP4D-training" / "F001" / "T1").glob("*.jpg"))
+    before, other = (frames.made_from(tmp_path, n) for n in ("F001_T1", "F001_T2"))
+    for f in pictures:
+        f.touch()
+    after = frames.made_from(tmp_path, "F001_T1")
+    pictures[41].unlink()
+    assert len({before, after, frames.made_from(tmp_path, "F001_T1")}) == 3
+    codes = next(tmp_path.glob("AU Intensity*/AU06/F001_T2*.csv"))
+    assert frames.made_from(tmp_path, "F001_T2") == other
+    codes.touch()
+    assert frames.made_from(tmp_path, "F001_T2") != other and frames.made_from(tmp_path, "F009_T1") == ""
+    shutil.copytree(tmp_path, moved := tmp_path / "moved", ignore=lambda *_: ["moved"])
+    assert frames.made_from(moved, "F001_T2") == frames.made_from(tmp_path, "F001_T2")
+
+
+def test_what_is_prepared_outlives_its_files(own_faces, tmp_path):
+    "Videos that are gone leave their frames; one that cannot be read any more is a problem, tried again."
+    root, load = own_faces
+    first, _ = load()
+    good = video(root, "SN002").read_bytes()
+    video(root, "SN001").unlink()
+    shutil.rmtree(root / "Landmark_Points" / "SN003")
+    same, anew = load()
+    assert not anew and same.sha256 == first.sha256
+    video(root, "SN002").write_bytes(b"no video")
+    with pytest.warns(UserWarning, match="1 of 27 recordings of faces_demo are left out: SN002: .*no video"):
+        assert load()[0].sha256 != first.sha256
+    video(root, "SN002").write_bytes(good)
+    assert load()[1] == {"SN002"} and load()[0].sha256 == first.sha256
+    shutil.rmtree(root)
+    assert load()[0].sha256 == first.sha256
+
+
+def test_what_cannot_be_prepared_anew_is_told(own_faces, monkeypatch):
+    root, load = own_faces
+    video(root, "SN005").touch()
+    monkeypatch.setattr(faces.os, "access", lambda *_: False)
+    with pytest.warns(UserWarning, match="SN005 of faces_demo in .* were changed .* are those of before"):
+        assert not load()[1]
+
+
+def test_frames_of_an_earlier_version_stay_and_are_told(own_faces, tmp_path):
+    "They know neither their source nor how they were counted; prepared anew, they do."
+    root, load = own_faces
+    first, _ = load()
+    folder = tmp_path / "faces_demo-prepared-37"
+    index = json.loads((folder / "index.json").read_text())
+    for name, about in index["recordings"].items():
+        about = {k: v for k, v in about.items() if k not in ("source", "counted")}
+        index["recordings"][name] = about
+        columns = dict(np.load(folder / f"{name}.npz")) | dict(about=json.dumps(about))
+        np.savez(folder / f"{name}.npz", **columns)
+    (folder / "index.json").write_text(json.dumps(index))
+    told = "27 recordings of faces_demo were prepared by an earlier version, .* remove its .npz there"
+    video(root, "SN001").touch()
+    with pytest.warns(UserWarning, match=told):
+        same, anew = load()
+    assert same.sha256 == first.sha256 and not anew
+    for f in folder.glob("*.npz"):
+        f.unlink()
+    with warnings.catch_warnings(record=True) as said:
+        same, anew = load()
+    assert len(anew) == 27 and not any("earlier" in str(w.message) for w in said)
+
+
+def test_a_run_on_mean_eyes_goes_on_where_it_was_stopped(own_faces, tmp_path):
+    "With the same call; by its configuration alone it would be on fixed eyes, and that is told."
+    small = dict(dataset="faces_demo", image_size=32, model="Supervised", labels=1.0, epochs=3, warmup=1)
+    cfg = Config(**small, batch_size=20, labelled_batch=10, fold=1)
+
+    def mean():
+        return load_faces("faces_demo", 1, 32, progress=False, eyes="mean")
+
+    with pytest.MonkeyPatch.context() as m:
+        save = Training.save
+        m.setattr(
+            Training, "save", lambda t: (save(t), t.meta["epoch"] == 2 and (_ for _ in ()).throw(OSError))
+        )
+        with pytest.raises(OSError):
+            fit(cfg, mean(), progress=False, folder=tmp_path / "mean")
+    assert (tmp_path / "mean" / "checkpoint.safetensors").exists()
+    there = "of other data, 'faces_demo, mean eyes' there, 'faces_demo' here"
+    with pytest.raises(ValueError, match=there):
+        fit(cfg, progress=False, folder=tmp_path / "mean")
+    run = fit(cfg, mean(), progress=False, folder=tmp_path / "mean")
+    whole = fit(cfg, mean(), progress=False, folder=tmp_path / "whole")
+    assert run.history == whole.history and len(run.history) == 3
+    with pytest.raises(ValueError, match=there):
+        fit(cfg, progress=False, folder=tmp_path / "mean")
+
+
+# --- left and right
+
+
+def test_mirroring_is_a_choice(own_faces, tmp_path, monkeypatch):
+    "Without it the same crops and turns, none in the mirror; runs that have it keep their names."
+    monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "runs"))
+    cfg = Config(dataset="faces_demo", image_size=32, fold=1, model="VAE", labels=0, epochs=1, warmup=1)
+    straight = dataclasses.replace(cfg, mirror=False, latent_dim=2, batch_size=20)
+    data, kept = prepare_data(resolve(cfg)), prepare_data(resolve(straight))
+    assert (data.mirror, kept.mirror, data.sha256) == (True, False, kept.sha256)
+    x = data.x_train[:1].expand(200, *data.x_train.shape[1:])
+    seen, plain = (d.draw(x, torch.Generator().manual_seed(0)) for d in (data, kept))
+    same = (seen == plain).flatten(1).all(1)
+    assert 70 < same.sum() < 130
+    assert torch.equal(data.fixed("val")[:3], kept.fixed("val")[:3])
+    assert "mirror" not in identity(resolve(cfg)) and identity(resolve(straight))["mirror"] is False
+    assert run_name(straight) != run_name(dataclasses.replace(straight, mirror=True))
+    assert fit(straight, progress=False).cfg.mirror is False
+    with pytest.raises(
+        ValueError, match="mirror=False is for disfa, fera2015, faces_demo, a folder of videos"
+    ):
+        fit(Config(dataset="digits", mirror=False), progress=False)

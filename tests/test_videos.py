@@ -26,6 +26,7 @@ from csrae_nb.evaluation import complete_run
 from csrae_nb.files import runs_folder
 from csrae_nb.predict import COLUMNS, predict_examples, write_predictions
 from csrae_nb.runs import load_run, prepare_data
+from csrae_nb.sharing import Pretrained
 from csrae_nb.trained import Examples, open_run
 from csrae_nb.videos import Coding, coded_videos, video_eyes
 
@@ -369,6 +370,11 @@ def test_a_run_from_videos_to_answers_for_a_new_one(clips, looked, own_runs, tmp
         identity(run.cfg),
         json.loads((run.path / "config.json").read_text()),
     )
+    told = json.loads((run.path / "metrics.json").read_text())["subjects"]
+    data = load(clips, fold=2)
+    assert told == {s: list(names) for s, names in data.subjects.items()} and len(told["test"]) == 1
+    Pretrained(run.path).save_pretrained(tmp_path / "shared")
+    assert "subjects" not in json.loads((tmp_path / "shared" / "metrics.json").read_text())
     shutil.rmtree(clips)
     assert (run_name(make_config(config)), identity(make_config(config))) == (name, same)
     write_clip(tmp_path / "new" / "new.avi", "SN005", 20)
