@@ -727,7 +727,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'csrae_nb.frames._or_none': ('nbs/frames.html#_or_none', 'csrae_nb/frames.py'),
                                  'csrae_nb.frames._picture': ('nbs/frames.html#_picture', 'csrae_nb/frames.py'),
                                  'csrae_nb.frames._places': ('nbs/frames.html#_places', 'csrae_nb/frames.py'),
-                                 'csrae_nb.frames._size_and_time': ('nbs/frames.html#_size_and_time', 'csrae_nb/frames.py'),
+                                 'csrae_nb.frames._size_and_start': ('nbs/frames.html#_size_and_start', 'csrae_nb/frames.py'),
                                  'csrae_nb.frames._table': ('nbs/frames.html#_table', 'csrae_nb/frames.py'),
                                  'csrae_nb.frames._text': ('nbs/frames.html#_text', 'csrae_nb/frames.py'),
                                  'csrae_nb.frames._video_length': ('nbs/frames.html#_video_length', 'csrae_nb/frames.py'),

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -490,18 +491,19 @@ def _listed(folder):
     return sorted(f"{at}/{f}"[start:] for at, _, files in walk for f in files if not f.startswith("."))
 
 
-def _size_and_time(file):
+def _size_and_start(file):
+    "Of a file that can be read; of another it is said when it is read."
     try:
-        s = os.stat(file)
+        with open(file, "rb") as f:
+            return os.fstat(f.fileno()).st_size, zlib.crc32(f.read(2**20))
     except OSError:
-        return None  # said when it is read
-    return s.st_size, s.st_mtime_ns
+        return None
 
 # %% ../nbs/15b_frames.ipynb #155209
 def made_from(
     root: Path,  # of a data set's folders
     name: str,  # of the recording
-    some: int = 16,  # files whose sizes and times are looked at, where there is one per frame
+    some: int = 16,  # files that are looked into, where there is one per frame
 ) -> str:
     "What tells that files of a recording of DISFA or FERA2015 were changed; empty if it has none."
 
@@ -515,7 +517,7 @@ def made_from(
         for i in np.linspace(0, len(names) - 1, some if names else 0).astype(int)
     ]
     told = [f.relative_to(root).as_posix() for f in [*few, *listed]], [*listed.values()]
-    told += ([_size_and_time(f) for f in [*few, *spread]],)
+    told += ([_size_and_start(f) for f in [*few, *spread]],)
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16] if few or listed else ""
 
 # %% ../nbs/15b_frames.ipynb #150036
