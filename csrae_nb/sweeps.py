@@ -28,7 +28,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 # %% ../nbs/12b_sweeps.ipynb #120102
-from .catalogue import DATASETS, is_source, loader_of
+from .catalogue import DATASETS, OWN_DATA, is_source, loader_of
 from .config import EVALUATION, Config, command, run_name
 from .evaluation import finished_metrics, results_table, write_table
 from .files import progress_bar, runs_folder
@@ -520,8 +520,7 @@ def _check_sources(configs):
     for name in dict.fromkeys(c.dataset for c in configs):
         if not is_source(name):
             raise ValueError(
-                f"unknown dataset {name!r}; expected one of {', '.join(DATASETS)}, "
-                "a path to .npz, .npy or .csv, or a folder of images"
+                f"unknown dataset {name!r}; expected one of {', '.join(DATASETS)}, or a path to an {OWN_DATA}"
             )
 
 # %% ../nbs/12b_sweeps.ipynb #120050

@@ -19,6 +19,7 @@ import torch
 
 # %% ../nbs/23b_csrae.ipynb #235102
 from . import __version__, sweeps
+from .catalogue import ARRAYS
 from .evaluation import complete_run, write_table
 from .files import RunLocked, runs_folder, write_atomic
 from .detection import DETECTORS
@@ -252,7 +253,7 @@ def _on_run(verbs, name, what):
     return p
 
 
-_DATA = ".npz, .npy, .csv, .parquet, image, folder of images; or a data set, of which it is the test split: "
+_DATA = f"{', '.join(ARRAYS)}, image, folder of images; or a data set, of which it is the test split: "
 _DATA += "by its name, or a folder of videos with labels.csv"
 
 
