@@ -19,7 +19,8 @@ from typing import get_args
 
 # %% ../nbs/09_config.ipynb #090003
 from .aggregate import PRIOR_OBJECTIVES
-from .catalogue import ARRAYS, DATASETS, FOLDERS, about_data, dataset_name, folder_kind, preset
+from .catalogue import ARRAYS, DATASETS, FOLDERS, OWN_DATA
+from .catalogue import about_data, dataset_name, folder_kind, preset
 from .constraint import Constraint
 from .layers import check_skip, two_layers
 from .likelihoods import LIKELIHOODS
@@ -175,8 +176,7 @@ def _check_values(c):
     "ValueError for the first field of c that cannot be."
     if not c.dataset:
         raise ValueError(
-            f"no dataset; expected one of {', '.join(DATASETS)}, "
-            'a path to .npz, .npy, .csv or a folder of images or videos, or "arrays"'
+            f"no dataset; expected one of {', '.join(DATASETS)}, a path to an {OWN_DATA}, or \"arrays\""
         )
     if c.model not in MODELS and c.model not in known_models():
         raise ValueError(f"unknown model {c.model!r}; expected one of {', '.join(known_models())}")

@@ -6,13 +6,13 @@
 __all__ = ['SPLITS', 'BINARISATION_SEED', 'CENTRED', 'ROOM', 'LazyImages', 'Dataset', 'names_of_labels', 'labelled_rows',
            'is_binary', 'is_bytes', 'default_likelihood', 'scaled', 'values_of', 'table_as', 'seen_as', 'scaled_as',
            'column_units', 'channels_first', 'cut_splits', 'numbered', 'check_arrays', 'sha256', 'from_arrays', 'some',
-           'chosen_columns', 'table_arrays', 'is_table', 'as_named_arrays', 'as_arrays']
+           'chosen_columns', 'row_numbers', 'table_arrays', 'is_table', 'data_columns', 'as_named_arrays', 'as_arrays']
 
 # %% ../nbs/08_data.ipynb #080002
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Real
@@ -463,6 +463,29 @@ def chosen_columns(
         raise ValueError(f"{table} has no column {some(missing)}; expected {some(list(columns))}")
     return columns
 
+# %% ../nbs/08_data.ipynb #080245r
+def row_numbers(
+    names: Sequence[str],  # of a table's columns
+    cells: Callable[[int], Iterable],  # what the i-th of them holds, whole numbers as such or as text
+    table: str,  # what it is called, in errors
+) -> int:  # how many columns, the first ones, hold no data
+    """How many first columns have no name, or pandas' in place of none, and number the rows; with a warning.
+    ValueError for other columns without a name."""
+    n = 0
+    while n < len(names) and (not names[n] or names[n].startswith("Unnamed: 0")):
+        numbers = [str(c).strip() for c in cells(n)]
+        if len({*numbers}) < len(numbers) or not all(c.isdecimal() for c in numbers):
+            break
+        n += 1
+    if n and numbers:
+        warnings.warn(
+            f"{table}: the first column has no name and numbers the rows, so it is left out; "
+            "if it is data, give it a name (pandas writes none with to_csv(index=False))"
+        )
+    if odd := [i + 1 for i, name in enumerate(names) if i >= n and not name]:
+        raise ValueError(f"{table}: column {odd[0]} of {len(names)} has no name: name it, or leave it out")
+    return n
+
 # %% ../nbs/08_data.ipynb #080345
 def _numbers(columns, names, table):  # (n, names)
     "Columns side by side, NaN for none: bytes as they are, others as floats. ValueError for those of others."
@@ -505,9 +528,20 @@ def is_table(x: Any) -> bool:
     return of_tables and hasattr(x, "columns") and len(getattr(x, "shape", ())) == 2
 
 
+def data_columns(
+    x: Any,  # a table of pandas, polars or pyarrow
+    table: str = "the table",  # what it is called, in errors
+) -> list:  # their names, which may be numbers in one of pandas
+    "The columns of a table in memory but for those that number its rows, as in a file."
+    names = list(getattr(x, "column_names", x.columns))
+    if not all(isinstance(name, str) for name in names) or len({*names}) < len(names):
+        return names
+    return names[row_numbers(names, lambda i: np.asarray(x[names[i]]).tolist(), table) :]
+
+
 def _of_table(x, wanted, table="the table"):
     "Arrays and names of the columns; none where a table's columns have numbers for names."
-    names = list(getattr(x, "column_names", x.columns))
+    names = list(getattr(x, "column_names", x.columns)) if wanted else data_columns(x, table)
     named = all(isinstance(name, str) for name in names)
     chosen_columns(names if named else [*map(str, names)], wanted, table)  # before any is lost
     arrays, columns = table_arrays({str(name): x[name] for name in names}, wanted, table)
@@ -529,8 +563,7 @@ def _written_out(x):
 def _plain(x):
     "A sparse matrix as an array, answers in a table, too; anything else as it is."
     if is_table(x):
-        names = list(getattr(x, "column_names", x.columns))
-        return _numbers(x, names, "the table")
+        return _numbers(x, data_columns(x), "the table")
     return _written_out(x) if issparse(x) or isinstance(x, Tensor) and x.layout != torch.strided else x
 
 # %% ../nbs/08_data.ipynb #080046
@@ -573,6 +606,9 @@ def _of_hub(data, wanted):
     if len(examples) > 1:
         raise ValueError(f"columns {some(examples)} hold arrays; expected one: select_columns chooses")
     if not examples:
+        names = [*columns]
+        numbers = 0 if wanted else row_numbers(names, lambda i: columns[names[i]].tolist(), "the Dataset")
+        columns = {k: columns[k] for k in names[numbers:]}
         return table_arrays(columns, wanted, f"the {type(data).__name__}")
     return {"x": columns[examples[0]]} | ({"y": columns["y"]} if "y" in columns else {}), ()
 

@@ -22,7 +22,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from .data import CENTRED, column_units, default_likelihood, from_arrays, is_table
+from .data import CENTRED, column_units, data_columns, default_likelihood, from_arrays, is_table
 from .data import scaled_as, table_as, values_of
 from .mixtures import GMM, Draws
 from .likelihoods import make_likelihood
@@ -138,10 +138,13 @@ class _Components(_Parameters):
         self,
         n_samples=1,  # how many
         noise=False,  # draws from p(x|z), not its mean
+        component=None,  # of the prior; None: all, by their weights
+        cluster=None,  # of components, as `component_clusters_` counts them; None: all
+        random_state=None,  # None: the seed of the training, and so the same each time; an int, a RandomState
     ) -> tuple[np.ndarray, np.ndarray]:  # rows (n_samples, features), the component of each
-        """E[x|z] at codes drawn from the prior, the same each time, and their components.
-        ValueError for less than one."""
-        return _samples(self, n_samples, noise)
+        """E[x|z] at codes drawn from the prior, and their components.
+        ValueError for less than one, no such component or cluster, or both."""
+        return _samples(self, n_samples, noise, _chosen(self, component, cluster), random_state)
 
 # %% ../nbs/20_estimator.ipynb #200206
 class CSRAEEmbedding(_Codes, _Components):
@@ -207,6 +210,20 @@ def _columns_of(X, likelihood, standardize):  # float64
         raise ValueError(f"{span}, {too_far}")
     return likelihood, scaler
 
+# %% ../nbs/20_estimator.ipynb #200409
+def _without_row_numbers(est, X, start):
+    "A table without the columns that number its rows, which none of a file has either."
+    names, known = list(getattr(X, "column_names", X.columns)), getattr(est, "feature_names_in_", None)
+    if start:
+        kept = data_columns(X, "X")
+    elif known is None:
+        return X
+    else:
+        kept = [k for k in names if k in known or str(k) and not str(k).startswith("Unnamed: 0")]
+    if len(kept) == len(names):
+        return X
+    return X.select(kept) if hasattr(X, "select") else X[kept]
+
 # %% ../nbs/20_estimator.ipynb #200109
 def _grey_levels(X):
     "Rows of bytes, None for others."
@@ -217,8 +234,9 @@ def _grey_levels(X):
 def _rows(est, X, start, **kw):  # start: a training begins
     """The rows as the model sees them, float64, and X's precision.
     ValueError for what is no table of numbers, or beyond the likelihood's range."""
+    X = _without_row_numbers(est, X, start) if (table := is_table(X)) else X
     X = X if start else _flat(X, est.x_shape_)
-    grey, table = _grey_levels(X), is_table(X)
+    grey = _grey_levels(X)
     X = validate_data(est, X, reset=start, dtype=[np.float64, np.float32], **kw)
     x = X.astype(np.float64)
     if start:
@@ -491,13 +509,29 @@ def _log_likelihoods(est, X, S):
     return (torch.cat(found).numpy() - log_scale).astype(dtype)
 
 # %% ../nbs/20_estimator.ipynb #200038
-@torch.no_grad()
-def _samples(est, n_samples, noise):
+def _chosen(est, component, cluster):  # (K,): whether each component is to be drawn from
+    "ValueError for no such component or cluster, or both."
     check_is_fitted(est, "model_")
+    if component is not None and cluster is not None:
+        raise ValueError(f"component={component!r} and cluster={cluster!r}; expected one of them at most")
+    of, name = est.component_clusters_, "cluster"
+    if component is not None:
+        of, name, cluster = np.arange(len(of)), "component", component
+    if cluster is None:
+        return np.ones(len(of), bool)
+    if not (isinstance(cluster, Integral) and 0 <= cluster <= max(of)):
+        raise ValueError(f"{name}={cluster!r}; expected None, or an integer from 0 to {max(of)}")
+    return of == cluster
+
+
+@torch.no_grad()
+def _samples(est, n_samples, noise, chosen, random_state):
     if not (isinstance(n_samples, Integral) and n_samples >= 1):
         raise ValueError(f"n_samples={n_samples!r}; expected an integer of at least 1")
-    g, p = generator(est.config_.seed, "samples"), est.model_.prior()
-    k = torch.multinomial(p.logw.exp(), int(n_samples), True, generator=g)
+    g = generator(est.config_.seed if random_state is None else _seed(random_state), "samples")
+    p, few = est.model_.prior(), not chosen.all()
+    logw = p.logw.masked_fill(~torch.from_numpy(chosen), -torch.inf).log_softmax(0) if few else p.logw
+    k = torch.multinomial(logw.exp(), int(n_samples), True, generator=g)
     z = GMM.gaussian(p.mu[k], p.var[k]).rsample(g)
     return _decoded(est, z, g if noise else None), k.numpy()
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['blue', 'orange', 'grey', 'FOUR', 'STEP', 'LINE', 'TARGET', 'STARTS', 'LADDERS', 'TABS', 'png', 'framed', 'quiet',
            'reason', 'guarded', 'line_mixture', 'line_divergences', 'draw_line', 'two_gaussians_explorer',
-           'pinwheel_configs', 'pinwheel_runs', 'kept', 'draw_pinwheel', 'pinwheel_explorer', 'Explored', 'run_folders',
-           'run_data', 'explore', 'label_free', 'interpolate', 'along_axes', 'traversal', 'draw_examples', 'draw_pair',
+           'pinwheel_configs', 'pinwheel_runs', 'kept', 'draw_pinwheel', 'pinwheel_explorer', 'Explored', 'run_data',
+           'explore', 'label_free', 'interpolate', 'along_axes', 'traversal', 'draw_examples', 'draw_pair',
            'draw_interpolation', 'draw_moved', 'draw_traversal', 'draw_component', 'nearest', 'run_explorer']
 
 # %% ../nbs/22_explorers.ipynb #220002
@@ -41,6 +41,7 @@ from .priors import MOST_MAPPED, component_map, cut_map, occupancy
 from .config import Config, divergence_weight, resolve, run_name
 from .constraint import Constraint
 from .files import generator, runs_folder
+from .grids import run_folders
 from .runs import Run, fit, load_run, prepare_data
 
 # %% ../nbs/22_explorers.ipynb #220005
@@ -521,15 +522,6 @@ class Explored:
     cluster: Int[Tensor, "K"] | None  # that each component is joined into
 
 # %% ../nbs/22_explorers.ipynb #220135
-def run_folders() -> list[Path]:  # by name
-    "The folders of runs, finished or not."
-    return sorted(
-        p
-        for p in runs_folder().glob("[!.]*")
-        if (p / "config.json").exists() or (p / "model.safetensors").exists()
-    )
-
-
 def run_data(cfg: Config) -> Dataset:
     "What a run was trained on; ValueError or OSError if it cannot be had."
     if cfg.dataset == "arrays":

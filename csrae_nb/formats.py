@@ -31,7 +31,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 # %% ../nbs/08b_formats.ipynb #082003
-from .data import SPLITS, chosen_columns, is_binary, sha256, some, table_arrays
+from .data import SPLITS, chosen_columns, is_binary, row_numbers, sha256, some, table_arrays
 from .pinwheel import make_pinwheel
 from .reading import files_below, read_mat, read_text, reason
 
@@ -586,29 +586,6 @@ def read_arrays(
         ) from e
     return arrays, {path.name: sha256(raw)}
 
-# %% ../nbs/08b_formats.ipynb #082185
-def _numbers_rows(cells):
-    "Whether a column holds whole numbers, none of them twice."
-    cells = [c.strip() for c in cells]
-    return len({*cells}) == len(cells) and all(c.isdecimal() for c in cells)
-
-
-def _without_row_numbers(names, rows, path):
-    "A table without first columns that number the rows; ValueError for other columns without a name."
-    n = 0  # of them
-    while n < len(names) and (not names[n] or names[n].startswith("Unnamed: 0")):
-        if not _numbers_rows(r[n] for r in rows):
-            break
-        n += 1
-    if n and rows:
-        warnings.warn(
-            f"{path}: the first column has no name and numbers the rows, so it is left out; "
-            "if it is data, give it a name (pandas writes none with to_csv(index=False))"
-        )
-    if odd := [i + 1 for i, name in enumerate(names) if i >= n and not name]:
-        raise ValueError(f"{path}: column {odd[0]} of {len(names)} has no name: name it, or leave it out")
-    return names[n:], [r[n:] for r in rows]
-
 # %% ../nbs/08b_formats.ipynb #082485
 def _check_labels(labels, table):  # None: there are none
     "ValueError for numbers that are not whole; a warning for so many that they look like a measurement."
@@ -640,7 +617,8 @@ def read_table(
         if len(row) != len(names):
             raise ValueError(f"{path}, row {i + 1}: {len(row)} values for {len(names)} columns")
     if not wanted:
-        names, rows = _without_row_numbers(names, rows, path)
+        n = row_numbers(names, lambda i: (r[i] for r in rows), str(path))
+        names, rows = names[n:], [r[n:] for r in rows]
     columns = chosen_columns(names, wanted, str(path))
     if not rows or not columns:
         raise ValueError(f"{path} has no rows of numbers below its first, which names the columns")
@@ -685,6 +663,10 @@ def read_parquet(
     try:
         with parquet.ParquetFile(path) as file:
             names = [name for name in file.schema_arrow.names if wanted or not _INDEX.match(name)]
+            if not wanted:
+                names = names[
+                    row_numbers(names, lambda i: file.read(names[i : i + 1])[0].to_pylist(), str(path)) :
+                ]
             columns = chosen_columns(names, wanted, str(path))
             read = [*columns, *({"y"} & {*names} - {*columns})]
             for i in range(file.num_row_groups):

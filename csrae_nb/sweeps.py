@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRELOAD', 'UNGUARDED', 'local_engine', 'ray_engine', 'pieces', 'check_data', 'run_sweep', 'sweep_table', 'seedless',
-           'read_csv', 'main']
+           'read_csv', 'until_closed', 'main']
 
 # %% ../nbs/12b_sweeps.ipynb #120002
 import argparse
@@ -17,8 +17,9 @@ import signal
 import sys
 import threading
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
+from functools import wraps
 from multiprocessing import connection
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 # %% ../nbs/12b_sweeps.ipynb #120102
-from .catalogue import DATASETS, is_source, loader_of
+from .catalogue import DATASETS, OWN_DATA, is_source, loader_of
 from .config import EVALUATION, Config, command, run_name
 from .evaluation import finished_metrics, results_table, write_table
 from .files import progress_bar, runs_folder
@@ -519,8 +520,7 @@ def _check_sources(configs):
     for name in dict.fromkeys(c.dataset for c in configs):
         if not is_source(name):
             raise ValueError(
-                f"unknown dataset {name!r}; expected one of {', '.join(DATASETS)}, "
-                "a path to .npz, .npy or .csv, or a folder of images"
+                f"unknown dataset {name!r}; expected one of {', '.join(DATASETS)}, or a path to an {OWN_DATA}"
             )
 
 # %% ../nbs/12b_sweeps.ipynb #120050
@@ -538,7 +538,29 @@ def _interruptible():
     finally:
         _on_sigterm(before)
 
+# %% ../nbs/12b_sweeps.ipynb #120251
+def until_closed(main: Callable[..., int]) -> Callable[..., int]:
+    "A command that ends in silence, with status 141, when nobody reads on what it prints."
+
+    @wraps(main)
+    def quiet(words=None):
+        try:
+            try:
+                return main(words)
+            finally:
+                print(end="", flush=True)  # what waits to be printed
+        except BrokenPipeError:
+            status = 141
+        except OSError as e:  # main itself says those of its own
+            print(f"standard output cannot be written to: {e.strerror}", file=sys.stderr)
+            status = 2
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python sends the rest when it ends
+        return status
+
+    return quiet
+
 # %% ../nbs/12b_sweeps.ipynb #120150
+@until_closed
 def main(
     words: list[str] | None = None,  # of the command; None: those typed
 ) -> int:  # exit status
@@ -548,8 +570,7 @@ def main(
     try:
         return _carry_out(o)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0  # `| head` has seen enough
+        raise
     except (ValueError, OSError) as e:
         parser.exit(2, f"csrae-sweep: {e}\n")
 

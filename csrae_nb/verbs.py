@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 # %% ../nbs/23b_csrae.ipynb #235102
-from . import sweeps
+from . import __version__, sweeps
+from .catalogue import ARRAYS
 from .evaluation import complete_run, write_table
-from .files import RunLocked, write_atomic
+from .files import RunLocked, runs_folder, write_atomic
 from .detection import DETECTORS
-from .grids import FIELDS, read_words, run_folder
+from .grids import FIELDS, about_run, read_words, run_folder, run_folders
 from .predict import LeftOut, write_predictions
 from csrae_nb.trained import (
     CODES,
@@ -61,6 +62,31 @@ def _encode(o):
     examples = read_examples(run, o.data)
     write_encoded(run, examples, o.out, o.ll_samples, o.force)
     print(f"{o.out}: {len(examples):,} rows")
+
+# %% ../nbs/23b_csrae.ipynb #235305
+def _runs(o):
+    if o.out:
+        check_output(o.out, (".csv",), o.force)
+    folder = o.folder or runs_folder()
+    rows = [about_run(p) for p in run_folders(folder)]
+    if not rows:
+        raise ValueError(f"{folder} holds no runs: csrae train makes one, CSRAE_RUNS names another folder")
+    rows.sort(key=lambda r: r["written"] or "", reverse=True)
+    if o.out:
+        write_table(o.out, rows)
+        print(f"{o.out}: {len(rows):,} rows")
+        return
+    _print_columns([list(rows[0]), *(list(map(_word, r.values())) for r in rows)])
+
+
+def _word(v):
+    return "" if v is None else f"{v:.5g}" if isinstance(v, float) else str(v)
+
+
+def _print_columns(rows):
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(f"{v:{w}}" for v, w in zip(row, widths)).rstrip())
 
 # %% ../nbs/23b_csrae.ipynb #235105
 def _score(o):
@@ -156,9 +182,11 @@ def _parser():
     p = argparse.ArgumentParser(
         prog="csrae", description="Train an autoencoder with a mixture prior, and use it."
     )
+    p.add_argument("--version", action="version", version=f"csrae {__version__}")
     verbs = p.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_train(verbs)
     verbs.add_parser("sweep", help="many runs, as csrae-sweep", add_help=False)
+    _add_runs(verbs)
     encode = _on_data(verbs, "encode", "a table of codes, components and what is unusual")
     _with_output(encode, "table, .csv, .parquet or .npz")
     score = _on_data(verbs, "score", "the most unusual examples first")
@@ -179,6 +207,17 @@ def _add_train(verbs):
     what = dict(description=f"Train and evaluate one run. {said}", epilog=about)
     train = verbs.add_parser("train", help="train and evaluate one run", **what)
     train.add_argument("fields", nargs="*", help="field=value, as in csrae_nb.Config; or one TOML file")
+
+# %% ../nbs/23b_csrae.ipynb #235509
+def _add_runs(verbs):
+    about = (
+        "The newest first. On validation data: error, F1 or ICC, or else the criterion, of the best epoch."
+    )
+    runs = verbs.add_parser("runs", help="the runs that there are", description=about)
+    runs.add_argument(
+        "folder", metavar="FOLDER", nargs="?", type=Path, help="that holds them ($CSRAE_RUNS, or _runs/)"
+    )
+    _with_output(runs, "the same as .csv", required=False)
 
 # %% ../nbs/23b_csrae.ipynb #235209
 def _add_predict(verbs):
@@ -215,7 +254,7 @@ def _on_run(verbs, name, what):
     return p
 
 
-_DATA = ".npz, .npy, .csv, .parquet, image, folder of images; or a data set, of which it is the test split: "
+_DATA = f"{', '.join(ARRAYS)}, image, folder of images; or a data set, of which it is the test split: "
 _DATA += "by its name, or a folder of videos with labels.csv"
 
 
@@ -243,6 +282,7 @@ def _add_clusters(verbs):
 # %% ../nbs/23b_csrae.ipynb #235010
 VERBS = dict(
     train=_train,
+    runs=_runs,
     encode=_encode,
     score=_score,
     predict=_predict,
@@ -260,6 +300,7 @@ def _stopped(o):
     return f"csrae {o.verb}: stopped" + ("; the same command goes on" if begun else "")
 
 
+@sweeps.until_closed
 def main(
     words: list[str] | None = None,  # of the command; None: those typed
 ) -> int:  # exit status
@@ -270,6 +311,8 @@ def main(
     o = (parser := _parser()).parse_args(words)
     try:
         return VERBS[o.verb](o) or 0
+    except BrokenPipeError:
+        raise
     except KeyboardInterrupt:
         print(_stopped(o), file=sys.stderr)
         return 130

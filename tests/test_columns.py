@@ -126,6 +126,57 @@ def test_row_numbers_of_pandas_are_no_data(tmp_path, numbers, run):
         load_data(path)
 
 
+@pytest.mark.parametrize(
+    "kind", [pd.DataFrame, as_polars, as_arrow, as_hub, lambda f: Dataset({k: f[k] for k in f})]
+)
+def test_row_numbers_in_memory_are_no_data_either(kind, tmp_path):
+    "As in the .csv that the table was read from, and in a .parquet that it is written to."
+    FRAME.to_csv(tmp_path / "people.csv")
+    frame = pd.read_csv(tmp_path / "people.csv")
+    assert list(frame)[0] == "Unnamed: 0"
+    with pytest.warns(UserWarning, match="numbers the rows, so it is left out") as told:
+        data = load_data(kind(frame))
+    assert len(told) == 1 and data.columns == NAMES and data.x_shape == (3,)
+    named = kind(frame.rename(columns={"Unnamed: 0": "number"}))
+    assert load_data(named).x_shape == (4,)  # whoever names them means them
+    measured = kind(frame.assign(**{"Unnamed: 0": VALUES[:, 0]}))
+    assert load_data(measured).columns == ("Unnamed: 0", *NAMES)  # no numbers of rows
+    assert as_named_arrays(kind(frame), ("Unnamed: 0", "age"))[0]["x"].shape == (80, 2)  # a run of before
+
+
+def test_row_numbers_in_a_parquet_of_a_read_table_are_no_data(tmp_path):
+    pytest.importorskip("pyarrow")
+    FRAME.to_csv(tmp_path / "people.csv")
+    pd.read_csv(tmp_path / "people.csv").to_parquet(tmp_path / "people.parquet")
+    with pytest.warns(UserWarning, match="numbers the rows, so it is left out") as told:
+        data = load_data(tmp_path / "people.parquet")
+    assert len(told) == 1 and data.columns == NAMES
+
+
+def test_answers_in_a_table_have_no_row_numbers():
+    answers = pd.DataFrame({"Unnamed: 0": range(80), "a": [0, 1] * 40, "b": [1, 0] * 40})
+    with pytest.warns(UserWarning, match="numbers the rows"):
+        assert as_named_arrays(dict(x=VALUES, y=answers))[0]["y"].shape == (80, 2)
+
+
+@pytest.mark.parametrize("kind", [pd.DataFrame, as_polars])
+def test_an_estimator_leaves_row_numbers_out(kind):
+    frame = FRAME.drop(columns="y").reset_index(names="Unnamed: 0")
+    est = CSRAEEmbedding(epochs=1, components=3)
+    with pytest.warns(UserWarning, match="X: the first column has no name and numbers the rows"):
+        est.fit(kind(frame))
+    assert est.n_features_in_ == 3 and tuple(est.feature_names_in_) == NAMES
+    again = frame.iloc[[3, 3, 5]]  # no numbers of rows, but not what was trained on
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        codes = est.transform(kind(again))
+    assert np.allclose(codes, est.transform(kind(again[list(NAMES)])))
+    assert (
+        CSRAEEmbedding(epochs=1, components=3).fit(frame.rename(columns={"Unnamed: 0": "n"})).n_features_in_
+        == 4
+    )
+
+
 def test_row_numbers_in_a_parquet_are_no_data(tmp_path):
     pytest.importorskip("pyarrow")
     FRAME.sample(frac=1, random_state=0).to_parquet(tmp_path / "people.parquet")

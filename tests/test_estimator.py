@@ -415,6 +415,38 @@ def test_codes_and_samples_that_cannot_be(fitted):
             fitted.sample(n)
 
 
+def test_samples_of_a_component_or_a_cluster(fitted):
+    "As they are among those of all, by the weights of their components; the same again with the same state."
+    p = fitted.model_.prior()
+    for k in range(len(p.logw)):
+        x, of = fitted.sample(4000, component=k)
+        z = np.random.default_rng(k).normal(p.mu[k].detach(), p.var[k].detach().sqrt(), (4000, 2))
+        ours, other = x, fitted.inverse_transform(z)
+        assert set(of) == {k} and np.allclose(ours.mean(0), other.mean(0), atol=0.1)
+        assert np.allclose(ours.std(0), other.std(0), rtol=0.15, atol=0.02)
+    joined = copy.copy(fitted)
+    joined.component_clusters_ = np.array([0, 1, 1, 0])
+    of = joined.sample(20_000, cluster=1)[1]
+    share = p.logw.exp().numpy()[1:3]
+    assert set(of) == {1, 2} and np.isclose((of == 1).mean(), share[0] / share.sum(), atol=0.02)
+    for a, b in ((3, np.int64(3)), (np.random.RandomState(1), np.random.RandomState(1))):
+        assert all(map(np.array_equal, fitted.sample(9, random_state=a), fitted.sample(9, random_state=b)))
+    state = np.random.RandomState(1)
+    assert not np.array_equal(*(fitted.sample(9, random_state=state)[0] for _ in range(2)))
+    assert np.array_equal(fitted.sample(9)[0], fitted.sample(9, random_state=fitted.config_.seed)[0])
+    for kw in (
+        dict(component=4),
+        dict(component=-1),
+        dict(component="a"),
+        dict(cluster=9),
+        dict(cluster=1.0),
+    ):
+        with pytest.raises(ValueError, match="expected None, or an integer from 0 to 3"):
+            fitted.sample(3, **kw)
+    with pytest.raises(ValueError, match="random_state=-1"):
+        fitted.sample(3, random_state=-1)
+
+
 def test_a_loss_that_fails_says_so_without_a_folder():
     for train in ("fit", "partial_fit"):
         est = quick(lr=1e20)

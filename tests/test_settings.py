@@ -9,10 +9,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
-from csrae_nb import CSRAEEmbedding, Pretrained, verbs
+from csrae_nb import CSRAEEmbedding, Pretrained, load_data, sweeps, verbs
 from csrae_nb.evaluation import evaluate
 from csrae_nb.fleet import fit_fleet
-from csrae_nb.catalogue import DATASETS
+from csrae_nb.catalogue import ARRAYS, DATASETS
 from csrae_nb.config import Config, make_config, resolve, run_name
 from csrae_nb.files import RunLocked, run_lock
 from csrae_nb.runs import fit, load_run, prepare_data
@@ -51,6 +51,20 @@ def test_a_finished_run_is_loaded_from_another_folder(tmp_path, monkeypatch):
     assert torch.equal(weights(Pretrained.from_pretrained(tmp_path / "model").run), weights(run))
     with pytest.raises(ValueError, match="unknown dataset 'photos'; expected one of digits"):
         prepare_data(resolve(run.cfg))
+
+
+@pytest.mark.parametrize(
+    "told", [lambda: make_config(dict(dataset="")), lambda: load_data("mnits"), lambda: sweep("mnits")]
+)
+def test_whoever_names_no_data_is_told_every_kind_of_file_that_is_read(told, capsys):
+    with pytest.raises((ValueError, SystemExit)) as e:
+        told()
+    said = f"{e.value}{capsys.readouterr().err}"
+    assert all(word in said for word in (*ARRAYS, "folder of images", "labels.csv", "digits"))
+
+
+def sweep(name):
+    sweeps.main([f"dataset={name}", "epochs=1"])
 
 
 def test_a_config_does_not_look_at_the_disk(monkeypatch):

@@ -14,15 +14,17 @@ import numpy as np
 import pytest
 import torch
 
+from csrae_nb import __version__
 from csrae_nb.catalogue import ARRAYS, load_data
 from csrae_nb.config import Config
 from csrae_nb.grids import FIELDS
-from csrae_nb.runs import fit
+from csrae_nb.runs import fit, load_run
 from csrae_nb import trained
 from csrae_nb.sharing import Pretrained
 from csrae_nb.trained import Examples, open_run, write_encoded, write_scored
 from csrae_nb.verbs import VERBS, main
 
+PROGRAM = "import sys; from csrae_nb.{} import main; sys.exit(main())"
 BRIEF = dict(epochs=2, warmup=1, kmeans_epoch=1)
 
 
@@ -83,7 +85,7 @@ def test_encoding_that_is_killed_goes_on_where_it_was(runs, tmp_path):
         "--out",
         str(tmp_path / "codes.csv"),
     ]
-    program = [sys.executable, "-c", "import sys; from csrae_nb.verbs import main; sys.exit(main())", *words]
+    program = [sys.executable, "-c", PROGRAM.format("verbs"), *words]
     env = {k: v for k, v in os.environ.items() if k != "CSRAE_TYPECHECK"}
     p = subprocess.Popen(program, env=env, stderr=subprocess.DEVNULL)
     while not (found := [f for f in tmp_path.glob(".codes.csv.mixture.*.part") if f.stat().st_size > 10_000]):
@@ -215,19 +217,97 @@ def test_ctrl_c_ends_every_verb_with_one_line(tmp_path, monkeypatch, verb, begun
         raise KeyboardInterrupt
 
     monkeypatch.setitem(VERBS, verb, interrupt)
-    what = dict(train=["epochs=1"], sample=["run"], report=["run"]).get(verb, ["run", "data"])
+    what = dict(train=["epochs=1"], sample=["run"], report=["run"], runs=[]).get(verb, ["run", "data"])
     out = [] if verb == "train" else ["--out", str(tmp_path / "o[1].csv")]
     assert main([verb, *what, *out]) == 130
     goes_on = "; the same command goes on" if begun or verb == "train" else ""
     assert capsys.readouterr().err == f"csrae {verb}: stopped{goes_on}\n"
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "module, words",
+    [
+        ("verbs", "score {run} digits --top 100"),
+        ("verbs", "encode {run} digits --out {out}"),
+        ("verbs", "runs {folder}"),
+        ("verbs", "--help"),
+        ("sweeps", "dataset=digits seed=0,1,2 --list"),
+    ],
+)
+def test_who_reads_no_further_ends_a_command_in_silence(runs, tmp_path, module, words, unbuffered):
+    "As `| head` does: no traceback, no error, the status of other programs. What it writes is there."
+    words = words.format(run=runs / "mixture", folder=runs, out=tmp_path / "codes.csv")
+    env = {k: v for k, v in os.environ.items() if k != "CSRAE_TYPECHECK"}
+    program = [sys.executable, "-c", PROGRAM.format(module), *words.split()]
+    read, write = os.pipe()
+    os.close(read)
+    p = subprocess.run(
+        program, env=env | dict(PYTHONUNBUFFERED=unbuffered), stdout=write, stderr=subprocess.PIPE, text=True
+    )
+    os.close(write)
+    said = p.stderr.replace("\r", "\n").split("\n")
+    assert p.returncode in ((0, 141) if words == "--help" else (141,))  # argparse swallows it
+    assert all(line.startswith("encoding") for line in said if line), said
+    assert (tmp_path / "codes.csv").exists() == words.startswith("encode")
+
+
+def test_a_full_disk_behind_the_output_is_one_line(runs):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    with open("/dev/full", "w") as full:
+        program = [sys.executable, "-c", PROGRAM.format("verbs"), "runs", str(runs)]
+        p = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert p.returncode == 2 and "No space left" in p.stderr and "Traceback" not in p.stderr
+
+
+def test_version_and_the_runs_that_there_are(runs, tmp_path, monkeypatch, capsys):
+    "Of every kind, also copied, begun, damaged; nothing that is no run."
+    with pytest.raises(SystemExit) as e:
+        main(["--version"])
+    assert e.value.code == 0 and capsys.readouterr().out == f"csrae {__version__}\n"
+    folder = tmp_path / "runs"
+    shutil.copytree(runs, folder)
+    (folder / "damaged").mkdir()
+    (folder / "damaged" / "model.safetensors").write_bytes(b"no model")
+    (folder / "notes").mkdir()
+    shutil.copytree(folder / "gaussian", folder / "begun")
+    (folder / "begun" / "model.safetensors").rename(folder / "begun" / "checkpoint.safetensors")
+    os.utime(folder / "labels" / "model.safetensors", (2e9, 2e9))
+    monkeypatch.setenv("CSRAE_RUNS", str(folder))
+    assert main(["runs", "--out", str(tmp_path / "runs.csv")]) == 0
+    there = {r["name"]: r for r in rows(tmp_path / "runs.csv")}
+    assert list(there)[0] == "labels" and list(there)[-1] == "damaged" and len(there) == 6
+    state = {name: r["state"] for name, r in there.items()}
+    assert state.pop("begun") == "stopped" and state.pop("damaged") == "unreadable"
+    assert {*state.values()} == {"finished"}
+    measures = {name: r["measure"] for name, r in there.items()}
+    assert measures["labels"] == measures["classifier"] == "error" and measures["mixture"] == "criterion"
+    run = load_run(runs / "mixture")
+    row = there["mixture"]
+    assert float(row["validation"]) == pytest.approx(run.history[run.best_epoch - 1]["criterion"], rel=1e-4)
+    assert [row[k] for k in "dataset model prior epochs of".split()] == [
+        "digits",
+        "MixtureCSRAE",
+        "mog",
+        "2",
+        "2",
+    ]
+    assert there["gaussian"]["prior"] == "normal"
+    capsys.readouterr()
+    assert main(["runs", str(folder)]) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert shown[0] == [*row] and [line[0] for line in shown[1:]] == [*there]
+    with pytest.raises(SystemExit):
+        main(["runs", str(tmp_path / "none")])
+    assert "holds no runs" in capsys.readouterr().err
+
+
 def test_encoding_that_is_interrupted_goes_on(runs, tmp_path):
     np.savez(tmp_path / "many.npz", x=(torch.rand(30_000, 8, 8) > 0.5).numpy())
     words = ["encode", runs / "mixture", tmp_path / "many.npz", "--out", tmp_path / "codes.csv"]
-    code = "import sys; from csrae_nb.verbs import main; sys.exit(main())"
     env = {k: v for k, v in os.environ.items() if k != "CSRAE_TYPECHECK"}
-    program = [sys.executable, "-c", code, *map(str, words)]
+    program = [sys.executable, "-c", PROGRAM.format("verbs"), *map(str, words)]
     heard = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # also under nohup
     p = subprocess.Popen(program, env=env, stderr=subprocess.PIPE, text=True, **heard)
     while not [f for f in tmp_path.glob(".codes.csv.mixture.*.part") if f.stat().st_size > 10_000]:
