@@ -149,8 +149,9 @@ def kernel_density(
     n, D = x.shape[-2:]
     if h is None:
         h = x.std(-2, keepdim=True) * (4 / (n * (D + 2))) ** (1 / (D + 4))
-    var = torch.as_tensor(h, dtype=x.dtype, device=x.device).square().expand(x.shape)
-    if not (var > 0).all():
+    width = torch.as_tensor(h, dtype=x.dtype, device=x.device)
+    var = width.square().expand(x.shape)
+    if not ((width > 0).all() and (var > 0).all()):
         raise ValueError(f"h={h}; expected widths above 0, and for Silverman's two points that differ")
     return GMM(torch.full(x.shape[:-1], -math.log(n), dtype=x.dtype, device=x.device), x, var)
 

@@ -25,6 +25,7 @@ from torch.distributions import (
     MultivariateNormal,
     Normal,
 )
+from torch.nn.functional import pad
 
 from .kernels import broadcast_shapes, check_memory, log_sum_exp, log_z, transformed
 
@@ -52,7 +53,11 @@ def _can_look(t):
 # %% ../nbs/01b_mixtures.ipynb #010304
 def _check_shapes(g):
     "ValueError for a GMM whose shapes do not fit each other."
-    w, m, v = (tuple(t.shape) for t in (g.logw, g.mu, g.var))
+    parts = g.logw, g.mu, g.var
+    if not all(isinstance(t, Tensor) for t in parts):
+        kinds = ", ".join(type(t).__name__ for t in parts)
+        raise ValueError(f"a GMM is made of three tensors, logw, mu and var; got {kinds}")
+    w, m, v = (tuple(t.shape) for t in parts)
     fits = len(w) >= 1 and len(m) >= 2 and m[-2:] == v[-2:] and w[-1] == m[-2]
     try:
         fits and g.batch_shape
@@ -95,6 +100,19 @@ def _check_positive(var):
     least, largest = (v.item() for v in var.aminmax())
     odd = f"the least of these is {least:.4g}" if least <= 0 else f"the largest of these is {largest:.4g}"
     raise ValueError(f"var are variances σ², above 0 and finite; {odd}")
+
+
+def _for_each(mu, var):
+    "The variance of each dimension, where one number may stand for all; ValueError for what is no mean."
+    if not isinstance(mu, Tensor) or not mu.ndim or not isinstance(var, Tensor | float | int):
+        got = " and ".join(f"{type(t).__name__} {tuple(getattr(t, 'shape', ()))}" for t in (mu, var))
+        raise ValueError(
+            f"GMM.gaussian takes mu, a tensor (*B, D), and var, another or one number; got {got}"
+        )
+    if isinstance(var, Tensor) and var.ndim:
+        return var
+    dtype = mu.dtype if mu.is_floating_point() else None
+    return torch.as_tensor(var, dtype=dtype, device=mu.device).expand_as(mu)
 
 # %% ../nbs/01b_mixtures.ipynb #010033
 class Draws:
@@ -179,20 +197,69 @@ class Mixture:
         if len(self.batch_shape):
             raise ValueError(f"sample wants one mixture, not a batch of shape {tuple(self.batch_shape)}")
         N = self.logw.shape[-1]
-        if component is None:
+        if component is None and n:  # torch has no multinomial of none
             return self._draw(torch.multinomial(self.logw.exp(), n, True, generator=generator), generator)
+        component = component or 0
         if not 0 <= component < N:
             raise ValueError(f"component {component} of {N}; expected 0 to {N - 1}")
         return self._draw(torch.full((n,), component, device=self.mu.device), generator)
+
+# %% ../nbs/01b_mixtures.ipynb #010161
+class _Last(torch.autograd.Function):
+    "A gradient as it is; RuntimeError for the gradient of it."
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(g):
+        return g.view_as(g)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        raise RuntimeError(
+            "the draws of rsample from several Gaussians have first derivatives only; for second ones take "
+            "`expect`, which draws from each of them"
+        )
+
+    jvp = backward
+
+
+class _Once(torch.autograd.Function):
+    "A tensor as it is, with a gradient that has none itself."
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(t):
+        return t.view_as(t)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        return _Last.apply(g) if torch.is_grad_enabled() else g
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return tangent.view_as(tangent)
 
 # %% ../nbs/01b_mixtures.ipynb #010261
 def _moved(
     logw: Float[Tensor, "*B N"], mu: Float[Tensor, "*B N D"], var: Float[Tensor, "*B N D"], z: Tensor
 ) -> Float[Tensor, "*B D"]:
     "Draws z, of shape (*B, D) and without gradients, with those of implicit reparametrisation."
+    if not torch.compiler.is_compiling():  # which has first derivatives alone
+        logw, mu, var = (_Once.apply(t) for t in (logw, mu, var))
+    z = z.detach()  # of forward derivatives, which no_grad lets through
     t = (z[..., None, :] - mu) / var.sqrt()
     log_pdf = -0.5 * (t**2 + (2 * math.pi * var).log())
-    before = log_pdf.cumsum(-1) - log_pdf  # of the coordinates before each
+    before = pad(log_pdf.cumsum(-1)[..., :-1], (1, 0))  # of the coordinates before each
     r, below = (logw[..., None] + before).softmax(-2), torch.special.ndtr(t)
     cdf = (r * below).sum(-2)
     with torch.no_grad():
@@ -200,8 +267,8 @@ def _moved(
         slope = -t / var.sqrt()
         jacobian = (r * below).mT @ slope - cdf[..., None] * (r.mT @ slope)
         jacobian = jacobian.tril(-1) / density[..., None]  # the diagonal is 1 then
-    u = (cdf / density)[..., None]
-    back = torch.linalg.solve_triangular(jacobian, u, upper=False, unitriangular=True)[..., 0]
+    u = (cdf / density.detach())[..., None]
+    back = torch.linalg.solve_triangular(jacobian.detach(), u, upper=False, unitriangular=True)[..., 0]
     return z - (back - back.detach())
 
 # %% ../nbs/01b_mixtures.ipynb #010262
@@ -271,7 +338,7 @@ class _Diagonal(Mixture):
         return MixtureSameFamily(Categorical(logits=logw), Independent(Normal(mu, var.sqrt()), 1))
 
 # %% ../nbs/01b_mixtures.ipynb #010005
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GMM(_Diagonal):
     """Mixture of diagonal Gaussians, such as p(z) and q(z|x). ValueError for shapes, weights or variances
     that cannot be."""
@@ -284,15 +351,17 @@ class GMM(_Diagonal):
         _check_shapes(self)
         if _can_look(self.logw):
             _check_weights(self.logw)
+            _refuse_nan("mu", self.mu)
             _check_positive(self.var)
 
     @classmethod
     def gaussian(
         cls,
         mu: Float[Tensor, "*#B D"],  # mean
-        var: Float[Tensor, "*#B D"],  # variance σ²
+        var: Float[Tensor, "*#B D"] | Float[Tensor, ""] | float | int,  # variance σ²; a number is that of all
     ) -> "GMM":  # one component each
         "A batch of single Gaussians, such as the posterior of Eq. (17)."
+        var = _for_each(mu, var)
         return cls(mu.new_zeros(*mu.shape[:-1], 1), mu[..., None, :], var[..., None, :])
 
     @classmethod
@@ -321,7 +390,7 @@ def _check_covariances(g):
         raise ValueError(f"a FullGMM needs mu (*B, N, D), cov (*B, N, D, D); {got}")
 
 # %% ../nbs/01b_mixtures.ipynb #010242
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FullGMM(Mixture):
     """Mixture of Gaussians with full covariances. ValueError as for a GMM, or for covariances that are not
     positive definite."""
@@ -335,6 +404,7 @@ class FullGMM(Mixture):
         if not _can_look(self.logw):
             return
         _check_weights(self.logw)
+        _refuse_nan("mu", self.mu)
         cov = self.cov.detach()
         if torch.linalg.cholesky_ex(cov).info.any() or not cov.isfinite().all():
             _refuse_nan("cov", cov)
@@ -486,10 +556,12 @@ def pairwise_log_overlap(
 
 # %% ../nbs/01b_mixtures.ipynb #010132
 def matrix_log_prob(
-    p: GMM,  # unbatched mixture of K components
+    p: GMM | FullGMM,  # unbatched mixture of K components; the matrix product is for a GMM alone
 ) -> Callable[[Tensor], Tensor]:  # z (*B, D) to log p(z) (*B), without gradients
     """A function that gives log p(z) of many z by a matrix product, within 1e-6 of the pairs' form; that form
     itself where the product would be less exact."""
+    if isinstance(p, FullGMM):
+        return p.log_prob
     centre = p.mu.double().mean(0)
     nu, w = p.mu - centre, p.var.double().reciprocal()
     if not (nu.square() * w).sum(-1).max() < 1e9:

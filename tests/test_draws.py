@@ -3,9 +3,9 @@
 import pytest
 import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
-from torch.func import grad, vmap
+from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
-from csrae_nb.mixtures import GMM, FullGMM, Share, rsample
+from csrae_nb.mixtures import GMM, FullGMM, Share, _moved, rsample
 
 torch.set_num_threads(1)
 
@@ -126,3 +126,41 @@ def test_the_stratified_estimate_of_a_constant_has_no_noise(kind):
     torch.testing.assert_close(
         g.expect(lambda z: 0 * z[..., 0] + 5, generator()), torch.full((4,), 5.0).double()
     )
+
+
+@pytest.mark.parametrize("deviation", [1.0, 1e-2, 1e-3])
+@pytest.mark.parametrize("apart", [3.0, 10.0])
+def test_narrow_components_in_single_precision(deviation, apart):
+    "Their log densities may be as low as −5·10⁷, against which a coordinate's own is not lost."
+    mu = [[0.0, 0.0], [0.5 * deviation, apart]]
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        logw, means = torch.tensor([0.3, 0.7], dtype=dtype).log(), torch.tensor(mu, dtype=dtype)
+        leaves = [t.requires_grad_() for t in (logw, means, torch.full_like(means, deviation**2))]
+        at = deviation * torch.tensor([0.7, 0.3], dtype=dtype)
+        z = _moved(*leaves, at) @ torch.tensor([1.0, 2.0], dtype=dtype)
+        found.append(torch.autograd.grad(z, leaves))
+    for single, double in zip(*found):
+        torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-5 * double.abs().max().item())
+
+
+def test_second_derivatives_are_refused():
+    logits, mu, sd = parts()
+    draw = lambda mu: mixture(logits, mu, sd).rsample(generator()).square().sum()
+    assert jvp(draw, (mu,), (mu,))[1].isclose((grad(draw)(mu) * mu).sum())
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        grad(lambda mu: grad(draw)(mu).sum())(mu)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        jvp(grad(draw), (mu,), (mu,))
+    leaf = mu.clone().requires_grad_()
+    (first,) = torch.autograd.grad(draw(leaf), leaf, create_graph=True)
+    torch.testing.assert_close(first, grad(draw)(mu))
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(first.sum(), leaf)
+    z = mixture(logits, mu, sd).rsample(generator())
+    own = lambda mu: _moved(logits.log_softmax(-1), mu, sd**2, z).square().sum()
+    for f in (jacfwd, jacrev):
+        torch.testing.assert_close(f(own)(mu), grad(draw)(mu))
+    for f in (jacfwd(jacrev(own)), jacrev(jacrev(own))):
+        with pytest.raises(RuntimeError, match="first derivatives only"):
+            f(mu)
