@@ -621,12 +621,11 @@ def draw_examples(
     small = dict(left=0.15, bottom=0.05)
     fig, (ax,) = framed(size * columns + 0.3, height, **small) if images else framed(5.0, 4.2)
     if seen.data.x_shape == (2,):
-        show_examples(ax, seen.x, color="#cccccc")
+        show_examples(ax, seen.x, names=seen.run.columns, color="#cccccc")
         ax.plot(*xs.T, "o-" if len(xs) > 3 else "o", ms=6, color=orange, lw=1)
-        ax.set(xlabel="$x_1$", ylabel="$x_2$")
         ax.axis("equal")
     else:
-        show_examples(ax, xs, columns)
+        show_examples(ax, xs, columns, seen.run.columns)
     ax.set_title(title, fontsize=11)
     return fig
 
@@ -689,8 +688,8 @@ def draw_component(
     k, images, drawn = order[rank].item(), is_picture(seen.data.x_shape), seen.places is not None
     ratios = (1.7, 1, 0.9) if drawn else (1.7, 1)
     fig, (left, middle, *right) = framed(10.0, 3.4, len(ratios), left=0.15, width_ratios=ratios)
-    g = generator(seed, "component", k)
-    show_examples(left, seen.run.model.sample(n if images else 200, g, component=k))
+    xs = seen.run.model.sample(n if images else 200, generator(seed, "component", k), component=k)
+    show_examples(left, xs, names=seen.run.columns)
     left.set_title(f"samples of component {k}, no. {rank + 1} by occupancy", fontsize=11)
     middle.bar(range(len(order)), seen.used[order].tolist(), color=grey)[rank].set_color(orange)
     middle.set(xlabel="component, by occupancy", ylabel="share of test codes")

@@ -643,6 +643,12 @@ def _number(text, where):
 _INDEX = re.compile(r"__index_level_\d+__$")  # what pandas calls the numbers of rows
 
 
+def _names(file, path):
+    "The columns of an open .parquet but for those that number its rows."
+    names = [name for name in file.schema_arrow.names if not _INDEX.match(name)]
+    return names[row_numbers(names, lambda i: file.read(names[i : i + 1])[0].to_pylist(), str(path)) :]
+
+
 def arrow_parquet():  # the module pyarrow.parquet
     "pyarrow's files; ValueError that says how to get it."
     try:
@@ -662,11 +668,7 @@ def read_parquet(
 
     try:
         with parquet.ParquetFile(path) as file:
-            names = [name for name in file.schema_arrow.names if wanted or not _INDEX.match(name)]
-            if not wanted:
-                names = names[
-                    row_numbers(names, lambda i: file.read(names[i : i + 1])[0].to_pylist(), str(path)) :
-                ]
+            names = file.schema_arrow.names if wanted else _names(file, path)
             columns = chosen_columns(names, wanted, str(path))
             read = [*columns, *({"y"} & {*names} - {*columns})]
             for i in range(file.num_row_groups):

@@ -431,14 +431,18 @@ def sample_examples(
     g = generator(seed, "samples", device=run.device)
     return run.model.sample(n, g, component, at_temperature(p, temperature)).cpu()
 
-
+# %% ../nbs/23_after_training.ipynb #230120
 def show_sheet(
     xs: Float[Tensor, "n *X"],
     columns: int = 8,  # pictures in a row
+    names: tuple[str, ...] = (),  # of a table's columns
 ) -> Figure:
     "Examples on one picture: a grid of images, points, or lines."
-    rows = -(-len(xs) // columns) if is_picture(tuple(xs.shape[1:])) else 4
-    fig = plt.figure(figsize=(columns * 0.8, rows * 0.8))
+    if not is_picture(tuple(xs.shape[1:])):
+        fig, ax = plt.subplots(figsize=(columns * 0.8, 4), layout="constrained")
+        show_examples(ax, xs, names=names)
+        return fig
+    fig = plt.figure(figsize=(columns * 0.8, -(-len(xs) // columns) * 0.8))
     show_examples(fig.add_axes((0, 0, 1, 1)), xs, columns)
     return fig
 
@@ -483,11 +487,12 @@ def cluster_examples(run: Run, examples: Examples, clusters: int) -> list[dict]:
 def report(run: Run) -> str:
     "An HTML page about a run that needs no other file."
     p, figures = run.model.prior(), {"Training": plot_history(run)}
-    figures["Samples"] = show_sheet(sample_examples(run, 64), 16)
+    figures["Samples"] = show_sheet(sample_examples(run, 64), 16, run.columns)
     if (K := len(p.logw)) > 1:
         heaviest = p.logw.argsort(descending=True)[:12].tolist()
         samples = torch.cat([sample_examples(run, 16, k, seed=k) for k in heaviest])
-        figures["Samples of the heaviest components, one row each"] = show_sheet(samples, 16)
+        each = ", one row each" if is_picture(run.x_shape) else ""
+        figures[f"Samples of the heaviest components{each}"] = show_sheet(samples, 16, run.columns)
     if 3 <= K <= MOST_MAPPED:
         figures["Components in the plane, by their distances, coloured by cluster"] = _map(run)
     made = dict(

@@ -124,7 +124,7 @@ PICTURES = (".png", ".pdf", ".svg")
 def _sample(o):
     check_output(o.out, (".npz", *PICTURES), o.force)
     run = open_run(o.run, o.device)
-    _write_examples(o.out, sample_examples(run, o.n, o.component, o.temperature, o.seed))
+    _write_examples(o.out, sample_examples(run, o.n, o.component, o.temperature, o.seed), run.columns)
 
 
 def _reconstruct(o):
@@ -136,16 +136,18 @@ def _reconstruct(o):
         return
     x = x[: o.n]
     back = run.model.reconstruct(x.to(run.device)).cpu()
-    _write_examples(o.out, torch.stack([x, back], 1).flatten(0, 1))  # each beside its reconstruction
+    _write_examples(
+        o.out, torch.stack([x, back], 1).flatten(0, 1), run.columns
+    )  # each beside its reconstruction
 
 # %% ../nbs/23b_csrae.ipynb #235106
-def _write_examples(out, xs):
-    "As a picture, or as an archive with the array x."
+def _write_examples(out, xs, names=()):
+    "As a picture, in which a table's columns have these names, or as an archive with the array x."
     file = io.BytesIO()
     if out.suffix.lower() == ".npz":
         np.savez(file, x=xs.numpy())
     else:
-        fig = show_sheet(xs)
+        fig = show_sheet(xs, names=names)
         fig.savefig(file, format=out.suffix[1:].lower(), dpi=100)
         plt.close(fig)
     write_atomic(out, file.getvalue())

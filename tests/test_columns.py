@@ -682,3 +682,37 @@ def test_a_table_of_counts_means_the_same_in_any_file(first, tmp_path):
         for read in (partial(trained.read_examples, run), est.transform):
             with pytest.raises(ValueError, match="expected whole numbers from 0 to 255"):
                 read(frame + 0.5)
+
+
+def test_pictures_of_a_table_name_its_columns(run, tmp_path, monkeypatch):
+    "Reconstructions, samples, components, the sheets of csrae; by number where there is no room or no name."
+    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
+
+    from csrae_nb.pictures import label_columns, plot_components, plot_reconstructions, plot_samples
+
+    def named(ax):
+        return [t.get_text() for t in ax.get_xticklabels()] == [*NAMES]
+
+    data = load_data(FRAME)
+    for plot, at in (plot_reconstructions, (0, 1)), (plot_samples, (2, 3)), (plot_components, (0,)):
+        axs = plot(run, data).axes
+        assert all(named(axs[i]) for i in at) and axs[0].get_ylabel() == "value"
+    shown = []
+    monkeypatch.setattr(Figure, "savefig", lambda fig, *a, **kw: shown.append(fig))
+    FRAME[[*NAMES]].to_csv(tmp_path / "new.csv", index=False)
+    for words in (["sample", str(run.path)], ["reconstruct", str(run.path), str(tmp_path / "new.csv")]):
+        assert main([*words, "--out", str(tmp_path / f"{words[0]}.png")]) == 0
+    trained.report(run)
+    assert len(shown) >= 4 and all(named(fig.axes[0]) for fig in shown[:2])
+    assert sum(named(ax) for fig in shown[2:] for ax in fig.axes) == 2
+    plt.close("all")
+    ax = Figure().subplots()
+    for n, names, says in (
+        (2, ("a$b$", "x" * 50), ("a\\$b\\$", "x" * 19 + "…")),
+        (2, (), ("$x_1$", "$x_2$")),
+        (31, ["a"] * 31, ("column, from 0", "value")),
+        (5, (), ("column, from 0", "value")),
+    ):
+        label_columns(ax, n, names)
+        assert (ax.get_xlabel(), ax.get_ylabel()) == says
