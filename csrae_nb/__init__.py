@@ -9,7 +9,7 @@ if os.environ.get("CSRAE_TYPECHECK") == "1": # the tests enforce the shapes in t
     from jaxtyping import install_import_hook
     install_import_hook("csrae_nb", "beartype.beartype")
 
-from .registry import PLUGINS
+from .registry import PLUGINS, with_parameters
 
 # chapters that register something, and that no chapter before them names
 PLUGINS[:] = ["csrae_nb.rivals", "csrae_nb.posterior", "csrae_nb.tasks", "csrae_nb.semisup", "csrae_nb.faces",
@@ -31,6 +31,6 @@ __all__ = ["__version__", *_home]
 
 def __getattr__(name):
     if name not in _home: raise AttributeError(f"module 'csrae_nb' has no attribute {name!r}")
-    return getattr(import_module(f"csrae_nb.{_home[name]}"), name)
+    return with_parameters(getattr(import_module(f"csrae_nb.{_home[name]}"), name)) # help() shows their comments
 
 def __dir__(): return sorted([*globals(), *_home])

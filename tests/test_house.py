@@ -235,6 +235,18 @@ def test_main_names():
         csrae_nb.GMN
 
 
+def test_help_says_what_parameters_mean():
+    "The comments behind parameters and fields are in the docstrings of the main names."
+    said = {
+        "CSRAEEmbedding": "latent_dim=2\n    D, the columns of a code",
+        "Config": "lam: float = 1.0\n    λ, weight of D_CS",
+        "GMM": "means",
+        "fit": "what to run",
+    }
+    for name, text in said.items():
+        assert text in getattr(csrae_nb, name).__doc__.split("Parameters\n")[1], name
+
+
 def test_type_checkers_see_the_main_names():
     "Those that __init__.py loads lazily, each from its own module."
     tree = ast.parse((root / "csrae_nb" / "__init__.pyi").read_text())
