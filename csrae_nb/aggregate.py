@@ -15,7 +15,7 @@ from torch import Tensor
 # %% ../nbs/06b_aggregate.ipynb #061003
 from .divergence import log_overlap
 from .kernels import log_sum_exp, log_z_by_side
-from .mixtures import GMM, pairwise_log_overlap, unchecked
+from .mixtures import GMM, as_gmm, pairwise_log_overlap, unchecked
 from .models import BatchTerm
 from .registry import Registry
 
@@ -73,6 +73,7 @@ class Aggregate(BatchTerm):
 
     def with_each(self, q: GMM, p: GMM) -> tuple[Tensor, Tensor]:
         "D_CS of each q to p held fixed, and this term, in training: the pairs of both are computed once."
+        p = as_gmm(p)  # ValueError for full covariances
         components, log_pp = q.aggregate(), log_overlap(p, p)
         for_q, for_p = log_z_by_side(components.mu, components.var, p.mu, p.var)
         log_qp = _of_each(for_q, p.detach()).unflatten(-1, (-1, q.mu.shape[-2]))  # (*R, B, N)

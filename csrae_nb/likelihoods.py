@@ -18,6 +18,14 @@ from .mixtures import of_generator
 from .priors import LOG_VAR, variance, within
 
 # %% ../nbs/04_likelihoods.ipynb #040005
+def _check_two(out):
+    "ValueError for a decoder that does not give two numbers for each value."
+    if out.shape[1] != 2:
+        raise ValueError(
+            f"a decoder gave out of shape {tuple(out.shape)}; expected (B, 2, *X), n_params being 2"
+        )
+
+
 @dataclass(frozen=True)
 class Likelihood:
     "Base of the likelihoods: n_params, and the range of x that check enforces."
@@ -115,6 +123,7 @@ class Gaussian(Likelihood):
 
     def log_prob(self, x: Float[Tensor, "B *X"], out: Float[Tensor, "B 2 *X"]) -> Float[Tensor, "B"]:
         "log p(x|z), summed over the values of x."
+        _check_two(out)
         logp = self._normal(out).log_prob(within(self.inputs(x)))
         if self.units:
             logp = logp - self.units.scale.to(x).log()
@@ -148,6 +157,7 @@ class DiscretizedLogistic(Likelihood):
 
     def log_prob(self, x: Float[Tensor, "B *X"], out: Float[Tensor, "B 2 *X"]) -> Float[Tensor, "B"]:
         "log of the probability of x's bin, summed over the values of x."
+        _check_two(out)
         inv = (-out[:, 1].clamp(-12, LOG_VAR)).exp()  # s ≥ e⁻¹²: all mass in one bin
         d, h = x - out[:, 0], self.width / 2
         upper, lower = F.logsigmoid((d + h) * inv), F.logsigmoid(-(d - h) * inv)

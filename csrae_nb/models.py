@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .divergence import cs_divergence, kl_divergence
 from .likelihoods import Likelihood
-from .mixtures import GMM, Draws, matrix_log_prob, pairwise_log_overlap, unchecked
+from .mixtures import GMM, Draws, as_gmm, matrix_log_prob, pairwise_log_overlap, unchecked
 from .priors import Prior, StandardNormal, Unchecked, VampPrior
 from .registry import Registry
 
@@ -31,7 +31,7 @@ MODELS = Registry("model")
 DIVERGENCES = Registry("objective")  # of a CSRAE, by the names of `objective`: q and p, both GMMs, to (B,)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Terms:
     "What a model's loss returns: the number to minimise, and what it is made of, without weights."
 
@@ -266,7 +266,7 @@ class Objective(Unchecked):
 
     def held(self, p: GMM) -> GMM:
         "The prior as the terms of each example see it: fixed, if it learns from a term of the batch alone."
-        return p.detach() if any(t.trains_prior for t in self.batch_terms.values()) else p
+        return as_gmm(p).detach() if any(t.trains_prior for t in self.batch_terms.values()) else p
 
     def of_batch(self, q: GMM, p: GMM) -> dict[str, Tensor]:
         "The terms of a whole batch."
@@ -304,7 +304,7 @@ class Autoencoder(Objective, Pictures, LogLikelihood):
 
     def __init__(
         self,
-        encoder: nn.Module,  # x (B, *X) to q(z|x), a GMM with batch B
+        encoder: nn.Module,  # x (B, *X) to q(z|x), a GMM with batch B or what equals one
         decoder: nn.Module,  # z (B, D) to the likelihood's parameters (B, P, *X)
         prior: Prior,  # p(z)
         likelihood: Likelihood,  # p(x|z)
@@ -351,7 +351,7 @@ class Autoencoder(Objective, Pictures, LogLikelihood):
         return self.posterior(self.likelihood.inputs(x))
 
     def posterior(self, x):
-        return self.encoder(x)  # of x in the units of the networks
+        return as_gmm(self.encoder(x))  # of x in the units of the networks
 
     def decode(self, z: Float[Tensor, "B D"]) -> Float[Tensor, "B P *X"]:
         "Parameters of p(x|z)."

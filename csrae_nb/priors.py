@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .mixtures import GMM, pairwise_log_overlap, unchecked
+from .mixtures import GMM, as_gmm, pairwise_log_overlap, unchecked
 from .registry import Registry
 
 # %% ../nbs/03_priors.ipynb #030131
@@ -59,7 +59,8 @@ class Prior(Unchecked):
         return self().log_prob(z)
 
     def refit(self, codes: Float[Tensor, "n D"], steps: int = 1) -> GMM:
-        "This prior after EM steps on training codes: a new mixture beside the prior, which stays as it is."
+        """This prior after EM steps on training codes: a new mixture beside the prior, which stays as it is.
+        ValueError as of `em_step`."""
         gmm = self()
         for _ in range(steps):
             gmm = em_step(gmm, codes)
@@ -197,7 +198,7 @@ def kmeans(
 ) -> tuple[Float[Tensor, "K"], Float[Tensor, "K D"], Float[Tensor, "K D"]]:  # counts, means, variances
     """Clusters by k-means: scikit-learn's, on one thread, or the same on the codes' GPU; ValueError for fewer
     codes than clusters."""
-
+    codes = codes.detach()
     if len(codes) < K:
         raise ValueError(
             f"k-means of {len(codes)} codes into {K} components; use at most as many components as codes"
@@ -254,12 +255,18 @@ class VampPrior(Prior):
         return _rows(both, slice(len(x))), posterior(_rows(both, slice(len(x), None))).aggregate()
 
 # %% ../nbs/03_priors.ipynb #030019
+def _check_some(codes):
+    if not len(codes):
+        raise ValueError("there are no codes, (0, D); expected one at least")
+
+
 @torch.no_grad()
 def occupancy(
     gmm: GMM,  # unbatched mixture of K components
     codes: Float[Tensor, "n D"],  # draws from q(z|x)
 ) -> Float[Tensor, "K"]:  # sums to one
-    "Share of the codes that each component is responsible for."
+    "Share of the codes that each component is responsible for. ValueError for no codes."
+    _check_some(codes)
     return gmm.responsibilities(codes).mean(0)
 
 # %% ../nbs/03_priors.ipynb #030020
@@ -383,7 +390,10 @@ def em_step(
     codes: Float[Tensor, "n D"],  # draws from q(z|x)
     floor: float = 1e-6,  # smallest variance, relative to the codes' own
 ) -> GMM:
-    "One step of EM of a diagonal mixture on codes: their mean log-likelihood does not fall."
+    """One step of EM of a diagonal mixture on codes: their mean log-likelihood does not fall. ValueError for
+    no codes, or full covariances."""
+    _check_some(codes)
+    gmm = as_gmm(gmm)
     r, x = gmm.responsibilities(codes).double(), codes.double()  # (n, K), (n, D): a variance is a difference
     n, centre = r.sum(0)[:, None], x.mean(0)
     used, z, count = n > 1e-3, x - centre, n.clamp_min(1e-3)

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 # %% ../nbs/06c_rivals.ipynb #062003
-from .mixtures import GMM
+from .mixtures import GMM, as_mixture
 from .models import MODELS, Autoencoder, BatchTerm, Terms
 
 # %% ../nbs/06c_rivals.ipynb #062006
@@ -28,7 +28,7 @@ class PointAutoencoder(Autoencoder):
     has_likelihood = False
 
     def posterior(self, x):
-        mu = self.encoder(x).mean
+        mu = as_mixture(self.encoder(x)).mean
         return GMM.gaussian(mu, torch.full_like(mu, NARROW**2))
 
 
@@ -73,10 +73,11 @@ class MMD(BatchTerm):
 
     def of_scale(self, C: float, D: int, n: int, pairs: Tensor, lengths: Tensor) -> Tensor:
         "The same under one kernel."
-        a = self.t / C
+        t, w = self.t.to(pairs), self.w.to(pairs)
+        a = t / C
         among = ((C / (C + pairs)).sum() - n) / max(1, n * (n - 1))  # without each with itself
-        to_prior = ((1 + 2 * a).pow(-D / 2) * (-a * lengths / (1 + 2 * a)).exp()) @ self.w  # (n,)
-        return among - 2 * to_prior.mean() + (1 + 4 * a).pow(-D / 2) @ self.w
+        to_prior = ((1 + 2 * a).pow(-D / 2) * (-a * lengths / (1 + 2 * a)).exp()) @ w  # (n,)
+        return among - 2 * to_prior.mean() + (1 + 4 * a).pow(-D / 2) @ w
 
 # %% ../nbs/06c_rivals.ipynb #062014
 @MODELS.register(weight="beta", prior="normal", points=True)
