@@ -552,7 +552,7 @@ def pairwise_log_overlap(
     if FullGMM in (type(q), type(p)):
         return _full_log_z(FullGMM.of(q), FullGMM.of(p))
     pairs = log_z(q.mu, q.var) if same else log_z(q.mu, q.var, p.mu, p.var)
-    return pairs.expand(*B, *pairs.shape[-2:])
+    return pairs if pairs.shape[:-2] == B else pairs.expand(*B, *pairs.shape[-2:])
 
 # %% ../nbs/01b_mixtures.ipynb #010132
 def matrix_log_prob(
