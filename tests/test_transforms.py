@@ -281,6 +281,9 @@ def write_down():
     enc, dec = Encoder((3, 3), mlp(9, 8, 2 * 2, generator=g)), Decoder(mlp(2, 8, 9, generator=g), (1, 3, 3))
     asked = Assigned(MixtureCSRAE(enc, dec, MoGPrior(5, 2, generator=g), Bernoulli()).eval())
     x = torch.rand(12, 3, 3, generator=g)
+    if Version(torch.__version__) >= Version("2.10"):  # a mixture is a tree of tensors
+        q = torch.export.export(enc, (torch.rand(2, 3, 3, generator=g),)).module()(x[:2])
+        close(q.mu, enc(x[:2]).mu, 1e-6)
     written = [torch.jit.trace(asked, x[:6])]
     if Version(torch.__version__) >= Version("2.10"):
         batch = ({0: torch.export.Dim("batch")},)
