@@ -824,6 +824,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'csrae_nb.kernels._outer_axes': ('nbs/kernels.html#_outer_axes', 'csrae_nb/kernels.py'),
                                   'csrae_nb.kernels._plain_gradients': ('nbs/kernels.html#_plain_gradients', 'csrae_nb/kernels.py'),
                                   'csrae_nb.kernels._plain_row': ('nbs/kernels.html#_plain_row', 'csrae_nb/kernels.py'),
+                                  'csrae_nb.kernels._recorded': ('nbs/kernels.html#_recorded', 'csrae_nb/kernels.py'),
                                   'csrae_nb.kernels._register_parts': ('nbs/kernels.html#_register_parts', 'csrae_nb/kernels.py'),
                                   'csrae_nb.kernels._side_by_tiles': ('nbs/kernels.html#_side_by_tiles', 'csrae_nb/kernels.py'),
                                   'csrae_nb.kernels._tiles_work': ('nbs/kernels.html#_tiles_work', 'csrae_nb/kernels.py'),

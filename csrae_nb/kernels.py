@@ -466,6 +466,14 @@ def transforming() -> bool:
     return any(t.key() != torch._C._functorch.TransformType.Vmap for t in stack)
 
 
+_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # of torch 2.7 and later
+
+
+def _recorded():
+    "Whether torch.jit.trace or torch.export writes down what is computed, for other sizes than these."
+    return _exporting() if torch.compiler.is_compiling() else torch.jit.is_tracing()
+
+
 def members_first(
     tensors,  # that vmap maps
     axes,  # of each the mapped one; None: it is the same for all
@@ -580,6 +588,8 @@ def _batch(mu, var):
 # %% ../nbs/01a_kernels.ipynb #010219
 def _log_z_of_two(mu, var, nu, tau2, same):
     "log z of two sides, of whatever batches and types."
+    if _recorded():
+        return naive_log_z(mu, var, nu, tau2)
     (Bq, Bp), (N, M) = (_batch(mu, var), _batch(nu, tau2)), (mu.shape[-2], nu.shape[-2])
     B = broadcast_shapes(Bq, Bp)
     if transforming():
@@ -616,7 +626,7 @@ def log_z_by_side(
     tau2: Float[Tensor, "*#B M D"],
 ) -> tuple[Float[Tensor, "*B N M"], Float[Tensor, "*B N M"]]:
     "log_z twice, computed once: mu and var alone learn from the first, nu and tau2 alone from the second."
-    if transforming():
+    if transforming() or _recorded():
         fixed = [t.detach() for t in (mu, var, nu, tau2)]
         return log_z(mu, var, *fixed[2:]), log_z(*fixed[:2], nu, tau2)
     B = broadcast_shapes(_batch(mu, var), _batch(nu, tau2))
@@ -660,4 +670,4 @@ def log_sum_exp(x: Float[Tensor, "*B M"]) -> Float[Tensor, "*B"]:
     least e⁻⁷⁰ of the largest."""
     if x.shape[-1] == 1:
         return x.squeeze(-1)
-    return x.logsumexp(-1) if transforming() else _LogSumExp.apply(x)[0]
+    return x.logsumexp(-1) if transforming() or _recorded() else _LogSumExp.apply(x)[0]

@@ -48,12 +48,18 @@ def unchecked():
 
 def _can_look(t):
     "Whether values are to be checked, and are there to be."
-    return not (t.is_meta or torch.compiler.is_compiling() or transformed()) and _looks.get()
+    return (
+        type(t) in (Tensor, nn.Parameter)
+        and not (t.is_meta or torch.compiler.is_compiling() or transformed())
+        and _looks.get()
+    )
 
 # %% ../nbs/01b_mixtures.ipynb #010304
 def _check_shapes(g):
     "ValueError for a GMM whose shapes do not fit each other."
     parts = g.logw, g.mu, g.var
+    if not any(hasattr(t, "shape") for t in parts):  # what torch.func has in the place of tensors
+        return
     if not all(isinstance(t, Tensor) for t in parts):
         kinds = ", ".join(type(t).__name__ for t in parts)
         raise ValueError(f"a GMM is made of three tensors, logw, mu and var; got {kinds}")
@@ -104,7 +110,7 @@ def _check_positive(var):
 
 def _for_each(mu, var):
     "The variance of each dimension, where one number may stand for all; ValueError for what is no mean."
-    if not isinstance(mu, Tensor) or not mu.ndim or not isinstance(var, Tensor | float | int):
+    if not isinstance(mu, Tensor) or not mu.ndim or not isinstance(var, (Tensor, float, int)):
         got = " and ".join(f"{type(t).__name__} {tuple(getattr(t, 'shape', ()))}" for t in (mu, var))
         raise ValueError(
             f"GMM.gaussian takes mu, a tensor (*B, D), and var, another or one number; got {got}"
@@ -378,6 +384,8 @@ class GMM(_Diagonal):
 # %% ../nbs/01b_mixtures.ipynb #010109
 def _check_covariances(g):
     "ValueError for a FullGMM whose shapes do not fit each other."
+    if not any(hasattr(t, "shape") for t in vars(g).values()):
+        return
     with unchecked():
         GMM(g.logw, g.mu, g.mu)  # these two fit each other
     fits = g.cov.shape[-3:] == (*g.mu.shape[-2:], g.mu.shape[-1])
@@ -436,6 +444,10 @@ class FullGMM(Mixture):
         B, (N, D) = self.batch_shape, self.mu.shape[-2:]
         normals = MultivariateNormal(self.mu.expand(*B, N, D), self.cov.expand(*B, N, D, D))
         return MixtureSameFamily(Categorical(logits=self.logw.expand(*B, N)), normals)
+
+# %% ../nbs/01b_mixtures.ipynb #010342
+for _kind in (GMM, FullGMM):  # torch.func and torch.export take and give them, as a tree of their tensors
+    torch.export.register_dataclass(_kind, serialized_type_name=f"{_kind.__module__}.{_kind.__name__}")
 
 # %% ../nbs/01b_mixtures.ipynb #010009
 def _of_multivariate(d):
@@ -552,7 +564,7 @@ def pairwise_log_overlap(
     if FullGMM in (type(q), type(p)):
         return _full_log_z(FullGMM.of(q), FullGMM.of(p))
     pairs = log_z(q.mu, q.var) if same else log_z(q.mu, q.var, p.mu, p.var)
-    return pairs.expand(*B, *pairs.shape[-2:])
+    return pairs if pairs.shape[:-2] == B else pairs.expand(*B, *pairs.shape[-2:])
 
 # %% ../nbs/01b_mixtures.ipynb #010132
 def matrix_log_prob(

@@ -55,6 +55,9 @@ class Terms:
         "Every term by its name, a mean over the batch."
         return {**{k: t.mean() for k, t in self.each.items()}, **self.whole}
 
+# %% ../nbs/06_models.ipynb #060105
+torch.export.register_dataclass(Terms, serialized_type_name=f"{Terms.__module__}.Terms")
+
 # %% ../nbs/06_models.ipynb #060051
 def warmed_up(epoch: int, warmup: int) -> float:  # 0 to 1
     "How far a warm-up of so many epochs has come in an epoch, counted from 1."
@@ -351,7 +354,8 @@ class Autoencoder(Objective, Pictures, LogLikelihood):
         return self.posterior(self.likelihood.inputs(x))
 
     def posterior(self, x):
-        return as_gmm(self.encoder(x))  # of x in the units of the networks
+        q = self.encoder(x)  # of x in the units of the networks
+        return q if isinstance(q, GMM) else as_gmm(q)
 
     def decode(self, z: Float[Tensor, "B D"]) -> Float[Tensor, "B P *X"]:
         "Parameters of p(x|z)."

@@ -263,6 +263,39 @@ def compile_draws():
             close(a, b, 1e-5)
 
 
+class Assigned(torch.nn.Module):
+    "Of x: the components' shares in the code's mean, its density under the prior, and the divergence."
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        q, p = self.model.encode(x), self.model.prior()
+        return p.responsibilities(q.mean), p.log_prob(q.mean), cs_divergence(q, p)
+
+
+def write_down():
+    "By torch.jit.trace, and by torch.export where it takes context managers; for batches of any size."
+    g = torch.Generator().manual_seed(0)
+    enc, dec = Encoder((3, 3), mlp(9, 8, 2 * 2, generator=g)), Decoder(mlp(2, 8, 9, generator=g), (1, 3, 3))
+    asked = Assigned(MixtureCSRAE(enc, dec, MoGPrior(5, 2, generator=g), Bernoulli()).eval())
+    x = torch.rand(12, 3, 3, generator=g)
+    if Version(torch.__version__) >= Version("2.10"):  # a mixture is a tree of tensors
+        q = torch.export.export(enc, (torch.rand(2, 3, 3, generator=g),)).module()(x[:2])
+        close(q.mu, enc(x[:2]).mu, 1e-6)
+    written = [torch.jit.trace(asked, x[:6])]
+    if Version(torch.__version__) >= Version("2.10"):
+        batch = ({0: torch.export.Dim("batch")},)
+        written.append(torch.export.export(asked, (x[:6],), dynamic_shapes=batch).module())
+    for f in written:
+        for n in (2, 3, 12, 1)[
+            : 4 if f is written[0] else 3
+        ]:  # torch.export takes one row for a case of its own
+            for a, b in zip(f(x[:n]), asked(x[:n])):
+                close(a, b, 1e-5)
+
+
 def test_compile():
     "In a process of its own: cold, and without the enforcement of shapes, which no compiler can see through."
     env = {k: v for k, v in os.environ.items() if k != "CSRAE_TYPECHECK"}
@@ -278,4 +311,5 @@ if __name__ == "__main__":
     compile_models()
     compile_parts()
     compile_draws()
+    write_down()
     print("compiled")
