@@ -18,14 +18,6 @@ from .mixtures import of_generator
 from .priors import LOG_VAR, variance, within
 
 # %% ../nbs/04_likelihoods.ipynb #040005
-def _check_two(out):
-    "ValueError for a decoder that does not give two numbers for each value."
-    if out.shape[1] != 2:
-        raise ValueError(
-            f"a decoder gave out of shape {tuple(out.shape)}; expected (B, 2, *X), n_params being 2"
-        )
-
-
 @dataclass(frozen=True)
 class Likelihood:
     "Base of the likelihoods: n_params, and the range of x that check enforces."
@@ -100,6 +92,14 @@ class Units:
         if record is None:
             return None
         return cls(*(torch.tensor(record[k], dtype=torch.float32, device="cpu") for k in ("mean", "scale")))
+
+# %% ../nbs/04_likelihoods.ipynb #040110
+def _check_two(out):
+    "ValueError for a decoder that does not give two numbers for each value."
+    if out.shape[1] != 2:
+        raise ValueError(
+            f"a decoder gave out of shape {tuple(out.shape)}; expected (B, 2, *X), n_params being 2"
+        )
 
 # %% ../nbs/04_likelihoods.ipynb #040010
 @dataclass(frozen=True)

@@ -233,7 +233,7 @@ class _Last(torch.autograd.Function):
 
     jvp = backward
 
-
+# %% ../nbs/01b_mixtures.ipynb #010861
 class _Once(torch.autograd.Function):
     "A tensor as it is, with a gradient that has none itself."
 

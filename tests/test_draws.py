@@ -1,11 +1,18 @@
 "Draws with gradients from mixtures: batches, dtypes, torch's distributions, transforms, values far apart."
 
+import jaxtyping
 import pytest
 import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+from torch import nn
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
+from csrae_nb.aggregate import Aggregate
+from csrae_nb.likelihoods import Bernoulli
 from csrae_nb.mixtures import GMM, FullGMM, Share, _moved, rsample
+from csrae_nb.models import CSRAE
+from csrae_nb.networks import Decoder, Encoder
+from csrae_nb.priors import Prior
 
 torch.set_num_threads(1)
 
@@ -164,3 +171,39 @@ def test_second_derivatives_are_refused():
     for f in (jacfwd(jacrev(own)), jacrev(jacrev(own))):
         with pytest.raises(RuntimeError, match="first derivatives only"):
             f(mu)
+
+
+@pytest.fixture
+def shapes_unchecked():
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def test_what_is_no_tensor_is_refused_and_trees_are_taken(shapes_unchecked):
+    p = mixture(*parts())
+    with pytest.raises(ValueError, match="three tensors, logw, mu and var; got ndarray, Tensor, Tensor"):
+        GMM(p.logw.numpy(), p.mu, p.var)
+    with pytest.raises(ValueError, match=r"one number; got ndarray \(3,\) and float \(\)"):
+        GMM.gaussian(torch.zeros(3).numpy(), 1.0)
+    many, z = mixture(*parts(4)), torch.ones(5, 2, dtype=torch.float64)
+    torch.testing.assert_close(vmap(lambda g: g.mean)(many), many.mean)
+    each = vmap(lambda g, z: g.log_prob(z), in_dims=(None, 0))(p, z)
+    torch.testing.assert_close(each, p.log_prob(z))
+
+
+class Full(Prior):
+    def forward(self):
+        return FullGMM(torch.zeros(1), torch.zeros(1, 2), torch.eye(2)[None])
+
+
+def test_a_prior_with_full_covariances(shapes_unchecked):
+    "It trains with the divergence of each example; the aggregate and EM want variances."
+    model = CSRAE(Encoder((3,), nn.Linear(3, 4)), Decoder(nn.Linear(2, 3), (1, 3)), Full(), Bernoulli())
+    x = torch.rand(5, 3, generator=generator()).round()
+    assert model(x).loss.isfinite() and model.log_likelihood(x, samples=5).isfinite().all()
+    for ask in (lambda: model(x), lambda: model.prior.refit(torch.zeros(5, 2))):
+        for term in (Aggregate(2), Aggregate(2, queue=3)):
+            model.batch_terms["aggregate"] = term
+            with pytest.raises(ValueError, match="a FullGMM has full covariances; expected diagonal ones"):
+                ask()
