@@ -26,7 +26,7 @@ from csrae_nb.priors import MoGPrior, StandardNormal, VampPrior
 from csrae_nb.rivals import RAE, WAE
 from csrae_nb.runs import fit
 from csrae_nb.results import merge
-from csrae_nb.tasks import task_of
+from csrae_nb.tasks import mean_terms, task_of
 
 from small_runs import ROWS, TINY, differences, stopped_after_two_epochs, tiny
 
@@ -337,3 +337,16 @@ def test_a_table_says_it_too_and_keeps_no_column_that_nothing_fills(own_runs):
         folders.append(runs_folder() / run_name(cfg))
     assert [r["network"] for r in results_table(folders)] == [None, "gated"]
     assert not {"network", "fold", "labels", "settings"} & results_table(folders[:1])[0].keys()
+
+
+def test_an_estimator_knows_both_layers():
+    "Its densities are the model's, and its score has both divergences."
+    x = np.random.default_rng(0).normal(size=(100, 4))
+    est = CSRAEEmbedding(latent_dim=2, epochs=3, components=3, random_state=0, config=dict(layers=2)).fit(x)
+    seen = torch.from_numpy(est.scaler_.transform(x))
+    scale = np.log(est.scaler_.scale_).sum()
+    known = est.model_.log_likelihood(seen, 4096, torch.Generator().manual_seed(0)).numpy() - scale
+    assert np.abs(est.score_samples(x, 4096) - known).mean() < 0.1
+    terms = mean_terms(est.model_, seen, torch.Generator().manual_seed(0))
+    parts = terms["reconstruction"] + terms["divergence"] + terms["divergence_lower"]
+    assert est.score(x) == pytest.approx(-parts - scale, abs=0.3)
