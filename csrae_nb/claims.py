@@ -714,9 +714,8 @@ def images_claim(tables: dict) -> Claim:
     for a, b in combinations(where(tables["likelihoods"], lam=1), 2):
         metric = f"{distance_kind([a, b])}_samples"
         if all(a[k] == b[k] for k in ("dataset", "latent_dim")):
-            clear.append(
-                (compare(b, a, "log_likelihood"), compare(a, b, metric))
-            )  # 1: a is better, by either
+            # 1: a is better, by either
+            clear.append((compare(b, a, "log_likelihood"), compare(a, b, metric)))
     clear = [pair for pair in clear if None not in pair and 0 not in pair]
     against = sum(by_ll != by_samples for by_ll, by_samples in clear)
     if not clear:

@@ -54,9 +54,7 @@ class ModelConfig:
     lower_weight: float = 1.0  # of two layers: weight of the divergence of z₁
     skip: bool = False  # of two layers: the decoder and q(z₁) see z₂, too
     constraint: str | None = None  # a bound on divergence or reconstruction, in nats: λ or β follows
-    objective: str = (
-        "cs"  # "cs", Eq. (2); "cs_each", for several posterior_components; "paper_eq21", misprinted
-    )
+    objective: str = "cs"  # "cs", Eq. (2); "cs_each", of each Gaussian of q; "paper_eq21", misprinted
     prior_network: bool = False  # mog by Table 6's network from one-hot codes, in place of free parameters
     learned_weights: bool = False  # mog with learned weights, in place of 1/K
     prior_objective: str = "image"  # what a mog learns from: "image", as in the paper, or "aggregate"

@@ -458,8 +458,7 @@ def provenance(run: Run) -> dict:
 def write_metrics(
     run: Run,
     metrics: dict,
-    data: Dataset
-    | None = None,  # that it was evaluated on, for the subjects of its splits, where it has some
+    data: Dataset | None = None,  # of the run; the subjects of its splits are written, where it has some
 ) -> Path:  # the file
     "metrics.json in the run's folder: configuration, training, metrics, provenance and subjects."
     subjects = getattr(data, "subjects", None)

@@ -136,9 +136,8 @@ def _reconstruct(o):
         return
     x = x[: o.n]
     back = run.model.reconstruct(x.to(run.device)).cpu()
-    _write_examples(
-        o.out, torch.stack([x, back], 1).flatten(0, 1), run.columns
-    )  # each beside its reconstruction
+    pairs = torch.stack([x, back], 1).flatten(0, 1)  # each beside its reconstruction
+    _write_examples(o.out, pairs, run.columns)
 
 # %% ../nbs/23b_csrae.ipynb #235106
 def _write_examples(out, xs, names=()):
