@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .claims import evidence, fewest_errors_claim
 from .files import write_atomic
-from .matched import matched_prior
+from .matched import matched_prior, shares_kept
 from .pressure import AXES, QUESTIONS, compared, counted, measured, verdicts, with_best
 from .results import TITLES, markdown_table, read_results, where
 
@@ -77,10 +77,11 @@ def _matched(folder):
     sets = {TITLES[c.cell[0]]: verdict for c, verdict in zip(fitted, said) if verdict == "worse"}
     worse = f" ({', '.join(sets)})" if sets else ""
     measured = [f"against the fitted mixture: {counted(said)}{worse}"] if said else []
+    shares = shares_kept([r for r, *_ in found], ("recall", "coverage"))
+    measured += [f"in {share}: {counted(some)}" for share, some in shares.items()]
     measured += [f"against VampPriorVAE: {counted(verdicts(vamp))}"] if vamp else []
-    question = (
-        "Not in the paper: a prior matched to the aggregate. Better samples than a mixture fitted afterwards?"
-    )
+    question = "Not in the paper: a prior matched to the aggregate. Nearer samples (Fréchet distance) than a "
+    question += "mixture fitted afterwards?"
     return _told(question, measured + _nearest(found, folder), said)
 
 # %% ../nbs/13e_answers.ipynb #1353229

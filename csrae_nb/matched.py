@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LINES', 'DISTANCES', 'SHARES', 'COLUMNS', 'CLUSTERS', 'SORTED', 'settings', 'learns_from', 'fitted_components',
-           'recipe', 'plot_matched', 'matched_table', 'unusual', 'cluster_markdown', 'code_clusters', 'matched_prior']
+           'recipe', 'plot_matched', 'matched_table', 'unusual', 'cluster_markdown', 'code_clusters', 'matched_prior',
+           'shares_kept']
 
 # %% ../nbs/13d_matched.ipynb #134002
 import re
@@ -14,8 +15,9 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from .config import Config
-from .pressure import Comparison, at_reconstruction, estimate, measured, with_best
+from .pressure import Comparison, at_reconstruction, estimate, measured, verdicts, with_best
 from csrae_nb.results import (
+    is_doubtful,
     markdown_table,
     n_seeds,
     plain_log,
@@ -189,27 +191,46 @@ def _laid_out(r):
     return f"codes of {r['model']}, weight {r['weight']:g}{K}{unusual(r)}"
 
 # %% ../nbs/13d_matched.ipynb #134051
+def _vamps(folder):
+    "VampPriorVAEs whose fitted mixtures have as many components as they have, with their best samples."
+    rows = measured(folder)
+    for name in ("aggregate_400", "aggregate_long"):
+        rows += [with_best(r) for r in read_results(name, folder)]
+    return [r for r in where(rows, model="VampPriorVAE") if fitted_components(r) == r["components"]]
+
+
+def _fitted(r, metric):
+    "Samples as trained against those of a mixture as large that was fitted to the same codes; None: no such."
+    after = f"{metric}_expost"
+    ours, fitted = estimate(r, metric), estimate(r, after)
+    if ours and fitted and fitted_components(r) == r["components"]:
+        low = "frechet" in metric and (is_doubtful(r, metric) or is_doubtful(r, after))
+        return Comparison((r["dataset"], r["latent_dim"]), metric, ours, fitted, low)
+
+# %% ../nbs/13d_matched.ipynb #134151
 def matched_prior(
     folder: Path | str | None = None,
 ) -> list[tuple[dict, Comparison | None, Comparison | None]]:
     """Runs whose prior learns from the aggregate, and two rivals of their samples as trained: a mixture
-    fitted to the same codes, and a VampPriorVAE at the same reconstruction, at its best."""
-    tables = [
-        r for name in ("aggregate", "aggregate_sets", "aggregate_long") for r in read_results(name, folder)
-    ]
-    others = [r for r in measured(folder) if r["model"] == "VampPriorVAE"]
-    for name in ("aggregate_400", "aggregate_long"):
-        others += [with_best(r) for r in read_results(name, folder) if r["model"] == "VampPriorVAE"]
-    others = [o for o in others if fitted_components(o) == o["components"]]
-    metric, out = "frechet_classifier_samples", []
-    for r in tables:
-        ours, fitted = (estimate(r, m) for m in (metric, f"{metric}_expost"))
+    fitted to the same codes, and a VampPriorVAE at the same reconstruction, at its best. A comparison is
+    doubtful where samples of a side are nearer than its reconstructions."""
+    names, others, out = ("aggregate", "aggregate_sets", "aggregate_long"), _vamps(folder), []
+    metric, bound = (f"frechet_classifier_{s}" for s in ("samples", "reconstructions"))
+    for r in (r for name in names for r in read_results(name, folder)):
+        ours, alike = estimate(r, metric), ("dataset", "latent_dim", "components", "epochs")
         if not ours or learns_from(r) != "aggregate":
             continue
-        cell, alike = (r["dataset"], r["latent_dim"]), ("dataset", "latent_dim", "components", "epochs")
-        line = [o for o in others if all(o[k] == r[k] for k in alike)]
-        vamp = at_reconstruction(line, estimate(r, "reconstruction"), "best")
-        same = fitted and fitted_components(r) == r["components"]
-        versus = [Comparison(cell, metric, ours, e) if e else None for e in (same and fitted, vamp)]
-        out.append((r, *versus))
+        line, at = where(others, **{k: r[k] for k in alike}), estimate(r, "reconstruction")
+        vamp, least = (at_reconstruction(line, at, m) for m in ("best", bound))
+        low = is_doubtful(r, metric) or bool(vamp and least and vamp.mean < least.mean)
+        versus = Comparison((r["dataset"], r["latent_dim"]), metric, ours, vamp, low) if vamp else None
+        out.append((r, _fitted(r, metric), versus))
     return out
+
+
+def shares_kept(
+    rows: list[dict], shares: tuple[str, ...] = SHARES
+) -> dict[str, list[str]]:  # share: verdicts, of each row
+    "Precision, recall and coverage of samples as trained against those of the fitted mixture."
+    found = {s: [c for r in rows if (c := _fitted(r, f"{s}_samples"))] for s in shares}
+    return {s: verdicts(some) for s, some in found.items() if some}
