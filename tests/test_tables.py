@@ -4,9 +4,11 @@ import math
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy.stats import ttest_1samp, ttest_ind
 
-from csrae_nb import answers, claims, results
+from csrae_nb import answers, claims, matched, pressure, results
 from csrae_nb.evaluation import METRICS, SETS, write_table
 
 KL, CS = ("VAE", "VampPriorVAE"), ("CSRAE", "MixtureCSRAE")
@@ -194,6 +196,51 @@ def test_samples_closer_than_reconstructions_win_nothing(tmp_path):
     assert results.doubts(results.read_results("table1", tmp_path)).startswith(
         "Some samples are closer than reconstructions on dynamic MNIST ("
     )
+
+
+def test_a_matched_prior_nearer_than_its_reconstructions_wins_nothing(tmp_path):
+    "Nor does it lose; recall is compared nevertheless, and there the higher is better."
+
+    def verdict(reconstructions):
+        near = dict(frechet_classifier_samples=10.0, frechet_classifier_reconstructions=reconstructions)
+        made = row("mnist", "MixtureCSRAE", 40, **near)
+        for kind, share in (("samples", 0.4), ("samples_expost", 0.8)):
+            made |= {f"recall_{kind}_mean": share, f"recall_{kind}_se": 0.01}
+        made |= dict(settings="prior_objective=aggregate", command="fit")
+        write_table(tmp_path / "aggregate.csv", [made])
+        ((found, fitted, vamp),) = matched.matched_prior(tmp_path)
+        assert vamp is None
+        return pressure.verdicts([fitted]), matched.shares_kept([found], ("recall",))
+
+    assert verdict(1.0) == (["better"], {"recall": ["worse"]})
+    assert verdict(11.0) == (["undecided"], {"recall": ["worse"]})
+    answer = answers.answers(tmp_path)[4]
+    assert answer.verdict == "undecided" and "in recall: 1 worse" in answer.measured
+
+
+def test_what_three_seeds_and_nine_runs_say_of_action_units():
+    "The p values in the chapter on action units."
+    runs = results.read_rows(results.results_folder() / "faces_answers.csv", ("model", "settings", "f1_mean"))
+    asymmetric, batches = (
+        [
+            np.mean([r["f1_mean"] for r in runs if (r["settings"] or "") == how and r["seeds"] == s])
+            for s in "012"
+        ]
+        for how in ("balance=asymmetric", "")
+    )
+    assert np.round([asymmetric, batches], 1).tolist() == [[38.7, 40.0, 42.6], [37.0, 36.1, 37.2]]
+    assert round(ttest_ind(asymmetric, batches, equal_var=False).pvalue, 2) == 0.08
+    runs = results.read_rows(
+        results.results_folder() / "faces_patterns.csv", ("model", "settings", "f1_mean")
+    )
+    gains = {}
+    for r in runs:
+        for m in ("f1", "ap"):
+            gain = r[f"informed_{m}_mean"] - r[f"{m}_mean"]
+            gains.setdefault(m, {}).setdefault((r["labels"], r["settings"]), []).append(gain)
+    p = {m: [ttest_1samp(v, 0).pvalue for v in rows.values()] for m, rows in gains.items()}
+    assert [len(v) for v in gains["f1"].values()] == [9] * 6
+    assert (round(min(p["f1"]), 2), round(max(p["f1"]), 2)) == (0.03, 0.18) and round(min(p["ap"]), 2) == 0.10
 
 
 def test_what_only_some_runs_have(tmp_path):
