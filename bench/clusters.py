@@ -12,8 +12,9 @@ from csrae_nb.evaluation import write_table
 from csrae_nb.metrics import clustering, knn_error
 from csrae_nb.priors import merge_components, merged_labels
 from csrae_nb.results import read_rows
+from csrae_nb.tasks import mean_codes
 
-from .rulers import asked, described, means, parser_of
+from .rulers import asked, described, parser_of
 
 KEY = (
     "dataset",
@@ -53,7 +54,7 @@ def of_components(data, prior, z):
 @torch.no_grad()
 def of_run(data, run):
     "Everything of a run; its codes are the means of q(z|x) of the images as they are."
-    codes = {part: means(run.model.encode, getattr(data, f"x_{part}")) for part in ("train", "test")}
+    codes = {part: mean_codes(run.model, getattr(data, f"x_{part}")) for part in ("train", "test")}
     return of_codes(data, codes, run.cfg.seed) | of_components(data, run.model.prior(), codes["test"])
 
 

@@ -1,18 +1,20 @@
-"""`python -m bench.neighbours RUN … --csv FILE`: neighbours' errors of runs on static MNIST, without labels.
+"""`python -m bench.neighbours RUN … --csv FILE`: neighbours' errors, by means and draws of q(z|x).
 
-Each of its images was drawn from one of MNIST's, pixel by pixel, and has the label of the likeliest; any of
-another label is less likely by 13 nats and more. Of two layers both codes are asked."""
+Static MNIST has no labels: each of its images was drawn from one of MNIST's, pixel by pixel, and has the label
+of the likeliest; any of another label is less likely by 13 nats and more. There the means alone
+are asked, of two layers both codes."""
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from csrae_nb.evaluation import write_table
+from csrae_nb.evaluation import run_codes, write_table
 from csrae_nb.formats import read_file
 from csrae_nb.metrics import knn_error
 from csrae_nb.results import read_rows
+from csrae_nb.tasks import mean_codes
 
-from .rulers import asked, described, means, parser_of
+from .rulers import asked, described, parser_of
 
 KS = 3, 5, 10
 KEY = ("model", "network", "prior", "components", "latent_dim", "layers", "skip")
@@ -34,19 +36,25 @@ def labels_of(x: Tensor, part: str) -> Tensor:
 
 
 def codes(run, data):
-    "What a row says of which code, and how it is read off images."
+    "What a row says of which code, and the codes of training and test images."
+    if data.y_train is not None:
+        yield "z, drawn", *(run_codes(run, data, part) for part in ("train", "test"))
+        yield "z", *(mean_codes(run.model, data.fixed(part)) for part in ("train", "test"))
+        return
     two = run.cfg.layers == 2
     encoders = {"z2" if two else "z": run.model.encode} | ({"z1": run.model.encode_lower} if two else {})
     for name, encode in encoders.items():
-        yield name, means(encode, data.x_train), means(encode, data.x_test)
+        yield name, mean_codes(run.model, data.x_train, encode), mean_codes(run.model, data.x_test, encode)
 
 
 @torch.no_grad()
 def main():
     o, runs, data = asked(p := parser_of(__doc__))
-    if runs[0].cfg.dataset != "static_mnist":
-        p.error(f"runs of {runs[0].cfg.dataset}; expected static_mnist, others' tables have the errors")
-    y_train, y_test = labels_of(data.x_train, "train"), labels_of(data.x_test, "t10k")
+    y_train, y_test = data.y_train, data.y_test
+    if y_train is None:
+        if runs[0].cfg.dataset != "static_mnist":
+            p.error(f"{runs[0].cfg.dataset} has no labels")
+        y_train, y_test = labels_of(data.x_train, "train"), labels_of(data.x_test, "t10k")
     rows = read_rows(o.csv, KEY)
     done = {tuple(r[k] for k in KEY) for r in rows}
     for run in tqdm(runs):

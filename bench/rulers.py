@@ -14,7 +14,6 @@ from csrae_nb.config import divergence_weight, prior_kind
 from csrae_nb.data import Dataset
 from csrae_nb.evaluation import frechet_distances, real_images, run_codes, sample_sources, write_table
 from csrae_nb.metrics import Features, accuracy, train_classifier
-from csrae_nb.models import rows_at_once
 from csrae_nb.runs import load_run
 
 DIMENSIONS = 50
@@ -62,11 +61,6 @@ def asked(parser):
     if len(names := {r.cfg.dataset for r in runs}) != 1:
         parser.error(f"runs of {', '.join(sorted(names))}; expected one data set")
     return o, runs, load_data(runs[0].cfg.dataset)
-
-
-def means(encode, x):
-    "The means of q(z|x) of images."
-    return torch.cat([encode(b).mean for b in x.split(rows_at_once(x))])
 
 
 def main():

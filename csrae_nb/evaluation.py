@@ -74,7 +74,7 @@ from csrae_nb.config import (
 from .files import generator, progress_bar, project_root, run_lock, runs_folder, write_atomic
 from .process import is_main_process, torch_defaults
 from .runs import Run, fit, prepare_data
-from .tasks import active_units, draw_codes, mean_terms
+from .tasks import active_units, draw_codes, mean_codes, mean_terms
 
 # %% ../nbs/10b_evaluation.ipynb #100010
 def run_codes(
@@ -249,19 +249,27 @@ def _shares(run, real, features, source, some):
     return precision_and_coverage(torch.cat([*near]), torch.cat([*drawn]))
 
 # %% ../nbs/10b_evaluation.ipynb #100037
-def _knn(run, data, codes, encode=None):
-    "Errors on test and validation data, by the names of the metrics."
-    names, out, train = {"test": "knn{}", "val": "knn{}_val"}, {}, labelled_rows(data, "train")
-    ks = tuple(k for k in (3, 5, 10) if k <= len(train))
-    for split, name in names.items():
-        y, rows, known = getattr(data, f"y_{split}"), labelled_rows(data, split), {}
-        if ks and len(rows) and y.ndim == 1:
-            z = run_codes(run, data, split, encode)[rows]
-            known = knn_error(codes[train], data.y_train[train], z, y[rows], ks)
-        out |= {name.format(k): known.get(k) for k in (3, 5, 10)}
-    return out
+def _errors(data, codes, split):
+    "Errors on a split, `codes` giving those of each, by numbers of neighbours; None without labels."
+    train, rows, y = labelled_rows(data, "train"), labelled_rows(data, split), getattr(data, f"y_{split}")
+    ks, known = tuple(k for k in (3, 5, 10) if k <= len(train)), {}
+    if ks and len(rows) and y.ndim == 1:
+        known = knn_error(codes("train")[train], data.y_train[train], codes(split)[rows], y[rows], ks)
+    return {k: known.get(k) for k in (3, 5, 10)}
 
 
+def _knn(run, data, train, encode=None):
+    "Errors on test and validation data by a draw from each q(z|x), `train` those of the training data."
+    codes = lambda split: train if split == "train" else run_codes(run, data, split, encode)
+    ends = {"test": "", "val": "_val"}
+    return {f"knn{k}{end}": e for s, end in ends.items() for k, e in _errors(data, codes, s).items()}
+
+
+def _knn_of_means(run, data):
+    codes = lambda split: mean_codes(run.model, data.fixed(split))
+    return {f"knn{k}_means": e for k, e in _errors(data, codes, "test").items()}
+
+# %% ../nbs/10b_evaluation.ipynb #100437
 def _clusters(prior, z, y):
     "How the components of a mixture agree with the classes of test codes z, where there are two or more."
     if y is None or y.ndim > 1 or len(prior.logw) == 1 or (y >= 0).sum() < 2:
@@ -319,9 +327,9 @@ METRICS = (
 TEMPERATURES = (0.85, 0.7)  # parts of the standard deviations that samples are drawn with, too
 DRAWN = ("samples", "samples_expost")  # of which more is measured
 SHARES = ("precision", "recall", "density", "coverage")
-# of codes; all but the first of runs with a mixture prior or two layers; and of samples
+# of codes; all but the first four of runs with a mixture prior or two layers; and of samples
 DIAGNOSTICS = (
-    *("active_units", "distinct_k", *_OF_LOWER),
+    *("active_units", *(f"knn{k}_means" for k in (3, 5, 10)), "distinct_k", *_OF_LOWER),
     *("cluster_accuracy", "cluster_purity", "cluster_nmi", "cluster_ari"),
     *("merged_accuracy", "merged_nmi", "merged_ari"),
     *(f"frechet_classifier_{s}_t{round(100 * t)}" for s in DRAWN for t in TEMPERATURES),
@@ -416,6 +424,7 @@ def _evaluate(run, data, progress, known):
         log_likelihood=found,
         active_units=active_units(run.model, test),
         **_knn(run, data, codes),
+        **_knn_of_means(run, data),
         **_of_lower(run, data, terms),
         **_usage(sources["samples"], sources["samples_refit"], run_codes(run, data, "test"), data.y_test),
         **_frechet(run, data, sources, progress),

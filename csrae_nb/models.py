@@ -181,7 +181,7 @@ class Pictures(Unchecked):
         return torch.cat([self.likelihood.mean(self.decode(zb)) for zb in z.split(rows)])
 
 # %% ../nbs/06_models.ipynb #060310w
-WIDTHS = 1.0, 1.5, 2.0  # of the proposals for log p(x), in deviations of q(z|x)
+WIDTHS = 1.0, 1.5, 2.0, 3.0, 4.5  # of the proposals for log p(x), in deviations of q(z|x)
 
 
 @unchecked()
