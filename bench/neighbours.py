@@ -1,8 +1,8 @@
 """`python -m bench.neighbours RUN … --csv FILE`: neighbours' errors, by means and draws of q(z|x).
 
-Static MNIST has no labels: each of its images was drawn from one of MNIST's, pixel by pixel, and has the label
-of the likeliest; any of another label is less likely by 13 nats and more. There the means alone
-are asked, of two layers both codes."""
+Static MNIST has no labels: each of its images was drawn from one of MNIST's, pixel by pixel, and has the
+label of the likeliest; any of another label is less likely by 13 nats and more. There the means alone are
+asked, of two layers both codes."""
 
 import torch
 from torch import Tensor

@@ -1,8 +1,8 @@
 """`python -m bench.proposals RUN … --csv FILE`: how much of log p(x) is missed by draws from q(z|x) alone.
 
 Eq. (28) by 500 draws for each of 1,000 test images, the same for all runs: from q as it is, with larger
-deviations, and from the mixture of several by which `log_likelihood` estimates. All are estimates from below, so
-the largest is the nearest. Test images may be sorted by class, so they are drawn."""
+deviations, and from the mixture of several by which `log_likelihood` estimates. All are estimates from
+below, so the largest is the nearest. Test images may be sorted by class, so they are drawn."""
 
 import math
 

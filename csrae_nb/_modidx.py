@@ -663,6 +663,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'csrae_nb.formats._binarized': ('nbs/formats.html#_binarized', 'csrae_nb/formats.py'),
                                   'csrae_nb.formats._can_write': ('nbs/formats.html#_can_write', 'csrae_nb/formats.py'),
                                   'csrae_nb.formats._check_labels': ('nbs/formats.html#_check_labels', 'csrae_nb/formats.py'),
+                                  'csrae_nb.formats._check_names': ('nbs/formats.html#_check_names', 'csrae_nb/formats.py'),
                                   'csrae_nb.formats._cifar10_split': ('nbs/formats.html#_cifar10_split', 'csrae_nb/formats.py'),
                                   'csrae_nb.formats._content': ('nbs/formats.html#_content', 'csrae_nb/formats.py'),
                                   'csrae_nb.formats._decode_all': ('nbs/formats.html#_decode_all', 'csrae_nb/formats.py'),

@@ -188,6 +188,8 @@ def _check_values(c):
         raise ValueError(
             f"labels={c.labels}; expected a whole number of images, or a share of them up to 1.0"
         )
+    if c.seed >= 2**32:
+        raise ValueError(f"seed={c.seed}; expected less than 2³², which is where scikit-learn's seeds end")
     if not 0 < c.lr < math.inf:
         raise ValueError(f"lr={c.lr}; expected a positive number")
     if c.name is not None and (not c.name or c.name != os.path.basename(c.name) or c.name.startswith(".")):

@@ -613,6 +613,7 @@ def read_table(
     "A table of numbers, and its labels. ValueError that says where there is no number, or what is missing."
     header, *rows = [r for r in csv.reader(io.StringIO(read_text(path))) if r] or [[]]
     names = [name.strip() for name in header]
+    _check_names(names, path)
     for i, row in enumerate(rows):
         if len(row) != len(names):
             raise ValueError(f"{path}, row {i + 1}: {len(row)} values for {len(names)} columns")
@@ -627,6 +628,19 @@ def read_table(
     labels = {"y": np.array([r[names.index("y")] for r in rows])} if "y" in names else {}
     _check_labels(None if wanted else labels.get("y"), path)
     return {"x": np.array(x)} | labels, columns
+
+# %% ../nbs/08b_formats.ipynb #082087
+def _check_names(names, path):
+    "A warning for a first row that looks like numbers, and is not 0, 1, 2, …, as pandas writes."
+    try:
+        numbers = [float(name) for name in names]
+    except ValueError:
+        return
+    if numbers and numbers != list(range(len(numbers))):
+        some = ", ".join(names[:3])
+        warnings.warn(
+            f"{path} begins with {some}: the first row is taken for names; if it is data, add one above"
+        )
 
 # %% ../nbs/08b_formats.ipynb #082086
 def _number(text, where):

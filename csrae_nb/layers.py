@@ -57,6 +57,8 @@ class Lower(nn.Module):
 class TwoLayers(Autoencoder):
     "z₂ → z₁ → x, to be mixed into a model, whose D is taken of each layer."
 
+    widths = Autoencoder.widths[:3]  # for each of the two codes: nine pairs
+
     def __init__(self, *args, lower: Lower, lower_weight: float | Weight = 1.0, **options):
         super().__init__(*args, **options)
         self.lower = lower

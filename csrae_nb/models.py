@@ -201,6 +201,8 @@ def widened(
 class LogLikelihood(Unchecked):
     "log p(x) by importance sampling; Eq. (28), explained at the end of the chapter."
 
+    widths = WIDTHS
+
     @unchecked()
     def log_weights(
         self,
@@ -237,7 +239,7 @@ class LogLikelihood(Unchecked):
         for xb in x.split(max(1, rows // s)):
             q = self.encode(xb)
             some = (min(s, samples - i) for i in range(0, samples, s))
-            draws = [sum(self.log_weights(xb, q, log_prior, m, generator, WIDTHS)) for m in some]
+            draws = [sum(self.log_weights(xb, q, log_prior, m, generator, self.widths)) for m in some]
             out.append(torch.cat(draws).logsumexp(0) - math.log(samples))
         return torch.cat(out)
 

@@ -85,13 +85,15 @@ FAR = 1e10  # the largest number that a network is given, and the largest mean
 
 
 def variance(logvar: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-    "σ² from its logarithm, between e⁻³⁰ and e³⁰."
+    "σ² from its logarithm, between e⁻³⁰ and e³⁰; in single precision at least, half's numbers end below."
+    logvar = logvar.to(torch.promote_types(logvar.dtype, torch.float32))
     return logvar.clamp(-LOG_VAR, LOG_VAR).exp()
 
 
 def within(x: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-    "The numbers, those beyond ±10¹⁰ brought back to it."
-    return x.clamp(-FAR, FAR)
+    "The numbers, those beyond ±10¹⁰ brought back to it, or to the largest of half precision."
+    far = torch.finfo(x.dtype).max if x.dtype == torch.float16 else FAR
+    return x.clamp(-far, far)
 
 # %% ../nbs/03_priors.ipynb #030010
 class MoGPrior(Prior):

@@ -105,7 +105,7 @@ _USE = """Trained with csrae_nb, an implementation of *Cauchy-Schwarz Regularize
 from csrae_nb import Pretrained
 
 model = Pretrained.from_pretrained("...").model # a folder with these files, or the model's name on the Hub
-model.sample(10); model.reconstruct(x); model.encode(x).mu
+model.sample(10); model.reconstruct(x); model.encode(x).mean
 ```"""
 
 # %% ../nbs/19b_sharing.ipynb #210108

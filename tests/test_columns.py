@@ -716,3 +716,14 @@ def test_pictures_of_a_table_name_its_columns(run, tmp_path, monkeypatch):
     ):
         label_columns(ax, n, names)
         assert (ax.get_xlabel(), ax.get_ylabel()) == says
+
+
+def test_a_first_row_of_numbers_is_no_header_without_a_word(tmp_path):
+    rows, named = np.random.default_rng(0).random((30, 3)), pd.DataFrame(np.zeros((30, 3)))
+    np.savetxt(tmp_path / "bare.csv", rows, delimiter=",")
+    with pytest.warns(UserWarning, match="the first row is taken for names"):
+        load_data(str(tmp_path / "bare.csv"))
+    named.to_csv(tmp_path / "named.csv", index=False)  # under 0, 1 and 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_data(str(tmp_path / "named.csv"))

@@ -242,3 +242,8 @@ def test_a_gpu_may_be_asked_for_and_is_refused_where_there_is_none(tmp_path, cap
         with pytest.raises(ValueError, match="there is no device 'cuda' here"):
             CSRAEEmbedding(device="cuda", epochs=1, components=3).fit(X)
     assert not (tmp_path / "none").exists() and not (tmp_path / "codes.csv").exists()
+
+
+def test_a_seed_that_scikit_learn_would_refuse_is_refused_before_training():
+    with pytest.raises(ValueError, match=r"seed=4294967296; expected less than 2³²"):
+        Config(seed=2**32)

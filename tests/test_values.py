@@ -17,8 +17,8 @@ from csrae_nb.divergence import cs_divergence, kl_bounds, kl_divergence, log_ove
 from csrae_nb.estimator import CSRAEEmbedding
 from csrae_nb.evaluation import complete_run
 from csrae_nb.fleet import fit_fleet
-from csrae_nb.likelihoods import LIKELIHOODS, make_likelihood
-from csrae_nb.priors import LOG_VAR, MoGPrior, variance
+from csrae_nb.likelihoods import LIKELIHOODS, Gaussian, make_likelihood
+from csrae_nb.priors import LOG_VAR, MoGPrior, variance, within
 from csrae_nb.config import Config, resolve
 from csrae_nb.files import load_tensors
 from csrae_nb.mixtures import GMM, FullGMM, pairwise_log_overlap
@@ -79,6 +79,13 @@ def test_between_the_bounds_a_variance_is_that_of_exp_to_the_bit():
     (ours,) = torch.autograd.grad(variance(logvar).sum(), logvar)
     (plain,) = torch.autograd.grad(logvar.exp().sum(), logvar)
     assert variance(logvar).equal(logvar.exp()) and ours.equal(plain)
+
+
+def test_half_precision_is_bounded_by_its_own_largest_number():
+    far = within(torch.tensor([1.0, torch.inf, -torch.inf], dtype=torch.float16))
+    assert far.isfinite().all() and variance(torch.full((2,), 29.0, dtype=torch.float16)).isfinite().all()
+    x, out = torch.rand(2, 3), torch.randn(2, 2, 3)
+    assert torch.allclose(Gaussian().log_prob(x, out.half()), Gaussian().log_prob(x, out), atol=0.02)
 
 
 @pytest.mark.parametrize("dataset", ["digits", "pinwheel"])
