@@ -85,6 +85,7 @@ def load_run(
     if not (file := path / "model.safetensors").exists():
         begun = (path / "checkpoint.safetensors").exists()
         hint = "; start it again with the same command to finish it" if begun else ""
+        hint = hint if path.is_dir() else f": there is no such folder; runs are in {runs_folder()}"
         raise ValueError(f"{path} holds no finished run (no model.safetensors){hint}")
     weights, meta = load_tensors(file)
     try:

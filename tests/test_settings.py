@@ -247,3 +247,24 @@ def test_a_gpu_may_be_asked_for_and_is_refused_where_there_is_none(tmp_path, cap
 def test_a_seed_that_scikit_learn_would_refuse_is_refused_before_training():
     with pytest.raises(ValueError, match=r"seed=4294967296; expected less than 2³²"):
         Config(seed=2**32)
+
+
+def test_a_table_takes_no_preset_by_its_name_and_arrays_do():
+    names = "./mnist_umap.csv", "./cifar10_features.parquet", "./other.csv", "./mnist_half.npz", "mnist"
+    table, also, other, arrays, mnist = (resolve(Config(dataset=name)) for name in names)
+    assert table.network == also.network == other.network and table.latent_dim == other.latent_dim
+    assert (arrays.network, arrays.epochs) == (mnist.network, mnist.epochs) != (other.network, other.epochs)
+
+
+def test_a_preset_may_name_some_fields():
+    DATASETS.add("iris", lambda likelihood=None, split_seed=0: None, preset=dict(latent_dim=2))
+    try:
+        cfg = resolve(Config(dataset="iris"))
+    finally:
+        del DATASETS["iris"]
+    assert (cfg.latent_dim, cfg.epochs) == (2, resolve(Config(dataset="./other.csv")).epochs)
+
+
+def test_a_run_that_is_not_there_is_looked_for_in_the_right_folder(tmp_path):
+    with pytest.raises(ValueError, match="there is no such folder; runs are in .*runs"):
+        load_run("nowhere")
