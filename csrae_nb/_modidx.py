@@ -1126,7 +1126,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'csrae_nb.networks._face_shape': ('nbs/networks.html#_face_shape', 'csrae_nb/networks.py'),
                                    'csrae_nb.networks._image_shape': ('nbs/networks.html#_image_shape', 'csrae_nb/networks.py'),
                                    'csrae_nb.networks._normed': ('nbs/networks.html#_normed', 'csrae_nb/networks.py'),
-                                   'csrae_nb.networks._row': ('nbs/networks.html#_row', 'csrae_nb/networks.py'),
                                    'csrae_nb.networks._state_dict': ('nbs/networks.html#_state_dict', 'csrae_nb/networks.py'),
                                    'csrae_nb.networks.face_decoder': ('nbs/networks.html#face_decoder', 'csrae_nb/networks.py'),
                                    'csrae_nb.networks.face_encoder': ('nbs/networks.html#face_encoder', 'csrae_nb/networks.py'),

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from .mixtures import of_generator
 from .priors import LOG_VAR, variance, within
+from .registry import Registry
 
 # %% ../nbs/04_likelihoods.ipynb #040005
 @dataclass(frozen=True)
@@ -178,7 +179,8 @@ class DiscretizedLogistic(Likelihood):
         return ((x.clamp(self.low, self.high) - self.low) / self.width).round() * self.width + self.low
 
 # %% ../nbs/04_likelihoods.ipynb #040018
-LIKELIHOODS = {"bernoulli": Bernoulli, "gaussian": Gaussian, "discretized_logistic": DiscretizedLogistic}
+LIKELIHOODS = Registry("likelihood")
+LIKELIHOODS.update(bernoulli=Bernoulli, gaussian=Gaussian, discretized_logistic=DiscretizedLogistic)
 
 
 def make_likelihood(
@@ -186,6 +188,4 @@ def make_likelihood(
     units: Units | None = None,  # of a gaussian
 ) -> Likelihood:
     "The likelihood of that name; ValueError that lists the known ones."
-    if name not in LIKELIHOODS:
-        raise ValueError(f"unknown likelihood {name!r}; expected one of {', '.join(LIKELIHOODS)}")
-    return LIKELIHOODS[name](**(dict(units=units) if units else {}))
+    return LIKELIHOODS.find(name)(**(dict(units=units) if units else {}))

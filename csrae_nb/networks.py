@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .mixtures import GMM
 from .priors import variance, within
+from .registry import Registry
 
 # %% ../nbs/05_networks.ipynb #050005
 def glorot_(
@@ -427,7 +428,7 @@ def load_resnet18(
     resnet.bn1.running_mean.sub_((first * (0.5 - mean)).sum((1, 2, 3)))
 
 # %% ../nbs/05_networks.ipynb #050032
-NETWORKS = {  # a network of another kind is one more row
+_rows = {
     "mlp": fully_connected(encoder=(300, 300), decoder=(300, 300)),
     "pinwheel": fully_connected(encoder=(5, 10), decoder=(10, 5), act=nn.Softplus),
     "residual": Network(residual_encoder, residual_decoder, gated_prior),
@@ -436,12 +437,8 @@ NETWORKS = {  # a network of another kind is one more row
     "wide": fully_connected(encoder=(500, 500, 2000), decoder=(2000, 500, 500)),
     "gated": gated_network,
 }
-
-
-def _row(name):
-    if name not in NETWORKS:
-        raise ValueError(f"unknown network {name!r}; expected one of {', '.join(NETWORKS)}")
-    return NETWORKS[name]
+NETWORKS = Registry("network")  # a network of another kind is one more row
+NETWORKS.update(_rows)
 
 # %% ../nbs/05_networks.ipynb #050033
 def make_networks(
@@ -456,7 +453,7 @@ def make_networks(
     not suit the network."""
     if latent_dim < 1:
         raise ValueError(f"latent_dim={latent_dim}; expected at least 1")
-    row, out_shape = _row(name), (n_params, *x_shape)
+    row, out_shape = NETWORKS.find(name), (n_params, *x_shape)
     outputs = 2 * latent_dim if components == 1 else components * (1 + 2 * latent_dim)
     return (
         Encoder(x_shape, row.encoder(x_shape, outputs, generator), components),
@@ -471,4 +468,4 @@ def prior_network(
     generator: torch.Generator | None = None,  # draws the weights
 ) -> nn.Module:  # one-hot codes (K, K) to (K, 2D)
     "Network of a MoGPrior, Table 6's p(z) in the row `name`; ValueError that lists the known names."
-    return _row(name).prior(components, 2 * latent_dim, generator)
+    return NETWORKS.find(name).prior(components, 2 * latent_dim, generator)

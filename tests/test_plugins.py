@@ -19,6 +19,7 @@ from csrae_nb.catalogue import DATASETS, SMALL
 from csrae_nb.config import TASKS
 from csrae_nb.data import from_arrays
 from csrae_nb.divergence import GMM, cs_divergence
+from csrae_nb.likelihoods import LIKELIHOODS, Bernoulli
 from csrae_nb.models import DIVERGENCES, MODELS, BatchTerm, MixtureCSRAE, Weight
 from csrae_nb.priors import PRIORS, Prior
 from csrae_nb.tasks import Task
@@ -43,6 +44,9 @@ class Ring(Prior):
     def forward(self):
         K = len(self.at)
         return GMM(torch.full((K,), 1 / K).log(), self.radius * self.at, torch.full((K, 2), 0.3))
+
+
+LIKELIHOODS["coin"] = Bernoulli
 
 
 @PRIORS.register("ring", uses=("components",))
@@ -132,6 +136,11 @@ def script(*lines):
         "from csrae_nb.training import Training",
     )
     return "\n".join([*head, *lines])
+
+
+def test_a_likelihood_of_a_plugin_is_known_where_it_is_the_first_that_is_asked_for(run):
+    words = "import numpy as np", "from csrae_nb import load_data"
+    run("-c", "\n".join([*words, "load_data(dict(x=(np.random.rand(50, 4) > 0.5) * 1.0), 'coin')"]))
 
 
 def test_what_plugins_add_is_trained_killed_resumed_and_evaluated(run, tmp_path):
