@@ -133,15 +133,15 @@ def about_data(dataset: str, what: str, default=None):
 
 # %% ../nbs/08c_catalogue.ipynb #083210
 def preset(dataset: str) -> dict:  # field: value
-    """What a data set's runs take where they set nothing; what its preset leaves out is any other's.
+    """What a data set's runs take where they set nothing; a file such as cifar10_small.npz takes cifar10's.
 
-    A file such as cifar10_small.npz takes cifar10's, a table no data set's."""
+    A table has no data set's, whatever its name. Fields that a preset leaves out are as in OTHER."""
     if folder_kind(dataset):
-        return OTHER | about_data(dataset, "preset", OTHER)
+        return OTHER | about_data(dataset, "preset", {})
     name = dataset_name(dataset)
     table = dataset not in DATASETS and Path(dataset).suffix.lower() in TABLES
     known = max((k for k in DATASETS if name.startswith(k)), key=len, default=None)
-    return OTHER | DATASETS.about(known, "preset", OTHER) if known and not table else OTHER
+    return OTHER | DATASETS.about(known, "preset", {}) if known and not table else OTHER
 
 
 def loader_of(

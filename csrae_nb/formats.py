@@ -637,10 +637,8 @@ def _check_names(names, path):
     except ValueError:
         return
     if numbers and numbers != list(range(len(numbers))):
-        some = ", ".join(names[:3])
-        warnings.warn(
-            f"{path} begins with {some}: the first row is taken for names; if it is data, add one above"
-        )
+        says = f"{path} begins with {', '.join(names[:3])}: the first row is taken for names"
+        warnings.warn(f"{says}; if it is data, add a row of names above")
 
 # %% ../nbs/08b_formats.ipynb #082086
 def _number(text, where):

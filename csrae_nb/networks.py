@@ -428,17 +428,16 @@ def load_resnet18(
     resnet.bn1.running_mean.sub_((first * (0.5 - mean)).sum((1, 2, 3)))
 
 # %% ../nbs/05_networks.ipynb #050032
-_rows = {
-    "mlp": fully_connected(encoder=(300, 300), decoder=(300, 300)),
-    "pinwheel": fully_connected(encoder=(5, 10), decoder=(10, 5), act=nn.Softplus),
-    "residual": Network(residual_encoder, residual_decoder, gated_prior),
-    "faces": Network(face_encoder, face_decoder, fully_connected((), ()).prior),
-    "resnet18": Network(resnet18_encoder, face_decoder, fully_connected((), ()).prior),
-    "wide": fully_connected(encoder=(500, 500, 2000), decoder=(2000, 500, 500)),
-    "gated": gated_network,
-}
 NETWORKS = Registry("network")  # a network of another kind is one more row
-NETWORKS.update(_rows)
+NETWORKS.update(
+    mlp=fully_connected(encoder=(300, 300), decoder=(300, 300)),
+    pinwheel=fully_connected(encoder=(5, 10), decoder=(10, 5), act=nn.Softplus),
+    residual=Network(residual_encoder, residual_decoder, gated_prior),
+    faces=Network(face_encoder, face_decoder, fully_connected((), ()).prior),
+    resnet18=Network(resnet18_encoder, face_decoder, fully_connected((), ()).prior),
+    wide=fully_connected(encoder=(500, 500, 2000), decoder=(2000, 500, 500)),
+    gated=gated_network,
+)
 
 # %% ../nbs/05_networks.ipynb #050033
 def make_networks(
