@@ -37,10 +37,10 @@ from csrae_nb.models import (
     rows_at_once,
     warmed_up,
 )
-from .networks import face_features, face_images, glorot_, mlp, resnet18_features
+from .networks import as_weights, face_features, face_images, glorot_, mlp, resnet18_features
 from .patterns import Patterns, fit_patterns, informed, patterns_divergence
 from .pictures import show_examples
-from .priors import variance, within
+from .priors import single, variance, within
 from .config import SUPERVISED, TASKS, Config, has_cs, resolve
 from .files import RunLocked, generator
 from .kernels import transformed
@@ -584,11 +584,11 @@ class LabelClassifier(nn.Module):
         "h_x."
         if tuple(x.shape[1:]) != self.x_shape:
             raise ValueError(f"got x of shape {tuple(x.shape)}; expected a batch of {self.x_shape}")
-        return self.image(within(x).flatten(1))
+        return self.image(as_weights(self.image, x).flatten(1))
 
     def classify(self, h: Float[Tensor, "B F"]) -> Float[Tensor, "B C"]:
         "Logits of q(y|x) from h_x."
-        score = self.classifier(h).float()
+        score = single(self.classifier(h))
         return score if self.cut is None else self.cut(score)
 
 # %% ../nbs/14_semi_supervised.ipynb #140214
@@ -615,7 +615,8 @@ class LabelEncoder(LabelClassifier):
         pairs: tuple[Tensor, Tensor] | None = None,  # which rows of h meet which codes; None: all, broadcast
     ) -> GMM:  # batch of the pairs, or of both broadcast
         "q(z|x, y) from h_x and a code."
-        mu, logvar = self.code(self.both(h, self.label(code), pairs).relu()).float().chunk(2, -1)
+        label = self.label(as_weights(self.label, code))
+        mu, logvar = single(self.code(self.both(h, label, pairs).relu())).chunk(2, -1)
         return GMM.gaussian(within(mu), variance(logvar))
 
     def at_mean(self, h: Float[Tensor, "B F"]) -> GMM:  # batch B, one component
@@ -649,8 +650,9 @@ class LabelDecoder(nn.Module):
         code: Float[Tensor, "*#B C"],
         of: Int[Tensor, "A"] | None = None,  # which code each z has; None: its own, broadcast
     ) -> Float[Tensor, "..."]:  # (*A, P, *X)
-        h = self.both(within(z), self.label(code), None if of is None else (slice(None), of)).relu()
-        return self.net(h.flatten(0, -2)).float().view(*z.shape[:-1], *self.out_shape)
+        z, label = as_weights(self.net, z), self.label(as_weights(self.label, code))
+        h = self.both(z, label, None if of is None else (slice(None), of)).relu()
+        return single(self.net(h.flatten(0, -2))).view(*z.shape[:-1], *self.out_shape)
 
 # %% ../nbs/14_semi_supervised.ipynb #140216
 class _Objective(Autoencoder):

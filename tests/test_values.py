@@ -88,6 +88,32 @@ def test_half_precision_is_bounded_by_its_own_largest_number():
     assert torch.allclose(Gaussian().log_prob(x, out.half()), Gaussian().log_prob(x, out), atol=0.02)
 
 
+KINDS = [
+    *(dict(model=m, prior="mog") for m in MODELS),
+    dict(model="MixtureCSRAE", prior="vamp"),
+    dict(model="MixtureCSRAE", prior="mog", prior_network=True),
+    dict(model="CSRAE", layers=2, skip=True),
+    dict(model="VAE", posterior_components=3),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("fields", KINDS, ids=lambda f: "-".join(map(str, f.values())))
+def test_weights_of_another_precision_take_any_input_and_give_single_precision_at_least(fields, dtype):
+    x, z = torch.rand(6, 5), torch.randn(3, CFG.latent_dim)
+    model = make_model(resolve(replace(CFG, **fields)), (5,), "bernoulli", torch.rand(4, 5)).eval()
+    plain, model = model.encode(x).mean, model.to(dtype)
+    want = torch.promote_types(dtype, torch.float32)
+    for given in (x, x.to(dtype)):
+        codes, loss = model.encode(given).mean, model.loss(given).loss
+        assert codes.dtype == want and torch.allclose(codes.float(), plain, atol=0.05)
+        assert loss.dtype == want and loss.isfinite()
+    out = model.decode(z), model.decode(z.to(dtype)), model.sample(4), model.reconstruct(x), model.prior().var
+    assert {t.dtype for t in out} == {want}
+    if model.has_likelihood:
+        assert model.log_likelihood(x, 10).isfinite().all()
+
+
 @pytest.mark.parametrize("dataset", ["digits", "pinwheel"])
 def test_training_keeps_far_from_the_bounds(dataset):
     data = load_data(dataset)
