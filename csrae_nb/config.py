@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TASKS', 'SUPERVISED', 'EVALUATION', 'ModelConfig', 'Config', 'known_models', 'has_cs', 'fields_of_data',
            'check_fields_of_data', 'make_config', 'resolve', 'prior_kind', 'divergence_weight', 'task_class',
-           'used_fields', 'unused_fields', 'identity', 'run_name', 'command']
+           'used_fields', 'unused_fields', 'identity', 'run_name', 'command', 'idle_fields']
 
 # %% ../nbs/09_config.ipynb #090002
 import dataclasses
@@ -445,19 +445,31 @@ def run_name(cfg: Config) -> str:  # a folder name
     return f"{dataset_name(c.dataset)}-{c.model}{mixture}{size}{labels}-seed{c.seed}-{digest}"
 
 # %% ../nbs/09_config.ipynb #090026
-def command(cfg: Config) -> str:  # as typed in a terminal
-    "What makes this run: papermill on train.ipynb, with the fields that neither default nor preset gives."
+def _fields_set(cfg):
+    "The fields that neither the defaults nor the preset give, but for the data set; with their values."
     # with the warm-up of these epochs
     usual = resolve(Config(dataset=cfg.dataset, epochs=cfg.epochs, batch_size=cfg.batch_size))
     usual = dataclasses.replace(usual, epochs=preset(cfg.dataset)["epochs"], batch_size=Config.batch_size)
-    changed = {
+    return {
         f.name: v
         for f in dataclasses.fields(Config)
         if (v := getattr(cfg, f.name)) not in (f.default, getattr(usual, f.name))
-        and f.name not in unused_fields(cfg)
     }
+
+
+def command(cfg: Config) -> str:  # as typed in a terminal
+    "What makes this run: papermill on train.ipynb, with the fields that neither default nor preset gives."
+    unused = unused_fields(cfg)
+    changed = {k: v for k, v in _fields_set(cfg).items() if k not in unused}
     if cfg.dataset != Config.dataset:
         changed = {"dataset": cfg.dataset, **changed}
     return " ".join(
         ["papermill nbs/train.ipynb", *(f"-p {k} {shlex.quote(str(v))}" for k, v in changed.items())]
     )
+
+
+def idle_fields(cfg: Config) -> str:  # empty if there are none
+    "What a configuration sets and its run does not look at, in words."
+    unused = unused_fields(cfg)
+    idle = [f"{k}={v!r}" for k, v in _fields_set(cfg).items() if k in unused]
+    return f"without effect on this {cfg.model}: {', '.join(idle)}" if idle else ""

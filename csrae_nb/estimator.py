@@ -29,7 +29,7 @@ from .likelihoods import make_likelihood
 from .models import Autoencoder, rows_at_once, warmed_up
 
 # %% ../nbs/20_estimator.ipynb #200102
-from .config import Config, ModelConfig, identity, make_config, prior_kind, resolve
+from .config import Config, ModelConfig, identity, make_config, prior_kind, resolve, unused_fields
 from .files import generator, progress_bar
 from .priors import merge_components
 from .process import accelerator, torch_defaults
@@ -121,6 +121,10 @@ class _Components(_Parameters):
         "The component, or the cluster of components, that is most responsible for each row's code."
         return self.predict_proba(X).argmax(1)
 
+    def join(self, clusters) -> "_Components":  # itself; as the parameter: None, "auto" or an integer
+        "Join the components of a fitted prior into other clusters; nothing is trained. ValueError as in fit."
+        return _joined(self, clusters)
+
     def score(self, X, y=None) -> float:  # nats per row; y is ignored
         "Mean of E log p(x|z) − D(q‖p), greater is better; D without λ or β, densities in the data's units."
         return _score(self, X)
@@ -159,21 +163,25 @@ class CSRAEEmbedding(_Codes, _Components):
             vars(self).pop(known, None)
         cfg, run = _whole_run(self, X)
         model = run.model.cpu().double()
-        self.component_clusters_ = _clusters_of_components(self, model, cfg.seed)
+        self.component_clusters_ = _clusters_of_components(model, self.clusters, cfg.seed)
         self.config_, self.model_, self._optimizer, self._begun = cfg, model, None, _begun_with(self)
         self.history_, self.n_iter_, self.best_epoch_ = run.history, len(run.history), run.best_epoch
         return self
 
     def partial_fit(self, X, y=None) -> "CSRAEEmbedding":  # itself; y is ignored
         """One pass over the rows X in shuffled batches, from where the last call or fit left off.
-        Nothing validates. ValueError as in fit."""
+        Nothing validates; the first rows should be as many as `components`. ValueError as in fit."""
         cfg, model, optimizer, history = _one_pass(self, X)
         self._begun = _begun_with(self)
         model = model.eval().cpu().double()
-        self.component_clusters_ = _clusters_of_components(self, model, cfg.seed)
+        self.component_clusters_ = _clusters_of_components(model, self.clusters, cfg.seed)
         self.config_, self.model_, self._optimizer = cfg, model, optimizer
         self.history_, self.n_iter_ = history, len(history)
         return self
+
+    def fit_predict(self, X, y=None) -> np.ndarray:  # (n,); y is ignored
+        "The component, or the cluster, of each row that was trained on."
+        return self.fit(X).predict(X)
 
     @classmethod
     def from_run(
@@ -295,7 +303,9 @@ def _config(est, n, seed):  # of n training rows
         )
     for k in ("components", "batch_size"):
         own[k] = min(own[k], n) if isinstance(own[k], int) else own[k]
-    return resolve(make_config(own | more))
+    cfg, usual = make_config(own | more), type(est)().get_params()
+    idle = {k for k in unused_fields(cfg) if k in own and getattr(est, k) == usual[k]}  # set by nobody
+    return resolve(dataclasses.replace(cfg, **{k: getattr(Config, k) for k in idle}))
 
 
 def _seed(random_state):  # of a Config
@@ -325,9 +335,9 @@ def _dataset(est, train, val):
 _turn = threading.Lock()  # one training at a time in a process
 
 # %% ../nbs/20_estimator.ipynb #200118
-def _check_clusters(est, cfg):  # resolved, of the rows that there are
+def _check_clusters(est, cfg, C):  # resolved, of the rows that there are; clusters
     "ValueError, before anything is trained, for clusters that the prior's components cannot be joined into."
-    C, K = est.clusters, 1 if prior_kind(cfg) == "normal" else cfg.components
+    K = 1 if prior_kind(cfg) == "normal" else cfg.components
     if C is not None and K < 3:
         raise ValueError(
             f"clusters={C!r}; expected None, as this {cfg.model} has fewer than 3 components: {K}"
@@ -339,12 +349,20 @@ def _check_clusters(est, cfg):  # resolved, of the rows that there are
 
 
 @torch.no_grad()
-def _clusters_of_components(est, model, seed):  # (K,), int64
+def _clusters_of_components(model, clusters, seed):  # (K,), int64
     "The cluster of each component of a model's prior, itself without `clusters`."
     p = model.prior()
-    if est.clusters is None:
+    if clusters is None:
         return np.arange(len(p.logw))
-    return merge_components(p, None if est.clusters == "auto" else int(est.clusters), seed=seed).cpu().numpy()
+    return merge_components(p, None if clusters == "auto" else int(clusters), seed=seed).cpu().numpy()
+
+
+def _joined(est, clusters):
+    "An estimator whose components are joined into other clusters."
+    check_is_fitted(est, "model_")
+    _check_clusters(est, est.config_, clusters)
+    est.component_clusters_ = _clusters_of_components(est.model_, clusters, est.config_.seed)
+    return est.set_params(clusters=clusters)
 
 # %% ../nbs/20_estimator.ipynb #200218
 _of_the_start = (
@@ -378,7 +396,7 @@ def _whole_run(est, X):
     seed = _seed(est.random_state)
     train, val = _split(x, est.validation_fraction, seed)
     cfg, data = _config(est, len(train), seed), _dataset(est, train, val)
-    _check_clusters(est, cfg)
+    _check_clusters(est, cfg, est.clusters)
     with _turn, TemporaryDirectory() as folder:
         return cfg, fit(cfg, data, bool(est.verbose), folder, checkpoints=False)
 
@@ -389,10 +407,12 @@ def _left_off(est, n):  # rows of the next pass
         raise ValueError(f"partial_fit has no optimiser to go on from: {name} is a finished run; use fit")
     if hasattr(est, "model_"):
         _check_unchanged(est)
-        _check_clusters(est, est.config_)
+        _check_clusters(est, est.config_, est.clusters)
         return est.config_, est._optimizer, est.history_, min(_plain(est.batch_size), n)
     cfg = _config(est, n, _seed(est.random_state))
-    _check_clusters(est, cfg)
+    _check_clusters(est, cfg, est.clusters)
+    if "components" not in unused_fields(cfg) and cfg.components < est.components:
+        warnings.warn(f"components={est.components}, but {n} rows to begin with: {cfg.components} are used")
     return cfg, None, [], min(cfg.batch_size, n)
 
 

@@ -78,7 +78,9 @@ def as_weights(
     net: nn.Module,
     x: Float[Tensor, "*B"],  # to be given to it
 ) -> Float[Tensor, "*B"]:
-    "Numbers in the precision of a network's weights, and within its bounds."
+    "Numbers in the precision of a network's weights, and within its bounds; ValueError for grey levels."
+    if x.dtype == torch.uint8 and x.numel() and x.max() > 1:
+        raise ValueError(f"got bytes up to {x.max()}; networks see x / 255, or `as_trained(run, x)`")
     weight = next((p for p in net.parameters() if p.is_floating_point()), x)
     return within(x.to(weight.dtype))
 

@@ -27,6 +27,7 @@ from csrae_nb.config import (
     make_config,
     resolve,
     run_name,
+    idle_fields,
     unused_fields,
 )
 from .data import CENTRED, SPLITS, Dataset
@@ -187,6 +188,8 @@ def fit(
     """Train, or go on, or find finished, the run of a configuration; ValueError, OSError, RunLocked or
     NonFiniteLoss before anything is lost."""
     cfg = resolve(cfg)
+    if idle := idle_fields(cfg):
+        warnings.warn(idle, stacklevel=2)
     if cfg.warmup > cfg.epochs and "warmup" not in unused_fields(cfg):
         warnings.warn(
             f"warmup={cfg.warmup} is longer than epochs={cfg.epochs}: the divergence gets at most "

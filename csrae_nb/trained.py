@@ -17,7 +17,7 @@ import os
 import re
 import warnings
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import islice
@@ -53,6 +53,7 @@ from .evaluation import at_temperature
 from .files import generator, progress_bar, write_atomic
 from .formats import IMAGES, arrow_parquet, folder_images, read_arrays
 from .metrics import is_picture
+from .mixtures import GMM
 from .models import rows_at_once
 from .pictures import plot_history, show_examples
 from .priors import MOST_MAPPED, component_map, cut_map, merged_labels, occupancy
@@ -418,18 +419,33 @@ def _sort(table, out):
 def sample_examples(
     run: Run,
     n: int = 64,
-    component: int | None = None,  # of the prior; None: all, by their weights
+    component: int | Sequence[int] | None = None,  # of the prior, or some; None: all
     temperature: float = 1.0,  # factor of the components' deviations
     seed: int = 0,
 ) -> Float[Tensor, "n *X"]:
     "E[x|z] at n codes from the prior. ValueError for no such component, or a temperature that cannot be."
     p = run.model.prior()
-    if component is not None and not 0 <= component < len(p.logw):
-        raise ValueError(f"component={component}; the prior of {run.path.name} has 0 to {len(p.logw) - 1}")
     if n < 1 or not temperature > 0:
         raise ValueError(f"n={n}, temperature={temperature}; expected n of at least 1, a temperature above 0")
-    g = generator(seed, "samples", device=run.device)
-    return run.model.sample(n, g, component, at_temperature(p, temperature)).cpu()
+    p, g = at_temperature(p, temperature), generator(seed, "samples", device=run.device)
+    if isinstance(component, Sequence):
+        p, component = _some(run, p, component), None
+    elif component is not None:
+        _check_component(run, p, component)
+    return run.model.sample(n, g, component, p).cpu()
+
+
+def _check_component(run, p, k):
+    if not 0 <= k < len(p.logw):
+        raise ValueError(f"component={k}; the prior of {run.path.name} has 0 to {len(p.logw) - 1}")
+
+
+def _some(run, p, components):
+    "The mixture of some components."
+    for k in components:
+        _check_component(run, p, k)
+    k = list(components)
+    return GMM(p.logw[k].log_softmax(0), p.mu[k], p.var[k])
 
 # %% ../nbs/23_after_training.ipynb #230120
 def show_sheet(
