@@ -7,7 +7,6 @@ __all__ = ['FACE_TABLES', 'WAYS', 'paper_f1', 'recomputed', 'chance_f1', 'pooled
            'f1_table', 'compared', 'plot_f1', 'ways_table', 'by_answer']
 
 # %% ../nbs/16_action_units.ipynb #160002
-import math
 import re
 from collections.abc import Iterable
 from itertools import combinations
@@ -20,7 +19,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .frames import UNKNOWN
-from .results import markdown_table, read_paper, shown, where
+from .claims import LEVEL, Estimate, p_value
+from .results import holm, markdown_table, read_paper, shown, where
 from .config import SUPERVISED
 
 # %% ../nbs/16_action_units.ipynb #160007
@@ -175,18 +175,23 @@ def compared(
     labels: float,  # the share; 1.0 are all
     models: tuple[str, ...] = ("MixtureCSRAE", "VampPriorVAE", "CNN"),
 ) -> str:
-    "Which of two models reads more, where their errors over the same folds and seeds tell it."
+    "Which of two models reads more by Welch's test over the same seeds, corrected for the number of pairs."
     share = share_of(dict(labels=labels))
     of = {face_model(r): r for r in rows if share_of(r) == share and face_model(r) in models}
+    pairs = [*combinations([m for m in models if m in of], 2)]
     out = []
-    for a, b in combinations([m for m in models if m in of], 2):
-        gap, errors = of[a]["f1_mean"] - of[b]["f1_mean"], (of[a]["f1_se"], of[b]["f1_se"])
-        same = all(of[a][k] == of[b][k] for k in ("folds", "seeds"))
-        clear = same and None not in errors and abs(gap) > 2 * math.hypot(*errors)
-        out.append(
-            f"{a} {'more' if gap > 0 else 'less'} than {b}" if clear else f"{a} and {b} not told apart"
-        )
+    for (a, b), p in zip(pairs, holm([_f1_p(of[a], of[b]) for a, b in pairs])):
+        more = of[a]["f1_mean"] > of[b]["f1_mean"]
+        clear = f"{a} {'more' if more else 'less'} than {b}"
+        out.append(clear if p < LEVEL else f"{a} and {b} not told apart")
     return f"{share} of the labels: " + "; ".join(out)
+
+
+def _f1_p(a, b):
+    "Of Welch's test that two rows' F1 is the same; 1 where folds, seeds or an error are not alike."
+    if None in (a["f1_se"], b["f1_se"]) or any(a[k] != b[k] for k in ("folds", "seeds")):
+        return 1.0
+    return p_value(*(Estimate(r["f1_mean"], r["f1_se"], len(r["seeds"].split())) for r in (a, b)))
 
 # %% ../nbs/16_action_units.ipynb #160019
 def plot_f1(

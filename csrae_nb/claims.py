@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIX', 'VAMP', 'JUDGED', 'LEVEL', 'VERDICTS', 'OWN', 'RECIPES', 'SIMILAR', 'CLAIMS', 'KEY', 'relative_spread',
-           'with_errors', 'compare', 'Estimate', 'welch', 'p_value', 'holm', 'tested', 'judge', 'judge_all',
-           'difference', 'alike', 'contenders', 'plot_sampling', 'Duel', 'sampling_duels', 'duel_line', 'duel_reading',
+           'with_errors', 'compare', 'Estimate', 'welch', 'p_value', 'tested', 'judge', 'judge_all', 'difference',
+           'alike', 'contenders', 'plot_sampling', 'Duel', 'sampling_duels', 'duel_line', 'duel_reading',
            'matching_weight', 'Claim', 'evidence', 'picked', 'fid_claim', 'mixture_claim', 'pattern_claim', 'middle',
            'Gain', 'knn_duels', 'knn_claim', 'knn_gain_claim', 'pairs', 'latent_claim', 'judge_rank', 'tradeoff_claim',
            'criterion_claim', 'likelihood_claim', 'components_claim', 'prior_claim', 'fewest_errors_claim',
@@ -37,7 +37,8 @@ from csrae_nb.results import (
     choose,
     distance_kind,
     equal_training,
-    is_clear_rank,
+    holm,
+    clear_ranks,
     is_doubtful,
     label_names,
     lowest,
@@ -144,14 +145,6 @@ def p_value(a: Estimate, b: Estimate) -> float:
     return float(2 * t.sf(abs(a.mean - b.mean) / se, df)) if se else float(a.mean == b.mean)
 
 # %% ../nbs/13b_claims.ipynb #130420
-def holm(p: list[float]) -> list[float]:  # adjusted, in the same order
-    "Holm's correction of p values for their number."
-    order, out, so_far = sorted(range(len(p)), key=p.__getitem__), [0.0] * len(p), 0.0
-    for rank, i in enumerate(order):
-        so_far = out[i] = max(so_far, min(1.0, (len(p) - rank) * p[i]))
-    return out
-
-
 def tested(
     a: dict | None, b: dict | None, metric: str, other: str | None = None
 ) -> tuple[int | None, float]:  # as of compare, and the p value of Welch's test, by the same errors
@@ -486,8 +479,10 @@ def mixture_claim(tables: dict) -> Claim:
 def pattern_claim(tables: dict) -> Claim:
     "Whether Table 1 is in the order of our samples or of our reconstructions, by data set."
     claim, outcomes, details = "§4.1: Table 1's FIDs are of generated samples", [], []
-    for d, (n, *ranks) in resemblance(tables["table1"], read_paper()).items():
-        by_rec, by_samples = (rho is not None and rho > 0 and is_clear_rank(rho, n) for rho in ranks)
+    like = resemblance(tables["table1"], read_paper())
+    clear = clear_ranks(like)
+    for d, (n, *ranks) in like.items():
+        by_rec, by_samples = (sure and rho > 0 for sure, rho in zip(clear[d], ranks))
         outcomes.append(int(by_samples) - int(by_rec))
         details.append(f"{TITLES[d]} {show_rank(ranks[1])} / {show_rank(ranks[0])} ({n} models)")
     said = [f"ρ with samples / reconstructions: {', '.join(details)}"]
@@ -649,16 +644,17 @@ def components_claim(tables: dict) -> Claim:
     return _judged(claim, outcomes["mog"], vamp=outcomes["vamp"])
 
 
-SIMILAR = 0.01  # of the criterion: what a MoG prior may be above Vamp
+SIMILAR = 1.0  # nats of the criterion: what a MoG prior may be above Vamp
 
 
 def prior_claim(tables: dict) -> Claim:
     "Whether a MoG prior is similar to Vamp or better, in Fig. 4's cells."
-    found = [difference(a, b, "criterion") for a, b in pairs(tables["figure4"], "prior", "mog", "vamp")]
-    found = [d for d in found if d]
+    both = pairs(tables["figure4"], "prior", "mog", "vamp")
+    of_both = [[_mean_error(r, "criterion") for r in pair] for pair in both]
+    found = [(x - y, math.hypot(dx, dy)) for (x, dx), (y, dy) in of_both if None not in (x, dx, y, dy)]
     outcomes = [(d + 2 * e < SIMILAR) - (d - 2 * e > SIMILAR) for d, e in found]
-    ends = [f"{100 * d:+.1f}".replace("-", "−") for d, _ in (min(found), max(found))] if found else []
-    details = [f"MoG to Vamp {' to '.join(ends)} %"] if found else []
+    ends = [f"{d:+.1f}".replace("-", "−") for d, _ in (min(found), max(found))] if found else []
+    details = [f"MoG to Vamp {' to '.join(ends)} nats"] if found else []
     return _judged("§4.2, Fig. 4: a MoG prior has a similar or better criterion than Vamp", outcomes, details)
 
 # %% ../nbs/13b_claims.ipynb #130186

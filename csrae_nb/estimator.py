@@ -104,7 +104,8 @@ class _Codes(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Parameters):
         return _codes(self, x).numpy().astype(dtype)
 
     def inverse_transform(self, X) -> np.ndarray:  # (n, features), of codes (n, D)
-        "E[x|z] of codes; ValueError for another number of columns."
+        """E[x|z] of codes, in the data's units, but bytes as the model saw them: x / 255, or x / 255 - 0.5.
+        ValueError for another number of columns."""
         return _rows_of_codes(self, X)
 
 # %% ../nbs/20_estimator.ipynb #200106
@@ -163,7 +164,7 @@ class CSRAEEmbedding(_Codes, _Components):
             vars(self).pop(known, None)
         cfg, run = _whole_run(self, X)
         model = run.model.cpu().double()
-        self.component_clusters_ = _clusters_of_components(model, self.clusters, cfg.seed)
+        self.component_clusters_ = _clusters_of_components(model, self.clusters)
         self.config_, self.model_, self._optimizer, self._begun = cfg, model, None, _begun_with(self)
         self.history_, self.n_iter_, self.best_epoch_ = run.history, len(run.history), run.best_epoch
         return self
@@ -174,7 +175,7 @@ class CSRAEEmbedding(_Codes, _Components):
         cfg, model, optimizer, history = _one_pass(self, X)
         self._begun = _begun_with(self)
         model = model.eval().cpu().double()
-        self.component_clusters_ = _clusters_of_components(model, self.clusters, cfg.seed)
+        self.component_clusters_ = _clusters_of_components(model, self.clusters)
         self.config_, self.model_, self._optimizer = cfg, model, optimizer
         self.history_, self.n_iter_ = history, len(history)
         return self
@@ -303,7 +304,7 @@ def _config(est, n, seed):  # of n training rows
         )
     for k in ("components", "batch_size"):
         own[k] = min(own[k], n) if isinstance(own[k], int) else own[k]
-    cfg, usual = make_config(own | more), type(est)().get_params()
+    cfg, usual = make_config(own | more), CSRAEEmbedding().get_params()
     idle = {k for k in unused_fields(cfg) if k in own and getattr(est, k) == usual[k]}  # set by nobody
     return resolve(dataclasses.replace(cfg, **{k: getattr(Config, k) for k in idle}))
 
@@ -349,19 +350,19 @@ def _check_clusters(est, cfg, C):  # resolved, of the rows that there are; clust
 
 
 @torch.no_grad()
-def _clusters_of_components(model, clusters, seed):  # (K,), int64
+def _clusters_of_components(model, clusters):  # (K,), int64
     "The cluster of each component of a model's prior, itself without `clusters`."
     p = model.prior()
     if clusters is None:
         return np.arange(len(p.logw))
-    return merge_components(p, None if clusters == "auto" else int(clusters), seed=seed).cpu().numpy()
+    return merge_components(p, None if clusters == "auto" else int(clusters)).cpu().numpy()
 
 
 def _joined(est, clusters):
     "An estimator whose components are joined into other clusters."
     check_is_fitted(est, "model_")
     _check_clusters(est, est.config_, clusters)
-    est.component_clusters_ = _clusters_of_components(est.model_, clusters, est.config_.seed)
+    est.component_clusters_ = _clusters_of_components(est.model_, clusters)
     return est.set_params(clusters=clusters)
 
 # %% ../nbs/20_estimator.ipynb #200218

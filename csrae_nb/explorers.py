@@ -625,7 +625,7 @@ def draw_examples(
         ax.plot(*xs.T, "o-" if len(xs) > 3 else "o", ms=6, color=orange, lw=1)
         ax.axis("equal")
     else:
-        show_examples(ax, xs, columns, seen.run.columns)
+        show_examples(ax, xs, columns, seen.run.columns, is_ink(seen.run.cfg.dataset))
     ax.set_title(title, fontsize=11)
     return fig
 
@@ -653,9 +653,10 @@ def draw_interpolation(seen: Explored, a: int, b: int, t: float) -> Figure:
         return draw_examples(seen, strip, 11, title)
     fig = Figure(figsize=(9.5, 4))
     top, below = fig.add_axes((0.02, 0.68, 0.96, 0.24)), fig.add_axes((0.02, 0.02, 0.96, 0.56))
-    show_examples(top, strip, 11)
+    show_examples(top, strip, 11, ink=is_ink(seen.run.cfg.dataset))
     top.set_title(title, fontsize=11)
-    show_examples(below, torch.cat([seen.x[a : a + 1], one, seen.x[b : b + 1]]), 3)
+    three = torch.cat([seen.x[a : a + 1], one, seen.x[b : b + 1]])
+    show_examples(below, three, 3, ink=is_ink(seen.run.cfg.dataset))
     below.set_title(f"test example {a}, the place {t:.2f} between, test example {b}", fontsize=11)
     return fig
 

@@ -499,12 +499,16 @@ def _arrange(folder, files):
 
 # %% ../nbs/08b_formats.ipynb #082071
 def _decoded(raw):
-    "One image: (H, W) if grey, else (H, W, 3); uint8."
+    "One image, on white where it is transparent: (H, W) if grey, else (H, W, 3); uint8."
     with Image.open(io.BytesIO(raw), formats=("PNG", "JPEG", "BMP")) as image:
         if image.mode[0] in "IF":
             raise ValueError(f"its mode {image.mode} has more than 8 bits per pixel")
         grey = image.mode in ("1", "L", "LA")
-        return np.asarray(ImageOps.exif_transpose(image).convert("L" if grey else "RGB"))
+        image = ImageOps.exif_transpose(image)
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.asarray(image.convert("L" if grey else "RGB"))
 
 # %% ../nbs/08b_formats.ipynb #082072
 def _decode_all(folder, files):
@@ -541,8 +545,7 @@ def _stacked(folder, files, images):
         )
     if any(x.ndim == 3 for x in images):
         return np.stack([x.transpose(2, 0, 1) if x.ndim == 3 else np.stack([x] * 3) for x in images])
-    x = np.stack(images)
-    return x // 255 if ((x == 0) | (x == 255)).all() else x
+    return np.stack(images)
 
 
 def read_folder(
@@ -553,6 +556,8 @@ def read_folder(
     splits, names = _arrange(path, files)
     images, digest = _decode_all(path, files)
     x, classes = _stacked(path, files, images), sorted({*names} - {None})
+    if x.ndim == 3 and ((x == 0) | (x == 255)).all():
+        x = x // 255  # black and white throughout: zeros and ones
     arrays = {"x": x} | ({"y": np.array(names)} if len(classes) > 1 else {})
     rows = {s: [i for i, split in enumerate(splits) if split == s] for s in SPLITS}
     return {f"{a}_{s}": v[r] for a, v in arrays.items() for s, r in rows.items() if r}, {path.name: digest}
@@ -616,7 +621,9 @@ def read_table(
     _check_names(names, path)
     for i, row in enumerate(rows):
         if len(row) != len(names):
-            raise ValueError(f"{path}, row {i + 1}: {len(row)} values for {len(names)} columns")
+            apart = [repr(sign) for sign in ";\t" if sign in names[0]]
+            by = f"; they are parted by {apart[0]}, expected commas" if len(names) == 1 and apart else ""
+            raise ValueError(f"{path}, row {i + 1}: {len(row)} values for {len(names)} columns{by}")
     if not wanted:
         n = row_numbers(names, lambda i: (r[i] for r in rows), str(path))
         names, rows = names[n:], [r[n:] for r in rows]
@@ -625,7 +632,7 @@ def read_table(
         raise ValueError(f"{path} has no rows of numbers below its first, which names the columns")
     at = [names.index(name) for name in columns]
     x = [[_number(r[j], f"{path}, row {i + 1}, column {names[j]!r}") for j in at] for i, r in enumerate(rows)]
-    labels = {"y": np.array([r[names.index("y")] for r in rows])} if "y" in names else {}
+    labels = {"y": np.array([r[names.index("y")].strip() for r in rows])} if "y" in names else {}
     _check_labels(None if wanted else labels.get("y"), path)
     return {"x": np.array(x)} | labels, columns
 
@@ -642,7 +649,9 @@ def _check_names(names, path):
 
 # %% ../nbs/08b_formats.ipynb #082086
 def _number(text, where):
-    "A finite number; ValueError that says where it is none."
+    "A finite number, of True and False 1 and 0; ValueError that says where it is none."
+    if (word := text.strip().lower()) in ("true", "false"):
+        return float(word == "true")
     try:
         if math.isfinite(number := float(text)):
             return number

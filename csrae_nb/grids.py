@@ -237,13 +237,13 @@ def about_run(
     path: Path,  # its folder
 ) -> dict:  # column: value, None where there is none
     "A row about a run: what it is, its state and epochs, what it is worth in validation, and when it was."
-    columns = "dataset model prior state epochs of measure validation written"
+    columns = "dataset model prior state epochs of measure validation written problem"
     row = dict(name=path.name, **dict.fromkeys(columns.split()))
     try:
         file, cfg, history, best = _told(path)
         at = datetime.fromtimestamp(file.stat().st_mtime)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return row | dict(state="unreadable")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        return row | dict(state="unreadable", problem=" ".join(str(e).split()) or type(e).__name__)
     row |= dict(dataset=dataset_name(cfg.dataset), model=cfg.model, prior=prior_kind(cfg))
     row |= dict(state=state_in(path, is_trained(path)), written=f"{at:%Y-%m-%d %H:%M}")
     row |= dict(epochs=len(history) or epochs_in(path), of=resolve(cfg).epochs)

@@ -98,7 +98,10 @@ class TwoLayers(Autoencoder):
 
 # %% ../nbs/06f_layers.ipynb #066012
 class TwoLayersSeen(TwoLayers):
-    "Its pictures, and its log-likelihood."
+    "Its pictures, its log-likelihood, and how it is pickled."
+
+    def __reduce__(self):
+        return _empty, (type(self).__bases__[1],), self.__dict__
 
     @in_eval_mode
     def reconstruct(self, x: Float[Tensor, "B *X"]) -> Float[Tensor, "B *X"]:
@@ -139,6 +142,12 @@ def two_layers(kind: type[Autoencoder]) -> type[TwoLayers]:
             f"not for {kind.__name__}; layers=1"
         )
     return type(f"TwoLayer{kind.__name__}", (TwoLayersSeen, kind), {})
+
+
+def _empty(kind):
+    "Two layers of a model's class, before anything is in it: what a pickle begins with."
+    made = two_layers(kind)
+    return made.__new__(made)
 
 # %% ../nbs/06f_layers.ipynb #066115
 def check_skip(

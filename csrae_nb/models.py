@@ -21,13 +21,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .divergence import cs_divergence, kl_divergence
-from .likelihoods import Likelihood
+from .likelihoods import LIKELIHOODS, Likelihood
 from .mixtures import GMM, Draws, as_gmm, matrix_log_prob, pairwise_log_overlap, unchecked
 from .priors import Prior, StandardNormal, Unchecked, VampPrior
 from .registry import Registry
 
 # %% ../nbs/06_models.ipynb #060005
-MODELS = Registry("model")
+MODELS = Registry("model", needs=("weight",), may=("prior", "options", "points"))
 DIVERGENCES = Registry("objective")  # of a CSRAE, by the names of `objective`: q and p, both GMMs, to (B,)
 
 
@@ -73,10 +73,20 @@ class Weight(nn.Module):
         super().__init__()
         if not isinstance(full, Tensor) and not 0 <= full < math.inf:
             raise ValueError(f"lam={full}; a term's weight must be a number of at least 0")
-        self.full, self.warmup = full, warmup
+        self._full, self.warmup = full, warmup
         self.register_buffer(
             "now", torch.as_tensor(full, dtype=torch.float32).clone(), persistent=self.learns
         )
+
+    @property
+    def full(self) -> float | Tensor:
+        "The weight after the warm-up. Set, it is in force at once."
+        return self._full
+
+    @full.setter
+    def full(self, value):
+        self._full = value
+        self.now.copy_(torch.as_tensor(value))
 
     def forward(self) -> Tensor:
         return self.now
@@ -252,6 +262,17 @@ def _check_encoder(encoder, prior):
             "make it by VampPrior(encoder, pseudo_inputs) with the model's own"
         )
 
+
+def _check_parts(prior, likelihood):
+    "ValueError for what is no prior, or no likelihood."
+    if not isinstance(prior, Prior):
+        remedy = "a Prior, such as MoGPrior(components, latent_dim), not the mixture that it gives"
+        raise ValueError(f"prior is a {type(prior).__name__}; expected {remedy}")
+    if not isinstance(likelihood, Likelihood):
+        known = ", ".join(f"{kind.__name__}()" for kind in LIKELIHOODS.values())
+        what = likelihood.__name__ if isinstance(likelihood, type) else f"{likelihood!r}"
+        raise ValueError(f"likelihood is {what}; expected one of {known}, or another Likelihood")
+
 # %% ../nbs/06_models.ipynb #060207
 class Objective(Unchecked):
     "A sum of terms: how they are weighed, and what those of a batch see."
@@ -261,8 +282,12 @@ class Objective(Unchecked):
 
     @property
     def lam(self) -> float | Tensor:
-        "λ, or β for the KL, when it is warmed up."
+        "λ, or β for the KL, when it is warmed up. Set, it is in force at once, until `begin`."
         return self.weights["divergence"].full
+
+    @lam.setter
+    def lam(self, value: float):
+        self.weights["divergence"].full = value
 
     def begin(self, epoch: int) -> None:
         "An epoch, counted from 1, begins: weights that warm up have another value in it."
@@ -316,6 +341,7 @@ class Autoencoder(Objective, Pictures, LogLikelihood):
         lam: float | Weight = 1.0,  # weight of the divergence: λ, or β for the KL
     ):
         super().__init__()
+        _check_parts(prior, likelihood)
         _check_encoder(encoder, prior)
         self.encoder, self.decoder, self.prior, self.likelihood = encoder, decoder, prior, likelihood
         self.weights = nn.ModuleDict(dict(divergence=lam if isinstance(lam, Weight) else Weight(lam)))
@@ -356,6 +382,7 @@ class Autoencoder(Objective, Pictures, LogLikelihood):
         return self.posterior(self.likelihood.inputs(x))
 
     def posterior(self, x):
+        _check_encoder(self.encoder, self.prior)  # which may have been exchanged since
         q = self.encoder(x)  # of x in the units of the networks
         return q if isinstance(q, GMM) else as_gmm(q)
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from .catalogue import is_ink
 from .data import Dataset
 from .evaluation import at_temperature, run_codes, sample_sources
 from .metrics import is_picture
@@ -60,6 +61,7 @@ def show_examples(
     xs: Float[Tensor, "n *X"],  # examples
     columns: int = 10,  # images in a row
     names: Sequence[str] = (),  # of a table's columns
+    ink: bool = True,  # grey levels are ink on paper: 0 is white; False: 0 is black
     **kw,  # of the scatter or line plot
 ) -> None:
     "Draw examples into one axes: a grid of images, points if they have two values, or lines."
@@ -74,7 +76,9 @@ def show_examples(
     grid = torch.nn.functional.pad(torch.cat([xs, pad]), (0, 1, 0, 1), value=0.5).unflatten(
         0, (-1, columns)
     )  # (rows, columns, C, H, W)
-    ax.imshow(grid.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).squeeze(-1), cmap="gray_r")
+    ax.imshow(
+        grid.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).squeeze(-1), cmap="gray_r" if ink else "gray"
+    )
     ax.axis("off")
 
 # %% ../nbs/11_samples.ipynb #110011
@@ -118,13 +122,13 @@ def plot_components(
     size = dict(figsize=(9, 0.6 + 0.41 * len(top) if pictures else 3), width_ratios=(2.4, 1))
     fig, (left, right) = plt.subplots(1, 2, layout="constrained", **size)
     if pictures:
-        show_examples(left, torch.cat(samples), columns=n + 1)
+        show_examples(left, torch.cat(samples), columns=n + 1, ink=is_ink(run.cfg.dataset))
         _label_rows(
             left, [f"{100 * w[k]:.1f} / {100 * used[k]:.1f}" for k in top], n + 1, "weight / codes, %"
         )
     else:
         for xs in samples:
-            show_examples(left, xs[1:], names=run.columns)
+            show_examples(left, xs[1:], names=run.columns, ink=is_ink(run.cfg.dataset))
         left.set_title("a colour for each component")
     _plot_shares(right, used, w, order)
     return fig
@@ -214,7 +218,7 @@ def plot_reconstructions(
     x = data.fixed("test")[: n if is_picture(data.x_shape) else 1000].to(run.device)
     fig, axs = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", sharex=True, sharey=True)
     for ax, xs, title in zip(axs, (x, run.model.reconstruct(x)), ("test data", "reconstructions")):
-        show_examples(ax, xs, names=run.columns)
+        show_examples(ax, xs, names=run.columns, ink=is_ink(run.cfg.dataset))
         ax.label_outer()
         ax.set_title(title)
     return fig
@@ -238,7 +242,9 @@ def plot_samples(
     fig, axs = plt.subplots(2, 2, figsize=(9, 5.5), layout="constrained", sharex=True, sharey=True)
     for ax, (name, source) in zip(axs.flat, sources.items()):
         g = generator(run.cfg.seed, "samples", device=run.device)
-        show_examples(ax, run.model.sample(n, g, prior=source), names=run.columns)
+        show_examples(
+            ax, run.model.sample(n, g, prior=source), names=run.columns, ink=is_ink(run.cfg.dataset)
+        )
         ax.label_outer()
         ax.set_title(SOURCES[name], fontsize=10)
     return fig
@@ -254,7 +260,7 @@ def compare_reconstructions(
     rows = {"test images": x, **{name: r.model.reconstruct(x.to(r.device)) for name, r in runs.items()}}
     fig, axs = plt.subplots(len(rows), 1, figsize=(9, 0.95 * len(rows)), layout="constrained")
     for ax, (name, xs) in zip(axs, rows.items()):
-        show_examples(ax, xs, columns=n, names=data.columns)
+        show_examples(ax, xs, columns=n, names=data.columns, ink=is_ink(data.name))
         ax.label_outer()
         ax.set_title(name, fontsize=8, loc="left", pad=2)
     return fig
@@ -275,7 +281,13 @@ def compare_samples(
     for ax, (name, r) in zip(axs.flat, runs.items()):
         codes = sample_sources(r, run_codes(r, data, "train"))[source]
         g = generator(r.cfg.seed, "samples", device=r.device)
-        show_examples(ax, r.model.sample(n, g, prior=codes), columns=(n + 1) // 2, names=r.columns)
+        show_examples(
+            ax,
+            r.model.sample(n, g, prior=codes),
+            columns=(n + 1) // 2,
+            names=r.columns,
+            ink=is_ink(r.cfg.dataset),
+        )
         ax.label_outer()
         ax.set_title(name, fontsize=9, loc="left", pad=2)
     fig.suptitle(f"codes from {SOURCES[source]}", fontsize=10)

@@ -16,12 +16,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from .claims import LEVEL, Estimate, holm, p_value, welch
+from .claims import LEVEL, Estimate, p_value, welch
 from csrae_nb.results import (
     MARGIN,
     ROLES,
     TITLES,
     WEIGHED,
+    holm,
     markdown_table,
     n_seeds,
     plain_log,

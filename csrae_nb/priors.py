@@ -29,7 +29,9 @@ class Unchecked(nn.Module):
         return super().__call__(*args, **kw)
 
 # %% ../nbs/03_priors.ipynb #030005
-PRIORS = Registry("prior")  # functions that make one: the chapter on tasks has the first
+PRIORS = Registry(
+    "prior", needs=("uses",), may=("fixed",)
+)  # functions that make one: the chapter on tasks has the first
 
 # %% ../nbs/03_priors.ipynb #030205
 class Prior(Unchecked):

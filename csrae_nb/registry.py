@@ -23,8 +23,11 @@ class _Table(MutableMapping):
     def __init__(
         self,
         kind: str,  # what errors call an entry: "model"
+        needs: tuple[str, ...] = (),  # what must be said of an entry
+        may: tuple[str, ...] | None = None,  # what may be said besides; None: anything
     ):
-        self.kind, self._rows = kind, {}  # name: entry, and what is known of it
+        self.kind, self.needs, self.may = kind, needs, may
+        self._rows = {}  # name: entry, and what is known of it
 
     def __getitem__(self, name):
         if name not in self._rows:
@@ -71,6 +74,7 @@ class Registry(_Table):
 
     def add(self, name: str, entry, **about) -> None:
         "The same for something that is there already."
+        self._check_said(name, about)
         there, _ = self._rows.get(name, (entry, None))
         if not _same(there, entry):
             called, module = _path(there)
@@ -78,6 +82,15 @@ class Registry(_Table):
                 f"the {self.kind} {name!r} is there already: {called} of {module}; choose another name"
             )
         self._rows[name] = entry, about
+
+    def _check_said(self, name, about):
+        "ValueError for what is missing, or unknown, of what is said of an entry."
+        odd = [] if self.may is None else sorted({*about} - {*self.needs, *self.may})
+        if missing := [k for k in self.needs if k not in about]:
+            raise ValueError(f"the {self.kind} {name!r} is registered without {', '.join(missing)}=…")
+        if odd:
+            known = ", ".join((*self.needs, *self.may))
+            raise ValueError(f"the {self.kind} {name!r} is registered with {odd[0]}=…; expected {known}")
 
     def find(self, name: str):
         "The entry of a name; ValueError that lists the known ones."

@@ -6,8 +6,8 @@
 __all__ = ['ROW_KEY', 'WEIGHED', 'MARGIN', 'SIZES', 'TITLES', 'TABLES', 'SEMISUP', 'KS', 'LABELS', 'IMAGES', 'SHOWN', 'ROLES',
            'results_folder', 'read_rows', 'with_name', 'n_seeds', 'joined', 'merge', 'read_results', 'read_table',
            'read_paper', 'where', 'markdown_table', 'shown', 'choose', 'equal_training', 'cell_key', 'table2',
-           'distance_kind', 'distance_title', 'cells', 'table1', 'is_doubtful', 'doubts', 'rank_correlation',
-           'is_clear_rank', 'show_rank', 'resemblance', 'plain_log', 'by_lam', 'lowest', 'is_cs', 'plot_selected',
+           'distance_kind', 'distance_title', 'cells', 'table1', 'is_doubtful', 'doubts', 'rank_correlation', 'rank_p',
+           'holm', 'show_rank', 'resemblance', 'clear_ranks', 'plain_log', 'by_lam', 'lowest', 'is_cs', 'plot_selected',
            'plot_criterion', 'selected_weights', 'plot_weights', 'plot_figure3', 'rank_over_weights', 'where_lowest',
            'plot_figure4', 'label_names', 'table3', 'sweep_command', 'fill_commands', 'command_list']
 
@@ -16,6 +16,8 @@ import csv
 import math
 from collections.abc import Iterable
 from dataclasses import fields
+from functools import cache
+from itertools import permutations
 from pathlib import Path
 from statistics import median
 
@@ -179,16 +181,18 @@ def shown(
     metric: str,
     digits: int | None = None,  # after the point; None: what the error has a use for, or three in all
 ) -> str:
-    "Mean ± standard error of a metric; a dash for what is not measured."
+    "Mean ± standard error of a metric, of two seeds without; a dash for what is not measured."
     mean, se = ((row or {}).get(f"{metric}_{k}") for k in ("mean", "se"))
     if mean is None:
         return "–"
+    if len(row.get("seeds", "0 1 2").split()) < 3:
+        se = None
     if digits is None:
         places = -math.floor(math.log10(se)) if se else 2 - math.floor(math.log10(max(abs(mean), 1)))
         digits = max(0, places)
     return f"{mean:.{digits}f}" + (f" ± {se:.{digits}f}" if se is not None else "")
 
-
+# %% ../nbs/13_results.ipynb #130116c
 def choose(
     rows: Iterable[dict],
     metric: str,  # less is better
@@ -367,12 +371,29 @@ def rank_correlation(
     return float(spearmanr(xs, ys).statistic)
 
 
-def is_clear_rank(rho: float | None, n: int) -> bool:
-    "Whether n independent points have such a rank correlation by chance in less than 5 % of cases."
-    if rho is None or n <= 4:
-        return False
+@cache
+def _chance_ranks(n):
+    "ρ of every order of n points."
+    orders = np.array([*permutations(range(n))])
+    return 1 - 6 * ((orders - np.arange(n)) ** 2).sum(1) / (n * (n * n - 1))
+
+
+def rank_p(rho: float | None, n: int) -> float:
+    "The share of all orders of n points that have such a ρ, of either sign; beyond eight, by Student's t."
+    if rho is None:
+        return 1.0
+    if n <= 8:
+        return float((abs(_chance_ranks(n)) >= abs(rho) - 1e-9).mean())
     t = abs(rho) * math.sqrt((n - 2) / max(1 - rho**2, 1e-9))
-    return bool(2 * student.sf(t, n - 2) < 0.05)
+    return float(2 * student.sf(t, n - 2))
+
+# %% ../nbs/13_results.ipynb #130141h
+def holm(p: list[float]) -> list[float]:  # adjusted, in the same order
+    "Holm's correction of p values for their number."
+    order, out, so_far = sorted(range(len(p)), key=p.__getitem__), [0.0] * len(p), 0.0
+    for rank, i in enumerate(order):
+        so_far = out[i] = max(so_far, min(1.0, (len(p) - rank) * p[i]))
+    return out
 
 
 def show_rank(rho: float | None) -> str:
@@ -395,6 +416,14 @@ def resemblance(
             printed, ours = [theirs[k] for k in both], [[mine[k][m] for k in both] for m in metrics]
             out[d] = len(both), *(rank_correlation(printed, column) for column in ours)
     return out
+
+# %% ../nbs/13_results.ipynb #130241
+def clear_ranks(
+    like: dict[str, tuple],  # as resemblance gives it
+) -> dict[str, list[bool]]:  # data set: of reconstructions, of samples
+    "Which correlations chance does not give, corrected for their number."
+    p = holm([rank_p(rho, n) for n, *rhos in like.values() for rho in rhos])
+    return {d: [p[2 * i] < 0.05, p[2 * i + 1] < 0.05] for i, d in enumerate(like)}
 
 # %% ../nbs/13_results.ipynb #130043
 def _unmeasured(ax):

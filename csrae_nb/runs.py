@@ -145,6 +145,7 @@ def prepare_data(
     data: Any = None,  # a Dataset, or arrays as load_data takes them; None: load cfg.dataset
 ) -> Dataset:
     "The data of a configuration, loaded if need be and checked against it; ValueError if they do not fit."
+    given = data
     if data is None and cfg.dataset == "arrays":
         raise ValueError('dataset="arrays" needs the arrays: fit(cfg, dict(x=..., y=...))')
     if os.path.exists(os.path.expanduser(cfg.dataset)):  # only here is it asked what it holds
@@ -155,10 +156,10 @@ def prepare_data(
     _check_data(cfg, data)
     task_of(cfg).check(data)
     if data.name != dataset_name(cfg.dataset):
-        raise ValueError(
-            f"the config says dataset {cfg.dataset!r}, the data are {data.name!r}; "
-            'for arrays of your own say dataset="arrays"'
-        )
+        remedy = 'for arrays of your own say dataset="arrays"'
+        if given is None:
+            remedy = f"the loader of {cfg.dataset!r} should give them that name, as Dataset(name=...)"
+        raise ValueError(f"the config says dataset {cfg.dataset!r}, the data are {data.name!r}; {remedy}")
     return data
 
 # %% ../nbs/09e_runs.ipynb #095112

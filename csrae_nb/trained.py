@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 # %% ../nbs/23_after_training.ipynb #230102
-from .catalogue import DATASETS, TABLES, dataset_name, load_data, loader_of
+from .catalogue import DATASETS, TABLES, dataset_name, is_ink, load_data, loader_of
 from .config import command, identity
 from csrae_nb.data import (
     BINARISATION_SEED,
@@ -434,7 +434,7 @@ def sample_examples(
         _check_component(run, p, component)
     return run.model.sample(n, g, component, p).cpu()
 
-
+# %% ../nbs/23_after_training.ipynb #230020b
 def _check_component(run, p, k):
     if not 0 <= k < len(p.logw):
         raise ValueError(f"component={k}; the prior of {run.path.name} has 0 to {len(p.logw) - 1}")
@@ -452,6 +452,7 @@ def show_sheet(
     xs: Float[Tensor, "n *X"],
     columns: int = 8,  # pictures in a row
     names: tuple[str, ...] = (),  # of a table's columns
+    ink: bool = True,  # as show_examples takes it
 ) -> Figure:
     "Examples on one picture: a grid of images, points, or lines."
     if not is_picture(tuple(xs.shape[1:])):
@@ -459,7 +460,7 @@ def show_sheet(
         show_examples(ax, xs, names=names)
         return fig
     fig = plt.figure(figsize=(columns * 0.8, -(-len(xs) // columns) * 0.8))
-    show_examples(fig.add_axes((0, 0, 1, 1)), xs, columns)
+    show_examples(fig.add_axes((0, 0, 1, 1)), xs, columns, ink=ink)
     return fig
 
 # %% ../nbs/23_after_training.ipynb #230024
@@ -502,13 +503,13 @@ def cluster_examples(run: Run, examples: Examples, clusters: int) -> list[dict]:
 @torch.no_grad()
 def report(run: Run) -> str:
     "An HTML page about a run that needs no other file."
-    p, figures = run.model.prior(), {"Training": plot_history(run)}
-    figures["Samples"] = show_sheet(sample_examples(run, 64), 16, run.columns)
+    p, figures, ink = run.model.prior(), {"Training": plot_history(run)}, is_ink(run.cfg.dataset)
+    figures["Samples"] = show_sheet(sample_examples(run, 64), 16, run.columns, ink)
     if (K := len(p.logw)) > 1:
         heaviest = p.logw.argsort(descending=True)[:12].tolist()
         samples = torch.cat([sample_examples(run, 16, k, seed=k) for k in heaviest])
         each = ", one row each" if is_picture(run.x_shape) else ""
-        figures[f"Samples of the heaviest components{each}"] = show_sheet(samples, 16, run.columns)
+        figures[f"Samples of the heaviest components{each}"] = show_sheet(samples, 16, run.columns, ink)
     if 3 <= K <= MOST_MAPPED:
         figures["Components in the plane, by their distances, coloured by cluster"] = _map(run)
     made = dict(

@@ -11,6 +11,7 @@ import csv
 import io
 import sys
 import warnings
+from functools import partial
 from glob import escape
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import torch
 
 # %% ../nbs/23b_csrae.ipynb #235102
 from . import __version__, sweeps
-from .catalogue import ARRAYS
+from .catalogue import ARRAYS, is_ink
 from .evaluation import complete_run, write_table
 from .files import RunLocked, runs_folder, write_atomic
 from .detection import DETECTORS
@@ -127,10 +128,12 @@ def _sample(o):
     check_output(o.out, EXAMPLES, o.force)
     if o.cluster is not None and o.component is not None:
         raise ValueError("--component and --cluster; expected one of them at most")
+    if o.clusters is not None and o.cluster is None:
+        raise ValueError("--clusters says how many there are; --cluster N draws from one of them")
     run = open_run(o.run, o.device)
     _check_table(o.out, run)
     component = o.component if o.cluster is None else _components_of(run, o.cluster, o.clusters)
-    _write_examples(o.out, sample_examples(run, o.n, component, o.temperature, o.seed), run.columns)
+    _write_examples(o.out, sample_examples(run, o.n, component, o.temperature, o.seed), run)
 
 
 def _components_of(run, cluster, clusters):
@@ -140,19 +143,19 @@ def _components_of(run, cluster, clusters):
         raise ValueError(f"cluster={cluster}; {run.path.name} has clusters 0 to {max(of)} of components")
     return [k for k, c in enumerate(of) if c == cluster]
 
-
+# %% ../nbs/23b_csrae.ipynb #235006r
 def _reconstruct(o):
     check_output(o.out, EXAMPLES, o.force)
     run = open_run(o.run, o.device)
     _check_table(o.out, run)
     x = read_examples(run, o.data).x
     if o.out.suffix.lower() not in PICTURES:
-        _write_examples(o.out, run.model.reconstruct(x.to(run.device)).cpu(), run.columns)
+        _write_examples(o.out, run.model.reconstruct(x.to(run.device)).cpu(), run)
         return
     x = x[: o.n]
     back = run.model.reconstruct(x.to(run.device)).cpu()
     pairs = torch.stack([x, back], 1).flatten(0, 1)  # each beside its reconstruction
-    _write_examples(o.out, pairs, run.columns)
+    _write_examples(o.out, pairs, run)
 
 # %% ../nbs/23b_csrae.ipynb #235106
 def _check_table(out, run):
@@ -172,28 +175,30 @@ def _table(xs, names):
     return out.getvalue().encode()
 
 
-def _picture(xs, names, kind):
+def _picture(xs, run, kind):
     "Examples as the file of a picture."
-    fig, out = show_sheet(xs, names=names), io.BytesIO()
+    fig, out = show_sheet(xs, names=run.columns, ink=is_ink(run.cfg.dataset)), io.BytesIO()
     fig.savefig(out, format=kind, dpi=100)
     plt.close(fig)
     return out.getvalue()
 
-
-def _write_examples(out, xs, names=()):
-    "As a picture, or a table whose columns have these names, or as an archive with the array x."
+# %% ../nbs/23b_csrae.ipynb #235106w
+def _write_examples(out, xs, run):
+    "Examples of a run as a picture or a table, or as an archive with the array x."
     kind = out.suffix.lower()[1:]
     if kind == "npz":
         np.savez(file := io.BytesIO(), x=xs.numpy())
         made = file.getvalue()
     else:
-        made = _table(xs, names) if kind == "csv" else _picture(xs, names, kind)
+        made = _table(xs, run.columns) if kind == "csv" else _picture(xs, run, kind)
     write_atomic(out, made)
     print(f"{out}: {len(xs):,} examples")
 
 # %% ../nbs/23b_csrae.ipynb #235007
 def _clusters(o):
     check_output(o.out, (".csv",), o.force)
+    if o.data and not o.codes:
+        check_output(of := o.out.with_name(f"{o.out.stem}_examples.csv"), (".csv",), o.force)
     if o.codes and not (o.data and o.clusters):
         raise ValueError("--codes needs examples and a number: csrae clusters RUN DATA --codes --clusters 10")
     run = open_run(o.run, o.device)
@@ -207,7 +212,6 @@ def _clusters(o):
     write_table(o.out, rows)
     print(f"{o.out}: {what} in {1 + max(r['cluster'] for r in rows)} clusters")
     if examples and not o.codes:
-        of = o.out.with_name(f"{o.out.stem}_examples.csv")
         write_table(of, [dict(name=n, cluster=c) for n, c in zip(examples.names, cluster.tolist())])
         print(f"{of}: the clusters of {len(examples):,} examples")
 
@@ -218,6 +222,16 @@ def _report(o):
     print(o.out)
 
 # %% ../nbs/23b_csrae.ipynb #235009
+def _count(text, least=1):
+    "A whole number of a command, of at least so many."
+    try:
+        if (n := int(text)) >= least:
+            return n
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number of at least {least}")
+
+# %% ../nbs/23b_csrae.ipynb #235019
 def _parser():
     p = argparse.ArgumentParser(
         prog="csrae", description="Train an autoencoder with a mixture prior, and use it."
@@ -231,11 +245,17 @@ def _parser():
     _with_output(encode, "table, .csv, .parquet or .npz")
     score = _on_data(verbs, "score", "the most unusual examples first")
     _with_output(score, "all of them, as .csv or .parquet", required=False)
-    score.add_argument("--top", type=int, default=20, help="how many to print (20)")
+    score.add_argument("--top", type=_count, default=20, help="how many to print (20)")
     for one in (encode, score):
-        one.add_argument("--ll-samples", type=int, default=0, help="draws for log p(x); 0: leave it out (0)")
+        one.add_argument(
+            "--ll-samples",
+            type=partial(_count, least=0),
+            default=0,
+            help="draws for log p(x); 0: leave it out (0)",
+        )
     _add_predict(verbs)
-    _add_pictures(verbs)
+    _add_sample(verbs)
+    _add_reconstruct(verbs)
     _add_clusters(verbs)
     _with_output(_on_run(verbs, "report", "a page about a run, which needs no other file"), "page, .html")
     return p
@@ -275,20 +295,23 @@ def _add_predict(verbs):
     predict.add_argument("--every", type=int, help="frames from one such picture to the next (eight a video)")
 
 # %% ../nbs/23b_csrae.ipynb #235109
-def _add_pictures(verbs):
+def _add_sample(verbs):
     sample = _on_run(verbs, "sample", "new examples from the prior")
-    sample.add_argument("-n", type=int, default=64, help="how many (64)")
+    sample.add_argument("-n", type=_count, default=64, help="how many (64)")
     sample.add_argument("--component", type=int, help="of the prior (all)")
     sample.add_argument("--cluster", type=int, help="of its components, as csrae clusters joins them (all)")
-    sample.add_argument("--clusters", type=int, help="how many there are (as their graph suggests)")
+    sample.add_argument("--clusters", type=_count, help="how many there are (as their graph suggests)")
     sample.add_argument("--temperature", type=float, default=1.0, help="factor of its deviations (1)")
     sample.add_argument("--seed", type=int, default=0, help="other samples (0)")
     _with_output(sample, "picture, .npz, or of a table .csv")
+
+
+def _add_reconstruct(verbs):
     pairs = _on_data(verbs, "reconstruct", "examples and what the model makes of them")
-    pairs.add_argument("-n", type=int, default=32, help="pairs in a picture (32)")
+    pairs.add_argument("-n", type=_count, default=32, help="pairs in a picture (32)")
     _with_output(pairs, "picture of pairs; .npz, or of a table .csv, with all reconstructions")
 
-
+# %% ../nbs/23b_csrae.ipynb #235119
 def _on_run(verbs, name, what):
     p = verbs.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
     p.add_argument("run", metavar="RUN", help="folder or name of a run, saved model, or name on the Hub")
@@ -314,7 +337,7 @@ def _with_output(p, what, required=True):
 def _add_clusters(verbs):
     clusters = _on_data(verbs, "clusters", "the prior's components joined, or examples", nargs="?")
     clusters.add_argument(
-        "--clusters", type=int, help="how many; of components, if not said, as their graph suggests"
+        "--clusters", type=_count, help="how many; of components, if not said, as their graph suggests"
     )
     clusters.add_argument(
         "--codes", action="store_true", help="cluster the examples, by their codes' neighbours"

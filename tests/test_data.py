@@ -959,3 +959,28 @@ def test_real_cifar10(real):
         torch.cat([d.x_train, d.x_val]).mean((0, 2, 3)) + 0.5
     ).tolist()  # the means that everybody normalises by
     assert mean == pytest.approx([0.4914, 0.4822, 0.4465], abs=1e-4)
+
+
+def test_what_is_transparent_is_white(tmp_path):
+    image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    image.putpixel((1, 1), (0, 0, 0, 255))
+    for mode in ("RGBA", "LA"):
+        image.convert(mode).save(tmp_path / "icon.png")
+        _, x = formats.folder_images(tmp_path / "icon.png")
+        assert (x == 0).sum() == (3 if mode == "RGBA" else 1) and (x == 255).sum() == x.size - (x == 0).sum()
+
+
+def test_labels_of_a_csv_are_stripped_and_its_signs_are_explained(tmp_path):
+    table = tmp_path / "t.csv"
+    table.write_text("a, ok, y\n1, True, u\n4, false,v\n2, TRUE , v\n")
+    arrays, names = formats.read_table(table)
+    assert names == ("a", "ok") and arrays["x"].tolist() == [[1, 1], [4, 0], [2, 1]]
+    assert arrays["y"].tolist() == ["u", "v", "v"]
+    table.write_text("a;b\n0,5;0,1\n")
+    with pytest.raises(ValueError, match="parted by ';', expected commas"):
+        formats.read_table(table)
+
+
+def test_a_data_set_of_ours_keeps_its_name():
+    with pytest.raises(ValueError, match="'mnist' is there already"):
+        catalogue.add_arrays("mnist", lambda: ({}, {}), "gaussian")

@@ -1,8 +1,10 @@
 "Two layers: every model learns with them, goes on where it stopped, and is measured; or is refused."
 
-from dataclasses import replace
+import copy
 import math
+import pickle
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -350,3 +352,10 @@ def test_an_estimator_knows_both_layers():
     terms = mean_terms(est.model_, seen, torch.Generator().manual_seed(0))
     parts = terms["reconstruction"] + terms["divergence"] + terms["divergence_lower"]
     assert est.score(x) == pytest.approx(-parts - scale, abs=0.3)
+
+
+def test_two_layers_go_through_a_pickle():
+    est = CSRAEEmbedding(epochs=1, components=5, random_state=0, config=dict(layers=2)).fit(ROWS)
+    again = pickle.loads(pickle.dumps(est))
+    assert np.array_equal(again.transform(ROWS), est.transform(ROWS))
+    assert type(again.model_) is type(est.model_) is type(copy.deepcopy(est.model_))

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from csrae_nb.models import CSRAE, MODELS
+from csrae_nb.priors import PRIORS
 from csrae_nb.registry import Registry
 
 ROOT = Path(__file__).parents[1]
@@ -206,3 +208,15 @@ def test_another_module_does_not_replace_an_entry_of_the_same_name():
         shapes.add("Square", theirs)
     shapes.add("Square", on_a_page)
     assert shapes["Square"] is on_a_page
+
+
+def test_what_must_be_said_of_an_entry_is_asked_for():
+    for about, says in (
+        (dict(prior="normal"), "without weight="),
+        (dict(weight="lam", wieght=1), "with wieght="),
+    ):
+        with pytest.raises(ValueError, match=says):
+            MODELS.register("Mine", **about)(CSRAE)
+    with pytest.raises(ValueError, match="'mine' is registered without uses="):
+        PRIORS.register("mine")(lambda cfg, encoder, pseudo_inputs: None)
+    assert "Mine" not in MODELS and "mine" not in PRIORS

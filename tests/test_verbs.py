@@ -13,15 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from csrae_nb import __version__
-from csrae_nb.catalogue import ARRAYS, load_data
+from csrae_nb.catalogue import ARRAYS, is_ink, load_data
 from csrae_nb.config import Config
 from csrae_nb.grids import FIELDS
 from csrae_nb.runs import fit, load_run
 from csrae_nb import trained
 from csrae_nb.sharing import Pretrained
-from csrae_nb.trained import Examples, open_run, write_encoded, write_scored
+from csrae_nb.trained import Examples, open_run, read_examples, show_sheet, write_encoded, write_scored
 from csrae_nb.verbs import VERBS, main
 
 PROGRAM = "import sys; from csrae_nb.{} import main; sys.exit(main())"
@@ -118,6 +119,14 @@ def test_help_names_every_word(verb, capsys):
         (["encode", "{mixture}", "{wide}", "--out", "{out}.csv"], "(4, 9)"),
         (["encode", "{mixture}", "digits", "--out", "{out}.xlsx"], "expected one of .csv, .npz"),
         (["sample", "{mixture}", "--temperature", "-1", "--out", "{out}.png"], "temperature=-1"),
+        (["sample", "{mixture}", "--clusters", "3", "--out", "{out}.png"], "--cluster N draws from one"),
+        (
+            ["sample", "{mixture}", "--cluster", "9", "--clusters", "3", "--out", "{out}.png"],
+            "clusters 0 to 2",
+        ),
+        (["reconstruct", "{mixture}", "digits", "-n", "0", "--out", "{out}.png"], "at least 1"),
+        (["clusters", "{mixture}", "--clusters", "0", "--out", "{out}.csv"], "at least 1"),
+        (["encode", "{mixture}", "digits", "--ll-samples", "-5", "--out", "{out}.csv"], "at least 0"),
         (["train", "dataset=digits", "seed=0,1"], "csrae train takes one"),
         (["train", "dataset=mnits"], "mnits"),
     ],
@@ -128,6 +137,39 @@ def test_what_cannot_be_is_said_before_anything_is_written(runs, tmp_path, words
     with pytest.raises(SystemExit) as e:
         main([w.format(**names) for w in words])
     assert e.value.code == 2 and says in capsys.readouterr().err and not list(tmp_path.glob("out*"))
+
+
+def test_neither_of_two_tables_is_overwritten(runs, tmp_path, capsys):
+    (tmp_path / "cl_examples.csv").write_text("mine")
+    with pytest.raises(SystemExit):
+        main(["clusters", str(runs / "mixture"), "digits", "--out", str(tmp_path / "cl.csv")])
+    assert "cl_examples.csv is there already" in capsys.readouterr().err
+    assert (tmp_path / "cl_examples.csv").read_text() == "mine" and not (tmp_path / "cl.csv").exists()
+
+
+def test_black_and_white_pictures_are_read_as_the_grey_ones_of_training(tmp_path):
+    rng = np.random.default_rng(0)
+    for folder, pictures in (
+        ("grey", rng.integers(0, 256, (60, 6, 6), dtype=np.uint8)),
+        ("bw", 255 * rng.integers(0, 2, (5, 6, 6), dtype=np.uint8)),
+    ):
+        (tmp_path / folder).mkdir()
+        for i, x in enumerate(pictures):
+            Image.fromarray(x).save(tmp_path / folder / f"{i:02}.png")
+    run = fit(Config(**BRIEF, dataset=str(tmp_path / "grey"), batch_size=20, components=3), progress=False)
+    together, alone = read_examples(run, tmp_path / "bw"), read_examples(run, tmp_path / "bw" / "00.png")
+    assert together.x.equal(read_examples(run, pictures).x)
+    assert alone.x.equal(together.x[:1]) and together.x.unique().tolist() == [-0.5, 0.5]
+
+
+def test_pictures_of_ones_own_are_shown_as_they_are(tmp_path):
+    dark, out = torch.zeros(4, 8, 8), []
+    dark[:, 2:4] = 1
+    for ink in (True, False):
+        fig = show_sheet(dark, 2, ink=ink)
+        fig.savefig(tmp_path / "sheet.png")
+        out.append(np.asarray(Image.open(tmp_path / "sheet.png").convert("L")).mean())
+    assert out[0] > 127 > out[1] and is_ink("mnist") and not is_ink("arrays") and not is_ink("photos/")
 
 
 def test_a_saved_model_is_put_to_work_like_its_run(runs, tmp_path):
@@ -280,6 +322,7 @@ def test_version_and_the_runs_that_there_are(runs, tmp_path, monkeypatch, capsys
     assert list(there)[0] == "labels" and list(there)[-1] == "damaged" and len(there) == 6
     state = {name: r["state"] for name, r in there.items()}
     assert state.pop("begun") == "stopped" and state.pop("damaged") == "unreadable"
+    assert there["damaged"]["problem"] and not there["labels"]["problem"]
     assert {*state.values()} == {"finished"}
     measures = {name: r["measure"] for name, r in there.items()}
     assert measures["labels"] == measures["classifier"] == "error" and measures["mixture"] == "criterion"

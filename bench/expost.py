@@ -1,0 +1,80 @@
+"""`python -m bench.expost RUN … --csv FILE`: mixtures of full covariance fitted to codes after training.
+
+The tables' fitted mixtures are diagonal, as the priors are. Ghosh et al. (2020) fit ten components of full
+covariance, which know more of codes that hang together: here both, of several sizes, beside the prior as
+trained. `log_density` is of the validation images' codes, by which a size can be chosen without samples."""
+
+import torch
+from sklearn.mixture import GaussianMixture
+from threadpoolctl import threadpool_limits
+from tqdm.auto import tqdm
+
+from csrae_nb.evaluation import expost_mixture, real_images, run_codes, write_table
+from csrae_nb.metrics import classifier_features, feature_statistics, frechet_distance, precision_and_coverage
+from csrae_nb.mixtures import FullGMM
+from csrae_nb.results import read_rows
+
+from .rulers import asked, described, parser_of
+
+SIZES = dict(full=(1, 10, 100), diagonal=(10, 100, 400))
+SAMPLES, NEAR = 10_000, 5_000
+KEY = ("dataset", "model", "prior", "components", "objective", "queue", "latent_dim")
+KEY += ("weight", "epochs", "seed", "source", "fitted")
+
+
+def full_mixture(codes, K, seed):
+    "By scikit-learn: k-means, then EM until the mean log density gains less than a thousandth of a nat."
+    with threadpool_limits(1):
+        found = GaussianMixture(K, random_state=seed).fit(codes.double().numpy())
+    parts = found.weights_, found.means_, found.covariances_
+    weights, mu, cov = (torch.from_numpy(p).float() for p in parts)
+    return FullGMM(weights.clamp_min(1e-12).log().log_softmax(0), mu, cov)
+
+
+def sources(run, codes):
+    "What samples are drawn from: its kind, its components, and a function that gives it."
+    yield "prior", len(run.model.prior().logw), run.model.prior
+    for K in SIZES["diagonal"]:
+        yield "diagonal", K, lambda K=K: expost_mixture(codes, K, run.cfg.seed)
+    for K in SIZES["full"]:
+        yield "full", K, lambda K=K: full_mixture(codes, K, run.cfg.seed)
+
+
+def measured(run, source, real, features, images, near):
+    "Distance, precision, recall and coverage of samples."
+    g = torch.Generator().manual_seed(run.cfg.seed)
+    xs = (run.model.sample(500, g, prior=source) for _ in range(0, SAMPLES, 500))
+    seen = [features.of((x > 0.5).to(x.dtype) if binary(real) else x) for x in xs]
+    distance = frechet_distance(feature_statistics(lambda f: f, seen), images)
+    return dict(distance=round(distance, 4)) | precision_and_coverage(near, torch.cat(seen)[:NEAR])
+
+
+def binary(real):
+    "Whether pictures are compared in black and white."
+    return real.likelihood == "bernoulli" and not real.dynamic
+
+
+@torch.no_grad()
+def main():
+    o, runs, data = asked(parser_of(__doc__))
+    real = real_images(data)
+    features = classifier_features(real)
+    order = torch.randperm(len(real.x_test), generator=torch.Generator().manual_seed(0))
+    images = feature_statistics(features.of, (real.x_test[i] for i in order[:SAMPLES].split(500)))
+    near = torch.cat([features.of(real.x_test[i]) for i in order[:NEAR].split(500)])
+    rows = read_rows(o.csv, KEY)
+    done = {tuple(r[k] for k in KEY) for r in rows}
+    for run in tqdm(runs):
+        codes, val = (run_codes(run, data, part) for part in ("train", "val"))
+        for kind, K, make in sources(run, codes):
+            row = described(run) | dict(epochs=run.cfg.epochs, source=kind, fitted=K)
+            if tuple(row[k] for k in KEY) in done:
+                continue
+            source = make()
+            row["log_density"] = source.log_prob(val).mean().item()
+            rows.append(row | measured(run, source, real, features, images, near))
+            write_table(o.csv, rows)
+
+
+if __name__ == "__main__":
+    main()
