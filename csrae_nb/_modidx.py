@@ -1921,6 +1921,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'csrae_nb.verbs._stopped': ('nbs/csrae.html#_stopped', 'csrae_nb/verbs.py'),
                                 'csrae_nb.verbs._table': ('nbs/csrae.html#_table', 'csrae_nb/verbs.py'),
                                 'csrae_nb.verbs._train': ('nbs/csrae.html#_train', 'csrae_nb/verbs.py'),
+                                'csrae_nb.verbs._with_draws': ('nbs/csrae.html#_with_draws', 'csrae_nb/verbs.py'),
                                 'csrae_nb.verbs._with_output': ('nbs/csrae.html#_with_output', 'csrae_nb/verbs.py'),
                                 'csrae_nb.verbs._word': ('nbs/csrae.html#_word', 'csrae_nb/verbs.py'),
                                 'csrae_nb.verbs._write_examples': ('nbs/csrae.html#_write_examples', 'csrae_nb/verbs.py'),

@@ -382,9 +382,7 @@ def evidence(folder: Path | str | None = None) -> dict[str, list[dict]]:  # name
     pool, semisup = merge(*tables.values()), equal_training(read_results(SEMISUP, folder))
     return {name: with_errors(rows, pool) for name, rows in tables.items()} | {
         "all": with_errors(pool, pool),
-        "likelihoods": with_errors(
-            [r for r in read_results("table2", folder) if r.get("log_likelihood_mean")], pool
-        ),
+        "likelihoods": with_errors(read_results("likelihoods", folder), pool),
         SEMISUP: with_errors(semisup, semisup),
     }
 
@@ -624,7 +622,7 @@ def criterion_claim(tables: dict) -> Claim:
 def likelihood_claim(tables: dict) -> Claim:
     "Whether a low criterion goes with a high likelihood."
     claim = "§4.2, Fig. 3c: a low criterion means a low −LL, though their minima may differ"
-    rows = by_lam(tables["figure3"], "criterion", "log_likelihood")
+    rows = by_lam(where(tables["likelihoods"], model="CSRAE", latent_dim=40), "criterion", "log_likelihood")
     rho = rank_over_weights(rows, "criterion", "log_likelihood", -1)
     if rho is None:
         return Claim(claim, "", judge_rank(rho))

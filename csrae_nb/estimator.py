@@ -127,7 +127,8 @@ class _Components(_Parameters):
         return _joined(self, clusters)
 
     def score(self, X, y=None) -> float:  # nats per row; y is ignored
-        "Mean of E log p(x|z) − D(q‖p), greater is better; D without λ or β, densities in the data's units."
+        """Mean of E log p(x|z) − D(q‖p), greater is better; D without λ or β, densities in the data's units.
+        Of models whose codes are points log p(x|z) alone."""
         return _score(self, X)
 
     def score_samples(
@@ -489,7 +490,9 @@ def _score(est, X):
     x, _ = _known_rows(est, X)
     log_scale = np.log(est.scaler_.scale_).sum() if est.scaler_ else 0.0
     terms = mean_terms(est.model_, x, generator(est.config_.seed, "score"))
-    divergences = sum(v for k, v in terms.items() if k.startswith("divergence"))  # of two layers, two
+    divergences = 0.0
+    if est.model_.has_likelihood:
+        divergences = sum(v for k, v in terms.items() if k.startswith("divergence"))  # of two layers, two
     return float(-terms["reconstruction"] - divergences - log_scale)
 
 # %% ../nbs/20_estimator.ipynb #200238

@@ -547,7 +547,7 @@ def _stacked(folder, files, images):
         return np.stack([x.transpose(2, 0, 1) if x.ndim == 3 else np.stack([x] * 3) for x in images])
     return np.stack(images)
 
-
+# %% ../nbs/08b_formats.ipynb #082273
 def read_folder(
     path: Path,  # of the folder
 ) -> tuple[dict, dict[str, str]]:  # arrays; name of the folder and SHA-256 of the names and contents in it

@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -139,7 +140,12 @@ def read_words(
 ) -> list[Config]:
     "The configurations that the words of a command ask for; ValueError or OSError for what cannot be."
     typed = [w for w in words if "=" in w and not w.endswith(".toml")]
-    fields, files = dict(map(parse_field, typed)), [w for w in words if w not in typed]
+    pairs, files = [*map(parse_field, typed)], [w for w in words if w not in typed]
+    if odd := [w for w in files if not w.endswith(".toml")]:
+        raise ValueError(f"{odd[0]!r} is neither field=value nor a .toml file")
+    if twice := [k for k, n in Counter(k for k, _ in pairs).items() if n > 1]:
+        raise ValueError(f"{twice[0]} is given twice; several values are {twice[0]}=a,b")
+    fields = dict(pairs)
     return [c for f in files for c in read_sweep(f, fields)] if files else expand(fields)
 
 # %% ../nbs/12_grids.ipynb #120045

@@ -63,7 +63,7 @@ def warmed_up(epoch: int, warmup: int) -> float:  # 0 to 1
     "How far a warm-up of so many epochs has come in an epoch, counted from 1."
     return min(1.0, epoch / warmup) if warmup else 1.0
 
-
+# %% ../nbs/06_models.ipynb #060151
 class Weight(nn.Module):
     "What a term is multiplied by: `full`, in the epochs of a warm-up a growing part of it."
 

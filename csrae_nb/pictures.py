@@ -281,13 +281,8 @@ def compare_samples(
     for ax, (name, r) in zip(axs.flat, runs.items()):
         codes = sample_sources(r, run_codes(r, data, "train"))[source]
         g = generator(r.cfg.seed, "samples", device=r.device)
-        show_examples(
-            ax,
-            r.model.sample(n, g, prior=codes),
-            columns=(n + 1) // 2,
-            names=r.columns,
-            ink=is_ink(r.cfg.dataset),
-        )
+        xs, how = r.model.sample(n, g, prior=codes), dict(names=r.columns, ink=is_ink(r.cfg.dataset))
+        show_examples(ax, xs, columns=(n + 1) // 2, **how)
         ax.label_outer()
         ax.set_title(name, fontsize=9, loc="left", pad=2)
     fig.suptitle(f"codes from {SOURCES[source]}", fontsize=10)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from .mixtures import GMM, as_gmm, pairwise_log_overlap, unchecked
 from .registry import Registry
@@ -250,6 +251,8 @@ class VampPrior(Prior):
 
     def forward(self) -> GMM:
         q = self._encoder[0](self.pseudo_inputs)
+        if isinstance(q, Distribution):
+            q = as_gmm(q)
         if not isinstance(q, GMM):
             raise ValueError(
                 f"the encoder of a VampPrior gave a {type(q).__name__}; expected one that gives a GMM: "

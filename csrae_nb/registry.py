@@ -114,8 +114,12 @@ def load_plugins() -> None:
     if _loaded:
         return
     _loaded.append(GROUP)
-    for name in PLUGINS:
-        import_module(name)
+    try:
+        for name in PLUGINS:
+            import_module(name)
+    except BaseException:
+        _loaded.clear()  # the same is said the next time, not that a name is unknown
+        raise
     for point in entry_points(group=GROUP):
         try:
             point.load()

@@ -574,7 +574,10 @@ def _scatter(ax, rows, x, y, sign=1, **kw):
         )
 
 # %% ../nbs/13_results.ipynb #130153
-def plot_figure3(rows: list[dict]) -> Figure:  # of CSRAE
+def plot_figure3(
+    rows: list[dict],  # of CSRAE
+    likely: list[dict],  # of which there are likelihoods
+) -> Figure:
     "The three panels of Fig. 3; (b) for reconstructions and for samples."
     kind = distance_kind(rows)
     fig, axs = plt.subplots(2, 2, figsize=(9.5, 7), layout="constrained")
@@ -587,7 +590,7 @@ def plot_figure3(rows: list[dict]) -> Figure:  # of CSRAE
         ax.set(xlabel=criterion, ylabel=LABELS[kind], title=f"(b) {s}")
     b1.set_yscale("log")
     plain_log(b1.yaxis)
-    _scatter(c, rows, "criterion", "log_likelihood", -1, color="C2")
+    _scatter(c, likely, "criterion", "log_likelihood", -1, color="C2")
     c.set(xlabel=criterion, ylabel="$-\\log p(x)$, nats", title="(c) likelihood")
     return fig
 
@@ -609,17 +612,20 @@ _FIGURE3 = {
 }
 
 
-def where_lowest(rows: list[dict]) -> str:
-    "At which λ the criterion, the distances and the negative log-likelihood are lowest, in words."
+def where_lowest(
+    rows: list[dict],  # of CSRAE
+    likely: list[dict],  # of which there are likelihoods
+) -> str:
+    "At which λ the criterion, the distances and the negative log-likelihood are lowest, as a table."
     kind, rows = distance_kind(rows), by_lam(rows, "criterion")
     if len(rows) < 3:
         return "Not measured yet."
     lines = [["criterion", "", f"{lowest(rows, 'criterion')['lam']:g}", ""]]
-    distances = [(f"{kind}_{s}", title, 1) for s, title in _FIGURE3.items()]
-    for m, title, sign in [*distances, ("log_likelihood", "−log-likelihood", -1)]:
-        if best := lowest(rows, m, sign):
+    metrics = [(f"{kind}_{s}", title, 1, rows) for s, title in _FIGURE3.items()]
+    for m, title, sign, some in [*metrics, ("log_likelihood", "−log-likelihood", -1, likely)]:
+        if best := lowest(some, m, sign):
             value = shown(best, m).removeprefix("-" if sign < 0 else "")
-            rho = rank_over_weights(rows, "criterion", m, sign)
+            rho = rank_over_weights(some, "criterion", m, sign)
             lines.append([title, value, f"{best['lam']:g}", show_rank(rho)])
     return markdown_table(["metric", "best value", "at λ", "rank correlation with the criterion"], lines)
 

@@ -11,6 +11,7 @@ import csv
 import io
 import sys
 import warnings
+from dataclasses import replace
 from functools import partial
 from glob import escape
 from pathlib import Path
@@ -48,9 +49,11 @@ _MAIN += " error f1 icc"
 
 
 def _train(o):
-    configs = read_words(o.fields)
-    if len(configs) != 1:
+    names = [w.removeprefix("name=") for w in o.fields if w.startswith("name=")]
+    configs = read_words([w for w in o.fields if not w.startswith("name=")])
+    if len(configs) != 1 or len(names) > 1:
         raise ValueError(f"{len(configs)} configurations; csrae train takes one, csrae sweep any number")
+    configs = [replace(c, name=names[0] if names else None) for c in configs]
     metrics = complete_run(configs[0])
     shown = [f"{k} {metrics[k]:.5g}" for k in _MAIN.split() if metrics.get(k) is not None]
     if shown:  # not on stdout, which is the folder alone
@@ -247,18 +250,18 @@ def _parser():
     _with_output(score, "all of them, as .csv or .parquet", required=False)
     score.add_argument("--top", type=_count, default=20, help="how many to print (20)")
     for one in (encode, score):
-        one.add_argument(
-            "--ll-samples",
-            type=partial(_count, least=0),
-            default=0,
-            help="draws for log p(x); 0: leave it out (0)",
-        )
+        _with_draws(one)
     _add_predict(verbs)
     _add_sample(verbs)
     _add_reconstruct(verbs)
     _add_clusters(verbs)
     _with_output(_on_run(verbs, "report", "a page about a run, which needs no other file"), "page, .html")
     return p
+
+# %% ../nbs/23b_csrae.ipynb #235029
+def _with_draws(p):
+    none_or_more = partial(_count, least=0)
+    p.add_argument("--ll-samples", type=none_or_more, default=0, help="draws for log p(x) (0: leave it out)")
 
 # %% ../nbs/23b_csrae.ipynb #235409
 def _add_train(verbs):

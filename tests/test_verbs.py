@@ -129,6 +129,8 @@ def test_help_names_every_word(verb, capsys):
         (["encode", "{mixture}", "digits", "--ll-samples", "-5", "--out", "{out}.csv"], "at least 0"),
         (["train", "dataset=digits", "seed=0,1"], "csrae train takes one"),
         (["train", "dataset=mnits"], "mnits"),
+        (["train", "dataset", "digits"], "'dataset' is neither field=value nor a .toml file"),
+        (["train", "lr=1", "lr=0.001"], "lr is given twice"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_written(runs, tmp_path, words, says, capsys):
