@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -127,11 +127,13 @@ def _check_probabilities(weights):
     "ValueError for weights that are no tensor, or do not sum to one."
     if not isinstance(weights, Tensor):
         raise ValueError(f"GMM.mixture takes tensors: weights, mu and var; got a {type(weights).__name__}")
-    if not _can_look(weights):
+    if not _can_look(weights) or not weights.numel():
         return
     _refuse_nan("weights", weights)
-    off = (weights.sum(-1) - 1).flatten()
-    if weights.min() < 0 or (off.abs() > 1e-3 + 4 * torch.finfo(off.dtype).eps).any():
+    off, eps = (weights.double().sum(-1) - 1).flatten(), 0.0
+    if weights.is_floating_point():
+        eps = torch.finfo(weights.dtype).eps
+    if weights.min() < 0 or (off.abs() > 1e-3 + 4 * eps).any():
         total = 1 + off[off.abs().argmax()].item()
         raise ValueError(
             f"weights are probabilities, from 0 upwards, that sum to one; the least is {weights.min():.4g} "
@@ -173,6 +175,9 @@ class Share(Draws):
         whole = like.new_empty(()).expand(*batch, rows * self.n, D)
         return _standard_normal(whole, self.generator)[..., self.first :: self.n, :]
 
+# %% ../nbs/01b_mixtures.ipynb #010028k
+_Kind = TypeVar("_Kind", bound="Batched")
+
 # %% ../nbs/01b_mixtures.ipynb #010029b
 class Batched:
     "Three tensors that share batch axes: log weights, means, and variances or covariances."
@@ -194,24 +199,24 @@ class Batched:
         B = self.batch_shape
         return tuple(t.expand(*B, *t.shape[-n:]) for t, n in zip(self._parts(), self._axes))
 
-    def to(self, *args, **kw) -> "Batched":  # a device, a dtype, or both, as of a tensor
+    def to(self: _Kind, *args, **kw) -> _Kind:  # a device, a dtype, or both, as of a tensor
         "The same mixtures on another device, or in another precision."
         return type(self)(*(t.to(*args, **kw) for t in self._parts()))
 
     @unchecked()
-    def detach(self) -> "Batched":
+    def detach(self: _Kind) -> _Kind:
         "The same mixtures, to which no gradient goes."
         return type(self)(*(t.detach() for t in self._parts()))
 
     @unchecked()
-    def __getitem__(self, at) -> "Batched":  # of the batch axes alone, as a tensor takes it
+    def __getitem__(self: _Kind, at) -> _Kind:  # of the batch axes alone, as a tensor takes it
         "The mixtures of a part of the batch. ValueError for a single mixture, IndexError as of a tensor."
         if not (B := self.batch_shape):
             raise ValueError("this is a single mixture, without a batch to take a part of")
         rows = torch.arange(math.prod(B), device=self.mu.device).view(B)[at]
         return type(self)(*(t.flatten(0, len(B) - 1)[rows] for t in self.broadcast()))
 
-    def aggregate(self) -> "Batched":  # the batch without its last axis, of B·N components
+    def aggregate(self: _Kind) -> _Kind:  # the batch without its last axis, of B·N components
         """The mixture of a batch, ¹⁄B Σ_b q_b: of posteriors, the aggregate posterior; Eq. (23) of (17).
         ValueError for a single mixture, or none."""
         if not (B := self.batch_shape) or not B[-1]:
