@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .claims import evidence, fewest_errors_claim
 from .files import write_atomic
-from .matched import cooled, matched_prior, shares_kept
+from .matched import cooled, full_covariances, matched_prior, shares_kept
 from .pressure import AXES, QUESTIONS, compared, counted, measured, verdicts, with_best
 from .results import TITLES, markdown_table, read_results, where
 
@@ -86,8 +86,9 @@ def _matched(folder):
     shares = shares_kept(rows, ("recall", "coverage"))
     measured += [f"in {share}: {counted(some)}" for share, some in shares.items()]
     measured += [f"against VampPriorVAE: {counted(verdicts(vamp))}"] if vamp else []
+    measured += _of_full(folder)
     question = "Not in the paper: a prior matched to the aggregate. Nearer samples (Fréchet distance) than a "
-    question += "mixture fitted afterwards?"
+    question += "diagonal mixture fitted afterwards?"
     return _told(question, measured + _nearest(found, folder), said)
 
 # %% ../nbs/13e_answers.ipynb #1353229
@@ -104,6 +105,18 @@ def _nearest(found, folder):
     how = f"K = {r['components']}, λ = {r['lam']:g}, {r['epochs']} epochs"
     what = f"Fréchet distance in a classifier's features (lower is better), dynamic MNIST, {how}"
     return [f"{what}: {', '.join(distances)}"]
+
+# %% ../nbs/13e_answers.ipynb #135422
+def _of_full(folder):
+    "Such a prior as trained, and full covariances that were fitted to its codes."
+    of = {k[5:]: v for k, v in full_covariances(folder).items() if k[3] == "aggregate"}
+    if not of:
+        return []
+    trained = next(v for (source, _), v in of.items() if source == "prior")
+    full = {K: v["distance"] for (source, K), v in of.items() if source == "full"}
+    K = min(full, key=full.get)
+    what = f"{K} full covariances, fitted (one setting): {full[K]:.3g}, as trained {trained['distance']:.3g}"
+    return [what]
 
 # %% ../nbs/13e_answers.ipynb #135023
 def answers(folder: Path | str | None = None) -> list[Answer]:  # of the tables; None: results/
