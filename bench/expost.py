@@ -5,13 +5,10 @@ covariance, which know more of codes that hang together: here both, of several s
 trained. `log_density` is of the validation images' codes, by which a size can be chosen without samples."""
 
 import torch
-from sklearn.mixture import GaussianMixture
-from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from csrae_nb.evaluation import expost_mixture, real_images, run_codes, write_table
 from csrae_nb.metrics import classifier_features, feature_statistics, frechet_distance, precision_and_coverage
-from csrae_nb.mixtures import FullGMM
 from csrae_nb.results import read_rows
 
 from .rulers import asked, described, parser_of
@@ -22,22 +19,13 @@ KEY = ("dataset", "model", "prior", "components", "objective", "queue", "latent_
 KEY += ("weight", "epochs", "seed", "source", "fitted")
 
 
-def full_mixture(codes, K, seed):
-    "By scikit-learn: k-means, then EM until the mean log density gains less than a thousandth of a nat."
-    with threadpool_limits(1):
-        found = GaussianMixture(K, random_state=seed).fit(codes.double().numpy())
-    parts = found.weights_, found.means_, found.covariances_
-    weights, mu, cov = (torch.from_numpy(p).float() for p in parts)
-    return FullGMM(weights.clamp_min(1e-12).log().log_softmax(0), mu, cov)
-
-
 def sources(run, codes):
     "What samples are drawn from: its kind, its components, and a function that gives it."
     yield "prior", len(run.model.prior().logw), run.model.prior
     for K in SIZES["diagonal"]:
         yield "diagonal", K, lambda K=K: expost_mixture(codes, K, run.cfg.seed)
     for K in SIZES["full"]:
-        yield "full", K, lambda K=K: full_mixture(codes, K, run.cfg.seed)
+        yield "full", K, lambda K=K: expost_mixture(codes, K, run.cfg.seed, full=True)
 
 
 def measured(run, source, real, features, images, near):

@@ -415,6 +415,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'csrae_nb.evaluation._evaluate': ('nbs/evaluation.html#_evaluate', 'csrae_nb/evaluation.py'),
                                      'csrae_nb.evaluation._fid_features': ('nbs/evaluation.html#_fid_features', 'csrae_nb/evaluation.py'),
                                      'csrae_nb.evaluation._frechet': ('nbs/evaluation.html#_frechet', 'csrae_nb/evaluation.py'),
+                                     'csrae_nb.evaluation._full_mixture': ('nbs/evaluation.html#_full_mixture', 'csrae_nb/evaluation.py'),
                                      'csrae_nb.evaluation._image_sets': ('nbs/evaluation.html#_image_sets', 'csrae_nb/evaluation.py'),
                                      'csrae_nb.evaluation._is_as_asked': ('nbs/evaluation.html#_is_as_asked', 'csrae_nb/evaluation.py'),
                                      'csrae_nb.evaluation._knn': ('nbs/evaluation.html#_knn', 'csrae_nb/evaluation.py'),

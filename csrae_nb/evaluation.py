@@ -29,7 +29,7 @@ from torch import Tensor
 from . import __version__
 from .catalogue import dataset_name, load_data, preset
 from .data import Dataset, labelled_rows
-from .mixtures import GMM, unchecked
+from .mixtures import GMM, FullGMM, as_mixture, unchecked
 from csrae_nb.metrics import (
     Features,
     FIDUnavailable,
@@ -125,10 +125,13 @@ def expost_mixture(
     codes: Float[Tensor, "n D"],  # training codes
     K: int,  # components
     seed: int,  # of the k-means
-) -> GMM:
-    """A Gaussian mixture fitted to codes after training: k-means, then EM with diagonal covariances.
-
-    ValueError for fewer codes than components."""
+    full: bool = False,  # covariances, by scikit-learn; else variances
+) -> GMM | FullGMM:
+    """A Gaussian mixture fitted to codes after training: k-means, then EM, of variances fifteen steps, of
+    covariances until the mean log density gains less than a thousandth of a nat. ValueError for fewer codes
+    than components."""
+    if full:
+        return _full_mixture(codes, K, seed)
     n, mu, var = kmeans(codes, K, seed)
     gmm = GMM((n / n.sum()).clamp_min(1e-12).log(), mu, var)
     for _ in range(EM_STEPS):
@@ -136,6 +139,15 @@ def expost_mixture(
     return gmm
 
 
+def _full_mixture(codes, K, seed):
+    from sklearn.mixture import GaussianMixture
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1):
+        found = GaussianMixture(K, random_state=seed).fit(codes.detach().cpu().double().numpy())
+    return as_mixture(found).to(codes)
+
+# %% ../nbs/10b_evaluation.ipynb #100133
 def sample_sources(
     run: Run, codes: Float[Tensor, "n D"]
 ) -> dict[str, GMM]:  # name: where codes are drawn from
@@ -215,8 +227,10 @@ def _image_sets(run, data, real, sources, some):
 
 # %% ../nbs/10b_evaluation.ipynb #100236
 @unchecked()
-def at_temperature(p: GMM, t: float) -> GMM:
+def at_temperature(p: GMM | FullGMM, t: float) -> GMM | FullGMM:
     "The mixture with t times its standard deviations."
+    if isinstance(p, FullGMM):
+        return FullGMM(p.logw, p.mu, p.cov * t**2)
     return GMM(p.logw, p.mu, p.var * t**2)
 
 # %% ../nbs/10b_evaluation.ipynb #100336

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .divergence import cs_divergence, kl_divergence
 from .likelihoods import LIKELIHOODS, Likelihood
-from .mixtures import GMM, Draws, as_gmm, matrix_log_prob, pairwise_log_overlap, unchecked
+from .mixtures import GMM, Draws, FullGMM, as_gmm, matrix_log_prob, pairwise_log_overlap, unchecked
 from .priors import Prior, StandardNormal, Unchecked, VampPrior
 from .registry import Registry
 
@@ -182,8 +182,7 @@ class Pictures(Unchecked):
         n: int,  # number of samples
         generator: torch.Generator | None = None,
         component: int | None = None,  # of the prior; None: all
-        prior: GMM
-        | None = None,  # sample from this mixture, a refitted prior say, in place of the model's own
+        prior: GMM | FullGMM | None = None,  # a mixture in place of the model's own, a refitted one say
         rows: int = 1000,  # images at a time
     ) -> Float[Tensor, "n *X"]:
         "E[x|z] at n codes drawn from the prior."
