@@ -108,15 +108,19 @@ def _nearest(found, folder):
 
 # %% ../nbs/13e_answers.ipynb #135422
 def _of_full(folder):
-    "Such a prior as trained, and full covariances that were fitted to its codes."
-    of = {k[5:]: v for k, v in full_covariances(folder).items() if k[3] == "aggregate"}
-    if not of:
-        return []
-    trained = next(v for (source, _), v in of.items() if source == "prior")
-    full = {K: v["distance"] for (source, K), v in of.items() if source == "full"}
-    K = min(full, key=full.get)
-    what = f"{K} full covariances, fitted (one setting): {full[K]:.3g}, as trained {trained['distance']:.3g}"
-    return [what]
+    "Such priors as trained, by their queues, and full covariances that were fitted to their codes."
+    of = {}
+    for (_, _, _, objective, queue, _, source, K), v in full_covariances(folder).items():
+        if objective == "aggregate" and source != "diagonal":
+            of.setdefault(int(queue), {})[source, K] = v
+    said = []
+    for queue, found in sorted(of.items()):
+        trained = next(v["distance"] for (source, _), v in found.items() if source == "prior")
+        least = min(v["distance"] for (source, _), v in found.items() if source == "full")
+        said.append(
+            f"{least:.3g}, as trained {trained:.3g} ({f'queue of {queue:,}' if queue else 'no queue'})"
+        )
+    return [f"full covariances, fitted: {', '.join(said)}"] if said else []
 
 # %% ../nbs/13e_answers.ipynb #135023
 def answers(folder: Path | str | None = None) -> list[Answer]:  # of the tables; None: results/

@@ -257,7 +257,7 @@ def shares_kept(
     return {s: verdicts(some) for s, some in found.items() if some}
 
 # %% ../nbs/13d_matched.ipynb #134651
-FITTED = ("model", "prior", "components", "objective", "weight", "source", "fitted")
+FITTED = ("model", "prior", "components", "objective", "queue", "weight", "source", "fitted")
 
 
 def full_covariances(

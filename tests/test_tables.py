@@ -85,6 +85,7 @@ def short(folder, good=CS):
     ]
     for name, rows in dict(table1=table1, table2=table2, figure3=figure3, figure4=figure4).items():
         write_table(folder / f"{name}_short.csv", rows)
+    write_table(folder / "likelihoods.csv", [*figure3, *(r for r in table2 if r["latent_dim"] == 20)])
 
 
 def claim(folder, words):
