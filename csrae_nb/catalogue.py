@@ -93,9 +93,7 @@ add_arrays("caltech101", read_caltech101, "bernoulli", PAPER, ink=True)  # 28×2
 add_arrays(
     "cifar10", read_cifar10, "discretized_logistic", PAPER | dict(network="residual")
 )  # 3×32×32; 170 MB
-add_arrays(
-    "fashion_mnist", read_fashion_mnist, "bernoulli", PAPER, ink=True
-)  # 28×28, dynamically binarised; 31 MB
+add_arrays("fashion_mnist", read_fashion_mnist, "bernoulli", PAPER, ink=True)  # binarised as MNIST; 31 MB
 
 # %% ../nbs/08c_catalogue.ipynb #083010
 TABLES = dict([(".csv", read_table), (".parquet", read_parquet)])  # endings of tables

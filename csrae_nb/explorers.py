@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 from torch import Tensor
 
+from .catalogue import is_ink
 from .data import Dataset, names_of_labels
 from .divergence import cs_divergence
 from .mixtures import GMM

@@ -60,11 +60,8 @@ class Bernoulli(Likelihood):
         "log p(x|z), summed over the values of x. ValueError for a decoder that does not give one logit each."
         if out.shape != (want := (len(x), 1, *x.shape[1:])):
             raise ValueError(f"a decoder gave out of shape {tuple(out.shape)}; expected (B, 1, *X): {want}")
-        return (
-            -F.binary_cross_entropy_with_logits(out.flatten(0, 1), x.to(out.dtype), reduction="none")
-            .flatten(1)
-            .sum(1)
-        )
+        logits, x = out.flatten(0, 1), x.to(out.dtype)
+        return -F.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).sum(1)
 
     def mean(self, out: Float[Tensor, "B 1 *X"]) -> Float[Tensor, "B *X"]:
         "E[x|z]."

@@ -76,9 +76,8 @@ def show_examples(
     grid = torch.nn.functional.pad(torch.cat([xs, pad]), (0, 1, 0, 1), value=0.5).unflatten(
         0, (-1, columns)
     )  # (rows, columns, C, H, W)
-    ax.imshow(
-        grid.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).squeeze(-1), cmap="gray_r" if ink else "gray"
-    )
+    sheet = grid.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).squeeze(-1)
+    ax.imshow(sheet, cmap="gray_r" if ink else "gray")
     ax.axis("off")
 
 # %% ../nbs/11_samples.ipynb #110011

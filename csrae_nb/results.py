@@ -185,7 +185,7 @@ def shown(
     mean, se = ((row or {}).get(f"{metric}_{k}") for k in ("mean", "se"))
     if mean is None:
         return "–"
-    if len(row.get("seeds", "0 1 2").split()) < 3:
+    if se is not None and n_seeds(row) < 3:
         se = None
     if digits is None:
         places = -math.floor(math.log10(se)) if se else 2 - math.floor(math.log10(max(abs(mean), 1)))

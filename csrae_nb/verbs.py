@@ -51,7 +51,9 @@ _MAIN += " error f1 icc"
 def _train(o):
     names = [w.removeprefix("name=") for w in o.fields if w.startswith("name=")]
     configs = read_words([w for w in o.fields if not w.startswith("name=")])
-    if len(configs) != 1 or len(names) > 1:
+    if len(names) > 1:
+        raise ValueError(f"name is given twice: {' and '.join(names)}")
+    if len(configs) != 1:
         raise ValueError(f"{len(configs)} configurations; csrae train takes one, csrae sweep any number")
     configs = [replace(c, name=names[0] if names else None) for c in configs]
     metrics = complete_run(configs[0])

@@ -1,12 +1,14 @@
 "What holds for the repository: notebooks and package agree, the site lists them, requirements are true."
 
-import ast, json, os, re, shutil, subprocess, sys, sysconfig
+import ast, builtins, dis, json, os, re, shutil, subprocess, sys, sysconfig
 from collections import Counter
 from configparser import ConfigParser
 from functools import cache
+from importlib import import_module
 from importlib.metadata import packages_distributions, requires
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import CodeType
 import nbformat, pytest, yaml
 import csrae_nb
 from packaging.requirements import Requirement
@@ -188,6 +190,21 @@ def test_no_underscored_name_is_imported_across_modules():
                     if a.name.startswith("_") and a.name != "__version__"
                 ]
     assert not across
+
+
+def global_names(code):
+    "Names that functions look up in their module, or in Python, when they run."
+    for inner in (c for c in code.co_consts if isinstance(c, CodeType)):
+        yield from (i.argval for i in dis.get_instructions(inner) if i.opname == "LOAD_GLOBAL")
+        yield from global_names(inner)
+
+
+@pytest.mark.parametrize("path", modules, ids=lambda p: p.stem)
+def test_no_function_uses_a_name_that_is_undefined(path):
+    "Ruff cannot be asked: it takes the shapes in jaxtyping's annotations for names."
+    known = vars(import_module(f"csrae_nb.{path.stem}")).keys() | vars(builtins).keys()
+    undefined = set(global_names(compile(path.read_text(), path, "exec"))) - known
+    assert not undefined
 
 
 # --- the package

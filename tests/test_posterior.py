@@ -66,7 +66,7 @@ def test_the_divergence_of_the_whole_mixture_warns(own_runs):
     with pytest.warns(UserWarning, match="objective='cs_each' asks each of its Gaussians"):
         trained("whole", model="CSRAE", epochs=1)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message="objective=")
         run = trained("each", model="CSRAE", epochs=1, objective="cs_each")
     assert run.cfg.objective == "cs_each"
 

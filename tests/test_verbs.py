@@ -131,6 +131,7 @@ def test_help_names_every_word(verb, capsys):
         (["train", "dataset=mnits"], "mnits"),
         (["train", "dataset", "digits"], "'dataset' is neither field=value nor a .toml file"),
         (["train", "lr=1", "lr=0.001"], "lr is given twice"),
+        (["train", "name=a", "name=b"], "name is given twice: a and b"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_written(runs, tmp_path, words, says, capsys):
@@ -139,6 +140,13 @@ def test_what_cannot_be_is_said_before_anything_is_written(runs, tmp_path, words
     with pytest.raises(SystemExit) as e:
         main([w.format(**names) for w in words])
     assert e.value.code == 2 and says in capsys.readouterr().err and not list(tmp_path.glob("out*"))
+
+
+def test_a_run_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CSRAE_RUNS", str(tmp_path))
+    words = "dataset=digits epochs=1 warmup=1 ll_samples=0 fid_layer=0 expost_components=2 name=mine"
+    assert main(["train", *words.split()]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "mine") and load_run(tmp_path / "mine")
 
 
 def test_neither_of_two_tables_is_overwritten(runs, tmp_path, capsys):
@@ -386,7 +394,7 @@ def test_help_of_train_lists_the_fields_and_data_what_is_taken(capsys):
             main([verb, "--help"])
         said[verb] = " ".join(capsys.readouterr().out.split())
     named = said.pop("train").split("Fields: ")[1].split(";")[0].split(", ")
-    assert named == FIELDS
+    assert named == ["name", *FIELDS]
     for text in said.values():
         assert all(ending in text for ending in ARRAYS) and "folder of videos with labels.csv" in text
 
