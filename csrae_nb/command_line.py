@@ -82,6 +82,10 @@ def check_names(
     from papermill import inspect_notebook
 
     known = inspect_notebook(notebook) if values else {}
+    if Path(notebook).name == "train.ipynb" and not values.keys() <= known.keys():
+        from csrae_nb.config import known_fields
+
+        known = known_fields()  # those that plugins bring, too
     if unknown := [k for k in values if k not in known]:
         raise ValueError(
             f"unknown parameter {', '.join(map(repr, unknown))}; "

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'SUPERVISED', 'EVALUATION', 'ModelConfig', 'Config', 'known_models', 'has_cs', 'fields_of_data',
-           'check_fields_of_data', 'make_config', 'resolve', 'prior_kind', 'divergence_weight', 'task_class',
-           'used_fields', 'unused_fields', 'identity', 'run_name', 'command', 'idle_fields']
+           'check_fields_of_data', 'brought_fields', 'known_fields', 'make_config', 'resolve', 'prior_kind',
+           'divergence_weight', 'task_class', 'used_fields', 'unused_fields', 'identity', 'run_name', 'command',
+           'idle_fields']
 
 # %% ../nbs/09_config.ipynb #090002
 import dataclasses
@@ -15,7 +16,7 @@ import math
 import os
 import shlex
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 # %% ../nbs/09_config.ipynb #090003
 from .aggregate import PRIOR_OBJECTIVES
@@ -99,9 +100,16 @@ class Config(ModelConfig):
     threads: int = 1  # CPU threads within an operation
     tracker: str | None = None  # where the history goes, too: tensorboard, wandb or another of Accelerate's
     name: str | None = None  # the run's folder; None: made from the rest
+    extra: tuple | list | dict = ()  # fields that registered parts bring, as {name: value}
 
     def __post_init__(self):
         _check_config(self)
+
+    def __getattr__(self, name: str):  # asked for what is no field of its own
+        usual = {} if name.startswith("_") else brought_fields()
+        if name not in usual:
+            raise AttributeError(f"a Config has no field {name!r}")
+        return dict(self.extra).get(name, usual[name])
 
 # %% ../nbs/09_config.ipynb #090010
 def _one_image(name, value):
@@ -161,13 +169,19 @@ _least = dict(
 )
 
 # %% ../nbs/09_config.ipynb #090014
+def _of_type(name, want, value):
+    "The value of a field; ValueError for one of another type. Numbers become those of their field."
+    v = _as_float(name, want, value)
+    if not isinstance(v, want) or isinstance(v, bool) and want is not bool:
+        raise ValueError(f"{name}={v!r}; expected {getattr(want, '__name__', want)}")
+    return v
+
+
 def _check_types(c):
-    "ValueError for the first field of c whose value is of another type; numbers become those of their field."
+    "ValueError for the first field of c whose value is of another type."
+    object.__setattr__(c, "extra", _brought(c.extra))
     for f in dataclasses.fields(Config):
-        v, want = _as_float(f.name, f.type, getattr(c, f.name)), f.type
-        if not isinstance(v, want) or isinstance(v, bool) and want is not bool:
-            raise ValueError(f"{f.name}={v!r}; expected {getattr(want, '__name__', want)}")
-        object.__setattr__(c, f.name, v)
+        object.__setattr__(c, f.name, _of_type(f.name, f.type, getattr(c, f.name)))
 
 # %% ../nbs/09_config.ipynb #090114
 def _check_values(c):
@@ -307,7 +321,8 @@ def _of_data_sets():
 
 
 def _is_set(c, field):
-    return getattr(c, field) != Config.__dataclass_fields__[field].default
+    own = Config.__dataclass_fields__.get(field)
+    return field in dict(c.extra) if own is None else getattr(c, field) != own.default
 
 # %% ../nbs/09_config.ipynb #090116
 def fields_of_data(
@@ -331,6 +346,41 @@ def check_fields_of_data(
         if _is_set(c, field) and field not in takes:
             raise ValueError(f"{field}={getattr(c, field)!r} is for {', '.join(names)}, not for {c.dataset}")
 
+# %% ../nbs/09_config.ipynb #090713
+_TABLES = TASKS, MODELS, PRIORS, DIVERGENCES, PRIOR_OBJECTIVES, LIKELIHOODS, NETWORKS, DATASETS, FOLDERS
+
+
+def brought_fields() -> dict[str, Any]:  # name: default
+    "The fields that registered parts bring beside Config's own; ValueError for a name that is taken."
+    own, out = {f.name for f in dataclasses.fields(Config)}, {}
+    for table, part in ((table, part) for table in _TABLES for part in table):
+        for name, default in table.about(part, "fields", {}).items():
+            if name in own or out.setdefault(name, default) != default:
+                raise ValueError(
+                    f"the {table.kind} {part!r} brings a field {name!r}, which is there already; "
+                    "choose another name"
+                )
+    return out
+
+
+def known_fields() -> list[str]:
+    "The names of all fields that can be set: Config's own, and those that parts bring."
+    return [f.name for f in dataclasses.fields(Config) if f.name != "extra"] + [*brought_fields()]
+
+# %% ../nbs/09_config.ipynb #090743
+def _brought(values):
+    "Fields that parts bring, as pairs in order, without those at their default; ValueError for any other."
+    try:
+        values = dict(values)
+    except (TypeError, ValueError):
+        raise ValueError(f"extra={values!r}; expected {{name: value}}") from None
+    usual = brought_fields() if values else {}
+    if unknown := [k for k in values if k not in usual]:
+        known = ", ".join(usual) or "there are none"
+        raise ValueError(f"extra names {unknown[0]!r}; the fields that registered parts bring: {known}")
+    typed = {k: _of_type(k, type(usual[k]), v) for k, v in values.items()}
+    return tuple(sorted((k, v) for k, v in typed.items() if v != usual[k]))
+
 # %% ../nbs/09_config.ipynb #090415
 def _check_config(c):
     "ValueError for the first field of c that cannot be, or has no effect."
@@ -346,12 +396,14 @@ def _check_config(c):
 # %% ../nbs/09_config.ipynb #090016
 def make_config(values: dict) -> Config:  # validated
     "Config from a dict of fields; ValueError that lists the known ones for an unknown one."
-    known = {f.name: f.type for f in dataclasses.fields(Config)}
-    if unknown := [k for k in values if k not in known]:
-        raise ValueError(
-            f"unknown parameter {', '.join(map(repr, unknown))}; the known ones are {', '.join(known)}"
-        )
-    return Config(**{k: _as_float(k, known[k], v) for k, v in values.items()})
+    own = {f.name: f.type for f in dataclasses.fields(Config)}
+    if unknown := [k for k in values if k not in own and k not in known_fields()]:
+        known = ", ".join(known_fields())
+        raise ValueError(f"unknown parameter {', '.join(map(repr, unknown))}; the known ones are {known}")
+    given = {k: _as_float(k, own[k], v) for k, v in values.items() if k in own}
+    if brought := {k: v for k, v in values.items() if k not in own}:
+        given["extra"] = dict(given.get("extra", ())) | brought
+    return Config(**given)
 
 # %% ../nbs/09_config.ipynb #090019
 def resolve(cfg: Config) -> Config:  # without None, but for likelihood, which the data decide, and name
@@ -397,10 +449,23 @@ def task_class(cfg: Config) -> type:  # an entry of TASKS
     "The task that a configuration asks for: of those that serve it, the one that came last."
     return next(task for task in reversed(list(TASKS.values())) if task.serves(cfg))
 
+# %% ../nbs/09_config.ipynb #090622
+def _brought_by_parts(cfg):
+    "The fields that the parts of a configuration bring."
+    if not cfg.extra:
+        return set()
+    named = (
+        *((MODELS, cfg.model), (PRIORS, prior_kind(cfg)), (DIVERGENCES, cfg.objective)),
+        *((PRIOR_OBJECTIVES, cfg.prior_objective), (LIKELIHOODS, cfg.likelihood)),
+        *((NETWORKS, cfg.network or preset(cfg.dataset)["network"]), (DATASETS, cfg.dataset)),
+        *((FOLDERS, folder_kind(cfg.dataset)), *((TASKS, k) for k in TASKS if TASKS[k] is task_class(cfg))),
+    )
+    return {f for table, part in named if part in table for f in table.about(part, "fields", {})}
+
 # %% ../nbs/09_config.ipynb #090022
 def used_fields(cfg: Config) -> set[str]:  # of those that belong to parts
     "The fields that the parts of a configuration use."
-    out = {*task_class(cfg).uses, "encoder_weights", *fields_of_data(cfg)}
+    out = {*task_class(cfg).uses, "encoder_weights", *fields_of_data(cfg), *_brought_by_parts(cfg)}
     out |= {"lam_patterns", "labelled_batch"} if cfg.patterns else set()
     if cfg.model not in MODELS:
         return out
@@ -414,18 +479,19 @@ def used_fields(cfg: Config) -> set[str]:  # of those that belong to parts
     uses = PRIORS.about(prior_kind(cfg), "uses", ())
     return out | set(uses(cfg) if callable(uses) else uses)
 
-
+# %% ../nbs/09_config.ipynb #090722
 def unused_fields(cfg: Config) -> list[str]:
     "The fields that a configuration's parts do not look at, and later ones as before runs had them."
     used = used_fields(cfg) - {f for f in _later if getattr(cfg, f) == getattr(Config, f)}
-    return [f for f in _of_parts.split() if f not in used]
+    return [f for f in (*_of_parts.split(), *dict(cfg.extra)) if f not in used]
 
 
 def identity(cfg: Config) -> dict:  # field: value
     "What makes a run this run: its resolved fields, without those that its weights do not depend on."
     c = resolve(cfg)
     off = {*_not_identity, *unused_fields(c), *(k for k in ("labels", "pretrain") if not getattr(c, k))}
-    fields = {k: "one" if _one_image(k, v) else v for k, v in dataclasses.asdict(c).items()}  # as 1 == 1.0
+    own = {k: v for k, v in dataclasses.asdict(c).items() if k != "extra"} | dict(c.extra)
+    fields = {k: "one" if _one_image(k, v) else v for k, v in own.items()}  # as 1 == 1.0
     return {k: v for k, v in fields.items() if k not in off}
 
 # %% ../nbs/09_config.ipynb #090024
@@ -439,7 +505,7 @@ def run_name(cfg: Config) -> str:  # a folder name
     n = fields.get("labels")
     labels = f"-labels{n if n == 'one' else format(n, 'g')}" if n else ""
     default = {f.name: f.default for f in dataclasses.fields(Config)}
-    changed = {k: v for k, v in fields.items() if v != default[k]}
+    changed = {k: v for k, v in fields.items() if k not in default or v != default[k]}
     digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:6]
     size = "" if c.model == SUPERVISED else f"-z{c.latent_dim}"
     return f"{dataset_name(c.dataset)}-{c.model}{mixture}{size}{labels}-seed{c.seed}-{digest}"
@@ -450,11 +516,12 @@ def _fields_set(cfg):
     # with the warm-up of these epochs
     usual = resolve(Config(dataset=cfg.dataset, epochs=cfg.epochs, batch_size=cfg.batch_size))
     usual = dataclasses.replace(usual, epochs=preset(cfg.dataset)["epochs"], batch_size=Config.batch_size)
-    return {
+    own = {
         f.name: v
         for f in dataclasses.fields(Config)
-        if (v := getattr(cfg, f.name)) not in (f.default, getattr(usual, f.name))
+        if f.name != "extra" and (v := getattr(cfg, f.name)) not in (f.default, getattr(usual, f.name))
     }
+    return own | dict(cfg.extra)
 
 
 def command(cfg: Config) -> str:  # as typed in a terminal

@@ -569,7 +569,8 @@ def _parameters_of(run):
     known["standardize"] = as_bytes or getattr(run.model.likelihood, "units", None) is not None
     usual = {f.name: f.default for f in dataclasses.fields(Config)}
     others = {*(f.name for f in dataclasses.fields(ModelConfig)), "precision"} - {"dataset", *known}
-    changed = {k: v for k, v in identity(run.cfg).items() if k in others and v != usual[k]}
+    others |= dict(run.cfg.extra).keys()
+    changed = {k: v for k, v in identity(run.cfg).items() if k in others and v != usual.get(k)}
     return known | dict(config=changed or None)
 
 

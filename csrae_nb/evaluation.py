@@ -588,7 +588,8 @@ def _settings(c):
     fields += " prior_objective queue kmeans_epoch answers mirror balance encoder_weights"
     fields += " patterns lam_patterns"
     default, used = Config(), identity(c)
-    values = {k: used[k] for k in fields.split() if k in used and used[k] != getattr(default, k)}
+    names = *fields.split(), *dict(c.extra)
+    values = {k: used[k] for k in names if k in used and used[k] != getattr(default, k)}
     return " ".join(f"{k}={v}" for k, v in values.items())
 
 # %% ../nbs/10b_evaluation.ipynb #100450

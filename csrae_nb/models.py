@@ -27,7 +27,7 @@ from .priors import Prior, StandardNormal, Unchecked, VampPrior
 from .registry import Registry
 
 # %% ../nbs/06_models.ipynb #060005
-MODELS = Registry("model", needs=("weight",), may=("prior", "options", "points"))
+MODELS = Registry("model", needs=("weight",), may=("prior", "options", "points", "fields"))
 DIVERGENCES = Registry("objective")  # of a CSRAE, by the names of `objective`: q and p, both GMMs, to (B,)
 
 

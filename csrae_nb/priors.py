@@ -31,7 +31,7 @@ class Unchecked(nn.Module):
 
 # %% ../nbs/03_priors.ipynb #030005
 PRIORS = Registry(
-    "prior", needs=("uses",), may=("fixed",)
+    "prior", needs=("uses",), may=("fixed", "fields")
 )  # functions that make one: the chapter on tasks has the first
 
 # %% ../nbs/03_priors.ipynb #030205

@@ -15,7 +15,6 @@ __all__ = ['ROW_KEY', 'WEIGHED', 'MARGIN', 'SIZES', 'TITLES', 'TABLES', 'SEMISUP
 import csv
 import math
 from collections.abc import Iterable
-from dataclasses import fields
 from functools import cache
 from itertools import permutations
 from pathlib import Path
@@ -31,7 +30,7 @@ from scipy.stats import t as student
 from .reading import read_text
 from .evaluation import SETS, WITH_LABELS
 from .grids import read_sweep
-from .config import SUPERVISED, Config
+from .config import SUPERVISED, Config, known_fields
 from .files import project_root
 
 # %% ../nbs/13_results.ipynb #130006
@@ -699,17 +698,17 @@ def sweep_command(
     """The csrae-sweep command of a grid: all values of the fields that differ from the defaults.
 
     ValueError for what is no grid."""
-    used = {f.name: list(dict.fromkeys(getattr(c, f.name) for c in configs)) for f in fields(Config)}
+    used = {k: list(dict.fromkeys(getattr(c, k) for c in configs)) for k in known_fields()}
     if (size := math.prod(map(len, used.values()))) != len(configs):
         raise ValueError(
             f"{len(configs)} configurations, but their values make a grid of {size}; "
             "give each grid its command"
         )
-    default = {f.name: [f.default] for f in fields(Config)}
+    usual = Config()
     words = [
         f"{k}={','.join(f'{v:g}' if isinstance(v, float) else str(v) for v in vs)}"
         for k, vs in used.items()
-        if k in ("dataset", "model") or vs != default[k]
+        if k in ("dataset", "model") or vs != [getattr(usual, k)]
     ]
     return " ".join(["csrae-sweep", *words])
 

@@ -34,7 +34,6 @@ from .evaluation import finished_metrics, results_table, write_table
 from .files import progress_bar, runs_folder
 from .fleet import fleets
 from csrae_nb.grids import (
-    FIELDS,
     OUTCOMES,
     distinct,
     failure,
@@ -47,6 +46,7 @@ from csrae_nb.grids import (
     run_state,
     shard,
     surroundings,
+    sweep_fields,
     trained_epochs,
 )
 from .process import cores
@@ -408,7 +408,7 @@ def _parser():
         "csrae-sweep",
         description="Run a grid of configurations: what is finished is skipped, what was stopped goes on, "
         "what fails leaves the others alone.",
-        epilog=f"Fields: {', '.join(FIELDS)}; train.ipynb describes them. "
+        epilog=f"Fields: {', '.join(sweep_fields())}; train.ipynb describes them. "
         "Runs are kept in $CSRAE_RUNS, or _runs/.",
     )
     p.add_argument(

@@ -26,7 +26,7 @@ from .catalogue import ARRAYS, is_ink
 from .evaluation import complete_run, write_table
 from .files import RunLocked, runs_folder, write_atomic
 from .detection import DETECTORS
-from .grids import FIELDS, about_run, read_words, run_folder, run_folders
+from .grids import about_run, read_words, run_folder, run_folders, sweep_fields
 from .predict import LeftOut, write_predictions
 from csrae_nb.trained import (
     CODES,
@@ -268,7 +268,7 @@ def _with_draws(p):
 # %% ../nbs/23b_csrae.ipynb #235409
 def _add_train(verbs):
     said = "Prints the run's folder, and on stderr its main metrics. Runs are kept in $CSRAE_RUNS, or _runs/."
-    about = f"Fields: name, {', '.join(FIELDS)}; train.ipynb describes them."
+    about = f"Fields: name, {', '.join(sweep_fields())}; train.ipynb describes them."
     what = dict(description=f"Train and evaluate one run. {said}", epilog=about)
     train = verbs.add_parser("train", help="train and evaluate one run", **what)
     train.add_argument("fields", nargs="*", help="field=value, as in csrae_nb.Config; or one TOML file")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from csrae_nb.models import CSRAE, MODELS
 from csrae_nb.priors import PRIORS
 from csrae_nb.registry import Registry
+from csrae_nb.results import read_rows
 
 ROOT = Path(__file__).parents[1]
 THEIRS = '''
@@ -37,11 +39,11 @@ def stripes(likelihood=None, split_seed=0):
 class Ring(Prior):
     "Components on a circle, of which the radius is learned."
 
-    def __init__(self, components):
+    def __init__(self, components, radius):
         super().__init__()
         angle = torch.arange(components) * 2 * torch.pi / components
         self.register_buffer("at", torch.stack([angle.cos(), angle.sin()], 1))
-        self.radius = nn.Parameter(torch.ones(()))
+        self.radius = nn.Parameter(torch.tensor(radius))
 
     def forward(self):
         K = len(self.at)
@@ -51,9 +53,9 @@ class Ring(Prior):
 LIKELIHOODS["coin"] = Bernoulli
 
 
-@PRIORS.register("ring", uses=("components",))
+@PRIORS.register("ring", uses=("components",), fields=dict(radius=1.0))
 def ring(cfg, encoder, pseudo_inputs):
-    return Ring(cfg.components)
+    return Ring(cfg.components, cfg.radius)
 
 
 @DIVERGENCES.register("half")
@@ -173,6 +175,29 @@ def test_what_plugins_add_is_swept_by_processes(run, tmp_path):
     run("-c", main, *words, "--csv", str(tmp_path / "table.csv"))
     rows = (tmp_path / "table.csv").read_text().splitlines()
     assert len(rows) == 3 and "ring" in rows[1]
+
+
+def test_a_field_that_a_plugin_brings_is_set_as_any_other(run, tmp_path):
+    "By a grid and by papermill; of a mog it is no part. It is found again in tables and commands."
+    words, table = ["dataset=theirs", "epochs=2", "ll_samples=0"], tmp_path / "table.csv"
+    sweep = "import sys; from csrae_nb.sweeps import main; sys.exit(main(sys.argv[1:]))"
+    run("-c", sweep, *words, "prior=ring,mog", "radius=1,3", "--jobs", "1", "--csv", str(table))
+    rows = {(r["prior"], r["settings"]): r["command"] for r in read_rows(table)}
+    assert rows.keys() == {("ring", None), ("ring", "radius=3.0"), ("mog", None)}
+    assert [("-p radius 3.0" in c) for c in rows.values()] == [s is not None for _, s in rows]
+    papermill = Path(sysconfig.get_path("scripts")) / "papermill"
+    typed = [w for k in (*words, "prior=ring", "radius=3") for w in ("-p", *k.split("="))]
+    run(str(papermill), "nbs/train.ipynb", *typed)
+    same = script(
+        "from csrae_nb.config import make_config, run_name",
+        "from csrae_nb.files import runs_folder",
+        "from csrae_nb.grids import sweep_fields",
+        "cfg = make_config(dict(dataset='theirs', epochs=2, prior='ring', radius=3))",
+        "assert len(list(runs_folder().glob('theirs-*'))) == 3 and sweep_fields()[-1] == 'radius'",
+        "run = load_run(runs_folder() / run_name(cfg))",
+        "assert run.cfg.radius == 3 and 2 < run.model.prior.radius < 4",
+    )
+    run("-c", same)
 
 
 def test_what_plugins_add_trains_in_a_fleet(run):

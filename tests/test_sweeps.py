@@ -19,7 +19,6 @@ from filelock import FileLock
 
 from bench import many
 from csrae_nb.grids import (
-    FIELDS,
     distinct,
     expand,
     failure,
@@ -27,6 +26,7 @@ from csrae_nb.grids import (
     run_folder,
     run_state,
     shard,
+    sweep_fields,
     trained_epochs,
 )
 from csrae_nb import fleet, sweeps
@@ -117,7 +117,7 @@ def test_the_papers_sweeps_are_grids(file):
 @pytest.mark.parametrize(
     "args, says",
     [
-        (["lamda=1"], f"'lamda'; the known ones are {', '.join(FIELDS)}"),
+        (["lamda=1"], f"'lamda'; the known ones are {', '.join(sweep_fields())}"),
         (["seed=0", "--shard", "3/2"], "expected i/n"),
         (["seed=0", "--jobs", "0"], "at least 1"),
         (["none.toml"], "none.toml"),

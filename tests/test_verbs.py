@@ -18,7 +18,7 @@ from PIL import Image
 from csrae_nb import __version__
 from csrae_nb.catalogue import ARRAYS, is_ink, load_data
 from csrae_nb.config import Config
-from csrae_nb.grids import FIELDS
+from csrae_nb.grids import sweep_fields
 from csrae_nb.runs import fit, load_run
 from csrae_nb import trained
 from csrae_nb.sharing import Pretrained
@@ -394,7 +394,7 @@ def test_help_of_train_lists_the_fields_and_data_what_is_taken(capsys):
             main([verb, "--help"])
         said[verb] = " ".join(capsys.readouterr().out.split())
     named = said.pop("train").split("Fields: ")[1].split(";")[0].split(", ")
-    assert named == ["name", *FIELDS]
+    assert named == ["name", *sweep_fields()]
     for text in said.values():
         assert all(ending in text for ending in ARRAYS) and "folder of videos with labels.csv" in text
 
