@@ -7,8 +7,9 @@ import torch
 from torch.distributions import Categorical, Cauchy, Independent, Laplace, MixtureSameFamily
 from torch.distributions import MultivariateNormal, Normal, Uniform
 
+from bench import factors
 from csrae_nb.divergence import OVERLAPS, cs_divergence, log_overlap, register_overlap
-from csrae_nb.mixtures import GMM
+from csrae_nb.mixtures import GMM, pairwise_log_overlap
 
 
 def laplaces(q, p):
@@ -68,3 +69,21 @@ def test_what_has_no_overlap_is_refused():
         cs_divergence(GMM.gaussian(torch.zeros(3), torch.ones(3)), box)
     mixture = GMM.gaussian(torch.zeros(2), torch.ones(2))
     assert log_overlap(mixture, box).item() == pytest.approx(2 * math.log(0.3413447), rel=1e-5)
+
+
+def test_stretched_gaussians_against_full_covariances():
+    "The overlaps that `bench.factors` trains with, and its step of EM, which raises the codes' density."
+    stretched = factors.Stretched(7, 3, torch.Generator().manual_seed(0)).double()
+    g = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+    with torch.no_grad():
+        stretched.U.copy_(draw(7, 20, 3))
+        stretched.logvar.copy_(draw(7, 20))
+        stretched.logits.copy_(draw(7))
+    mu, var, (logw, *parts), p = draw(5, 20), draw(5, 20).exp(), stretched(), stretched.mixture()
+    pairs = pairwise_log_overlap(GMM.gaussian(mu, var).aggregate(), p)
+    torch.testing.assert_close(factors.to_each(mu, var, *parts), pairs.T)
+    torch.testing.assert_close(factors.of_pairs(logw, *parts), log_overlap(p, p))
+    codes = draw(3000, 20)
+    before, after = (m.log_prob(codes.to(m.mu.dtype)).mean() for m in (p, factors.em_step(p, codes)))
+    assert after > before
