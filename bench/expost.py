@@ -28,6 +28,16 @@ def sources(run, codes):
         yield "full", K, lambda K=K: expost_mixture(codes, K, run.cfg.seed, full=True)
 
 
+def images_to_compare(data):
+    "The data that samples are compared with, features, and the test images' statistics and features."
+    real = real_images(data)
+    features = classifier_features(real)
+    order = torch.randperm(len(real.x_test), generator=torch.Generator().manual_seed(0))
+    images = feature_statistics(features.of, (real.x_test[i] for i in order[:SAMPLES].split(500)))
+    near = torch.cat([features.of(real.x_test[i]) for i in order[:NEAR].split(500)])
+    return real, features, images, near
+
+
 def measured(run, source, real, features, images, near):
     "Distance, precision, recall and coverage of samples."
     g = torch.Generator().manual_seed(run.cfg.seed)
@@ -45,11 +55,7 @@ def binary(real):
 @torch.no_grad()
 def main():
     o, runs, data = asked(parser_of(__doc__))
-    real = real_images(data)
-    features = classifier_features(real)
-    order = torch.randperm(len(real.x_test), generator=torch.Generator().manual_seed(0))
-    images = feature_statistics(features.of, (real.x_test[i] for i in order[:SAMPLES].split(500)))
-    near = torch.cat([features.of(real.x_test[i]) for i in order[:NEAR].split(500)])
+    against = images_to_compare(data)
     rows = read_rows(o.csv, KEY)
     done = {tuple(r[k] for k in KEY) for r in rows}
     for run in tqdm(runs):
@@ -60,7 +66,7 @@ def main():
                 continue
             source = make()
             row["log_density"] = source.log_prob(val).mean().item()
-            rows.append(row | measured(run, source, real, features, images, near))
+            rows.append(row | measured(run, source, *against))
             write_table(o.csv, rows)
 
 

@@ -17,14 +17,13 @@ from tqdm.auto import tqdm
 
 from csrae_nb.catalogue import load_data
 from csrae_nb.config import Config, resolve
-from csrae_nb.evaluation import expost_mixture, real_images, write_table
-from csrae_nb.metrics import classifier_features, feature_statistics
+from csrae_nb.evaluation import expost_mixture, write_table
 from csrae_nb.mixtures import FullGMM
 from csrae_nb.priors import kmeans
 from csrae_nb.results import read_rows
 from csrae_nb.tasks import make_model
 
-from .expost import NEAR, SAMPLES, measured
+from .expost import images_to_compare, measured
 
 D, AFTER = 20, 3  # dimensions; epochs after which the prior starts from clusters of the codes
 KEY = "components", "rank", "queue", "weight", "epochs", "seed", "source"
@@ -189,18 +188,14 @@ def main():
     torch.set_num_threads(1)
     t = trained(o, data)
     t.model.eval()
-    real = real_images(data)
-    features = classifier_features(real)
-    order = torch.randperm(len(real.x_test), generator=torch.Generator().manual_seed(0))
-    images = feature_statistics(features.of, (real.x_test[i] for i in order[:SAMPLES].split(500)))
-    near = torch.cat([features.of(real.x_test[i]) for i in order[:NEAR].split(500)])
     codes, val = t.codes(data.x_train), t.codes(data.x_val)
     prior, run = t.prior.mixture(), SimpleNamespace(model=t.model, cfg=t.cfg)
     fitted = dict(prior=prior, em=em_step(prior, codes), full=expost_mixture(codes, 100, o.seed, full=True))
-    rows = read_rows(o.csv, KEY)
+    rows = [r for r in read_rows(o.csv, KEY) if any(r[k] != getattr(o, k) for k in KEY[:-1])]
+    against = images_to_compare(data)
     for source, p in fitted.items():
         row = {k: getattr(o, k, source) for k in KEY} | dict(log_density=p.log_prob(val).mean().item())
-        rows.append(row | measured(run, p, real, features, images, near))
+        rows.append(row | measured(run, p, *against))
     write_table(o.csv, rows)
 
 

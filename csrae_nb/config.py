@@ -397,11 +397,12 @@ def _check_config(c):
 def make_config(values: dict) -> Config:  # validated
     "Config from a dict of fields; ValueError that lists the known ones for an unknown one."
     own = {f.name: f.type for f in dataclasses.fields(Config)}
-    if unknown := [k for k in values if k not in own and k not in known_fields()]:
-        known = ", ".join(known_fields())
-        raise ValueError(f"unknown parameter {', '.join(map(repr, unknown))}; the known ones are {known}")
+    brought = {k: v for k, v in values.items() if k not in own}
+    if unknown := brought.keys() - (brought_fields() if brought else {}):
+        unknown, known = (", ".join(names) for names in (sorted(map(repr, unknown)), known_fields()))
+        raise ValueError(f"unknown parameter {unknown}; the known ones are {known}")
     given = {k: _as_float(k, own[k], v) for k, v in values.items() if k in own}
-    if brought := {k: v for k, v in values.items() if k not in own}:
+    if brought:
         given["extra"] = dict(given.get("extra", ())) | brought
     return Config(**given)
 
@@ -454,13 +455,18 @@ def _brought_by_parts(cfg):
     "The fields that the parts of a configuration bring."
     if not cfg.extra:
         return set()
-    named = (
-        *((MODELS, cfg.model), (PRIORS, prior_kind(cfg)), (DIVERGENCES, cfg.objective)),
-        *((PRIOR_OBJECTIVES, cfg.prior_objective), (LIKELIHOODS, cfg.likelihood)),
-        *((NETWORKS, cfg.network or preset(cfg.dataset)["network"]), (DATASETS, cfg.dataset)),
-        *((FOLDERS, folder_kind(cfg.dataset)), *((TASKS, k) for k in TASKS if TASKS[k] is task_class(cfg))),
-    )
-    return {f for table, part in named if part in table for f in table.about(part, "fields", {})}
+    parts = [
+        (MODELS, cfg.model),
+        (PRIORS, prior_kind(cfg)),
+        (DIVERGENCES, cfg.objective),
+        (PRIOR_OBJECTIVES, cfg.prior_objective),
+        (LIKELIHOODS, cfg.likelihood),
+        (NETWORKS, cfg.network or preset(cfg.dataset)["network"]),
+        (DATASETS, cfg.dataset),
+        (FOLDERS, folder_kind(cfg.dataset)),
+    ]
+    parts += [(TASKS, name) for name, task in TASKS.items() if task is task_class(cfg)]
+    return {f for table, name in parts if name in table for f in table.about(name, "fields", {})}
 
 # %% ../nbs/09_config.ipynb #090022
 def used_fields(cfg: Config) -> set[str]:  # of those that belong to parts

@@ -51,9 +51,10 @@ def sweep_fields() -> list[str]:
 
 
 def _check_fields(names):
-    if unknown := [k for k in names if k not in sweep_fields()]:
+    known = sweep_fields()
+    if unknown := [k for k in names if k not in known]:
         unknown = ", ".join(map(repr, unknown))
-        raise ValueError(f"unknown field {unknown}; the known ones are {', '.join(sweep_fields())}")
+        raise ValueError(f"unknown field {unknown}; the known ones are {', '.join(known)}")
 
 
 def expand(
