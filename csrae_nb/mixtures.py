@@ -468,6 +468,10 @@ class FullGMM(Mixture):
         "The same mixture, its variances on the diagonals of matrices."
         return g if isinstance(g, FullGMM) else cls(g.logw, g.mu, g.var.diag_embed())
 
+    def joint_log_prob(self, z: Float[Tensor, "*#B D"]) -> Float[Tensor, "*B N"]:
+        "log wₙ N(z | μₙ, Σₙ) for every component."
+        return _log_points(z, self) + self.logw
+
     def rsample(self, generator: torch.Generator | Draws | None = None) -> Float[Tensor, "*B D"]:
         """One draw per element of the batch: of one component with gradients; ValueError for several that
         learn."""
@@ -617,6 +621,21 @@ def _full_log_z(q, p):
     y = torch.linalg.solve_triangular(L.expand(*B, N, M, D, D), d[..., None], upper=False)[..., 0]
     log_det = L.diagonal(dim1=-2, dim2=-1).log().sum(-1)  # half of that of the covariances
     return -0.5 * (y.square().sum(-1) + D * math.log(2 * math.pi)) - log_det
+
+# %% ../nbs/01b_mixtures.ipynb #010124
+def _log_points(z, p):
+    "log N(z | μₙ, Σₙ) of points (*B, D) and the components (*B, N) of a FullGMM, whose batch may be shorter."
+    with unchecked():
+        B = common_batch(GMM.gaussian(z, torch.zeros_like(z)), p)
+    N, D = p.mu.shape[-2:]
+    check_memory(math.prod(B) * N, z, D)
+    d = z[..., None, :] - p.mu
+    points = d.shape[: max(0, z.ndim - 1 - len(p.batch_shape))]  # axes that the mixture has not
+    columns = d.reshape(math.prod(points), *d.shape[len(points) :]).movedim(0, -1)  # (*B, N, D, points)
+    L = torch.linalg.cholesky(p.cov.to(d.dtype))
+    square = torch.linalg.solve_triangular(L, columns, upper=False).square().sum(-2).movedim(-1, 0)
+    log_det = L.diagonal(dim1=-2, dim2=-1).log().sum(-1)  # half of that of the covariances
+    return -0.5 * (square + D * math.log(2 * math.pi)).reshape(*points, *square.shape[1:]) - log_det
 
 # %% ../nbs/01b_mixtures.ipynb #010023
 def pairwise_log_overlap(

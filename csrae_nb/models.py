@@ -237,6 +237,7 @@ class LogLikelihood(Unchecked):
         samples: int = 5000,  # S, draws of z for each x
         generator: torch.Generator | Draws | None = None,
         rows: int = 1000,  # decoder rows at a time
+        prior: GMM | FullGMM | None = None,  # a mixture in place of the model's own, a refitted one say
     ) -> Float[Tensor, "B"]:  # nats; an estimate from below
         """log p(x) by importance sampling, Eq. (28), with proposals as wide as q(z|x) and wider. ValueError
         for a model that has none."""
@@ -244,7 +245,7 @@ class LogLikelihood(Unchecked):
             raise ValueError(f"samples={samples}; expected at least 1")
         if not self.has_likelihood:
             raise ValueError(f"{type(self).__name__} has points for codes, and no log p(x)")
-        log_prior, s, out = matrix_log_prob(self.prior()), min(samples, rows), []
+        log_prior, s, out = matrix_log_prob(prior or self.prior()), min(samples, rows), []
         for xb in x.split(max(1, rows // s)):
             q = self.encode(xb)
             some = (min(s, samples - i) for i in range(0, samples, s))

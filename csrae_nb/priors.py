@@ -6,7 +6,7 @@
 __all__ = ['PRIORS', 'LOG_VAR', 'FAR', 'MOST_MAPPED', 'Unchecked', 'Prior', 'single', 'StandardNormal', 'variance', 'within',
            'MoGPrior', 'kmeans', 'VampPrior', 'occupancy', 'effective_components', 'overlap_matrix',
            'distinct_components', 'component_map', 'component_graph', 'eigengap', 'cut_map', 'merge_components',
-           'merged_labels', 'em_step']
+           'merged_labels', 'em_step', 'full_em_step']
 
 # %% ../nbs/03_priors.ipynb #030002
 import math
@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from .mixtures import GMM, as_gmm, pairwise_log_overlap, unchecked
+from .mixtures import GMM, FullGMM, as_gmm, as_mixture, pairwise_log_overlap, unchecked
 from .registry import Registry
 
 # %% ../nbs/03_priors.ipynb #030131
@@ -62,12 +62,17 @@ class Prior(Unchecked):
         "log p(z), exact."
         return self().log_prob(z)
 
-    def refit(self, codes: Float[Tensor, "n D"], steps: int = 1) -> GMM:
+    def refit(
+        self,
+        codes: Float[Tensor, "n D"],  # draws from q(z|x) of training examples
+        steps: int = 1,  # of EM
+        full: bool = False,  # with covariances: slower, and nearer to the codes
+    ) -> GMM | FullGMM:
         """This prior after EM steps on training codes: a new mixture beside the prior, which stays as it is.
         ValueError as of `em_step`."""
-        gmm = self()
+        gmm, step = self(), full_em_step if full else em_step
         for _ in range(steps):
-            gmm = em_step(gmm, codes)
+            gmm = step(gmm, codes)
         return gmm
 
 # %% ../nbs/03_priors.ipynb #030107
@@ -414,3 +419,31 @@ def em_step(
     found = (n[:, 0] / len(codes)).log(), mu + centre, var
     logw, mu, var = (t.to(codes.dtype) for t in found)
     return GMM(logw, torch.where(used, mu, gmm.mu), torch.where(used, var, gmm.var))
+
+# %% ../nbs/03_priors.ipynb #030029
+def _scatter(x, m, w):
+    "Σᵢ wᵢ (xᵢ − m)(xᵢ − m)ᵀ, of the rows that count."
+    some = w > 1e-12
+    d = x[some] - m
+    return (d.T * w[some]) @ d
+
+
+@torch.no_grad()
+@unchecked()
+def full_em_step(
+    gmm: GMM | FullGMM,  # unbatched mixture of K components
+    codes: Float[Tensor, "n D"],  # draws from q(z|x)
+    pseudo_counts: float = 10.0,  # c, above 0
+) -> FullGMM:
+    "One step of EM with full covariances. ValueError for no codes, or pseudo-counts of 0 and less."
+    _check_some(codes)
+    if not pseudo_counts > 0:
+        raise ValueError(f"pseudo_counts={pseudo_counts}; expected a number above 0")
+    gmm, c, x = as_mixture(gmm), pseudo_counts, codes.double()
+    old = FullGMM.of(gmm).cov.double().diagonal(dim1=-2, dim2=-1).diag_embed()
+    r = torch.cat([gmm.responsibilities(z) for z in codes.split(1000)]).double()  # (n, K)
+    n = r.sum(0)
+    mu = torch.where(n[:, None] > 1e-3, (r.T @ x) / n[:, None].clamp_min(1e-3), gmm.mu)
+    scatter = torch.stack([_scatter(x, m, w) for m, w in zip(mu, r.T)])  # n_k S_k, (K, D, D)
+    found = (n / len(x)).log(), mu, (scatter + c * old) / (n + c)[:, None, None]
+    return FullGMM(*(t.to(codes.dtype) for t in found))

@@ -831,10 +831,11 @@ class _LabelByLabel(Autoencoder):
         samples: int = 5000,  # S, draws of z for each x and y
         generator: torch.Generator | None = None,
         rows: int = 1000,  # decoder rows at a time
+        prior: GMM | None = None,  # in place of p(z)
     ) -> Float[Tensor, "B"]:  # nats; an estimate from below
         "log p(x), summed over y, each log p(x|y) by importance sampling."
         every = self.kind.every(x.device).to(x)
-        by_label = [_Given(self, code).log_likelihood(x, samples, generator, rows) for code in every]
+        by_label = [_Given(self, code).log_likelihood(x, samples, generator, rows, prior) for code in every]
         return (torch.stack(by_label, 1) + self.kind.log_prob(self.label_prior[None])).logsumexp(1)
 
 # %% ../nbs/14_semi_supervised.ipynb #140017
