@@ -1866,6 +1866,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'csrae_nb.trained.mean_codes': ('nbs/after_training.html#mean_codes', 'csrae_nb/trained.py'),
                                   'csrae_nb.trained.most_unusual': ('nbs/after_training.html#most_unusual', 'csrae_nb/trained.py'),
                                   'csrae_nb.trained.read_examples': ('nbs/after_training.html#read_examples', 'csrae_nb/trained.py'),
+                                  'csrae_nb.trained.refitted_prior': ('nbs/after_training.html#refitted_prior', 'csrae_nb/trained.py'),
                                   'csrae_nb.trained.report': ('nbs/after_training.html#report', 'csrae_nb/trained.py'),
                                   'csrae_nb.trained.sample_examples': ('nbs/after_training.html#sample_examples', 'csrae_nb/trained.py'),
                                   'csrae_nb.trained.show_sheet': ('nbs/after_training.html#show_sheet', 'csrae_nb/trained.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CODES', 'Examples', 'as_trained', 'read_examples', 'encode_examples', 'check_output', 'write_encoded',
-           'without_codes', 'most_unusual', 'write_scored', 'sample_examples', 'show_sheet', 'mean_codes',
-           'cluster_table', 'cluster_examples', 'report']
+           'without_codes', 'most_unusual', 'write_scored', 'refitted_prior', 'sample_examples', 'show_sheet',
+           'mean_codes', 'cluster_table', 'cluster_examples', 'report']
 
 # %% ../nbs/23_after_training.ipynb #230002
 import csv
@@ -49,15 +49,15 @@ from csrae_nb.data import (
 )
 from .clusters import cluster_codes
 from .divergence import cs_divergence
-from .evaluation import at_temperature
+from .evaluation import at_temperature, run_codes
 from .files import generator, progress_bar, write_atomic
 from .formats import IMAGES, arrow_parquet, folder_images, read_arrays
 from .metrics import is_picture
-from .mixtures import GMM
+from .mixtures import GMM, FullGMM
 from .models import rows_at_once
 from .pictures import plot_history, show_examples
 from .priors import MOST_MAPPED, component_map, cut_map, merged_labels, occupancy
-from .runs import Run
+from .runs import Run, prepare_data
 from .sharing import open_run as open_run
 
 # %% ../nbs/23_after_training.ipynb #230008
@@ -414,6 +414,13 @@ def _sort(table, out):
             f.seek(ends[i])
             g.write(f.read(ends[i + 1] - ends[i]))
 
+# %% ../nbs/23_after_training.ipynb #230020a
+@torch.no_grad()
+def refitted_prior(run: Run) -> FullGMM:
+    """The prior after one step of EM with full covariances on codes of the run's training data, which is
+    loaded: FileNotFoundError or ValueError where it is not there any more."""
+    return run.model.prior.refit(run_codes(run, prepare_data(run.cfg), "train"), full=True)
+
 # %% ../nbs/23_after_training.ipynb #230020
 @torch.no_grad()
 def sample_examples(
@@ -422,9 +429,10 @@ def sample_examples(
     component: int | Sequence[int] | None = None,  # of the prior, or some; None: all
     temperature: float = 1.0,  # factor of the components' deviations
     seed: int = 0,
+    prior: GMM | FullGMM | None = None,  # in place of the run's own
 ) -> Float[Tensor, "n *X"]:
     "E[x|z] at n codes from the prior. ValueError for no such component, or a temperature that cannot be."
-    p = run.model.prior()
+    p = prior or run.model.prior()
     if n < 1 or not temperature > 0:
         raise ValueError(f"n={n}, temperature={temperature}; expected n of at least 1, a temperature above 0")
     p, g = at_temperature(p, temperature), generator(seed, "samples", device=run.device)
@@ -445,7 +453,8 @@ def _some(run, p, components):
     for k in components:
         _check_component(run, p, k)
     k = list(components)
-    return GMM(p.logw[k].log_softmax(0), p.mu[k], p.var[k])
+    logw, *parts = vars(p).values()
+    return type(p)(logw[k].log_softmax(0), *(t[k] for t in parts))
 
 # %% ../nbs/23_after_training.ipynb #230120
 def show_sheet(

@@ -37,6 +37,7 @@ from csrae_nb.trained import (
     open_run,
     read_examples,
     report,
+    refitted_prior,
     sample_examples,
     show_sheet,
     write_encoded,
@@ -138,7 +139,8 @@ def _sample(o):
     run = open_run(o.run, o.device)
     _check_table(o.out, run)
     component = o.component if o.cluster is None else _components_of(run, o.cluster, o.clusters)
-    _write_examples(o.out, sample_examples(run, o.n, component, o.temperature, o.seed), run)
+    prior = refitted_prior(run) if o.refit else None
+    _write_examples(o.out, sample_examples(run, o.n, component, o.temperature, o.seed, prior), run)
 
 
 def _components_of(run, cluster, clusters):
@@ -307,6 +309,8 @@ def _add_sample(verbs):
     sample.add_argument("--cluster", type=int, help="of its components, as csrae clusters joins them (all)")
     sample.add_argument("--clusters", type=_count, help="how many there are (as their graph suggests)")
     sample.add_argument("--temperature", type=float, default=1.0, help="factor of its deviations (1)")
+    refit = "from the prior after a step of EM on codes of the training data: nearer to the data"
+    sample.add_argument("--refit", action="store_true", help=refit)
     sample.add_argument("--seed", type=int, default=0, help="other samples (0)")
     _with_output(sample, "picture, .npz, or of a table .csv")
 
