@@ -19,7 +19,7 @@ from csrae_nb.catalogue import load_data
 from csrae_nb.config import Config, resolve
 from csrae_nb.evaluation import expost_mixture, write_table
 from csrae_nb.mixtures import FullGMM
-from csrae_nb.priors import kmeans
+from csrae_nb.priors import full_em_step, kmeans
 from csrae_nb.results import read_rows
 from csrae_nb.tasks import make_model
 
@@ -147,16 +147,6 @@ class Training:
             self.opt.step()
 
 
-@torch.no_grad()
-def em_step(p, codes):
-    "One step of EM with full covariances."
-    r = torch.cat([p.responsibilities(b) for b in codes.split(1000)]).double()
-    n, x = r.sum(0), codes.double()
-    mu = (r.T @ x) / n[:, None]
-    cov = torch.stack([(x - m).T @ ((x - m) * w[:, None]) for m, w in zip(mu, r.T)]) / n[:, None, None]
-    return FullGMM(*(t.float() for t in ((n / n.sum()).log(), mu, cov + 1e-6 * torch.eye(D))))
-
-
 def parsed():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     of = dict(components=100, rank=4, queue=0, weight=0.5, epochs=30, seed=0)
@@ -190,7 +180,8 @@ def main():
     t.model.eval()
     codes, val = t.codes(data.x_train), t.codes(data.x_val)
     prior, run = t.prior.mixture(), SimpleNamespace(model=t.model, cfg=t.cfg)
-    fitted = dict(prior=prior, em=em_step(prior, codes), full=expost_mixture(codes, 100, o.seed, full=True))
+    fitted = dict(prior=prior, em=full_em_step(prior, codes))
+    fitted["full"] = expost_mixture(codes, 100, o.seed, full=True)
     rows = [r for r in read_rows(o.csv, KEY) if any(r[k] != getattr(o, k) for k in KEY[:-1])]
     against = images_to_compare(data)
     for source, p in fitted.items():
