@@ -50,7 +50,7 @@ assert_type(model.decode(torch.zeros(3, 10)), Tensor)
 assert_type(model.sample(16), Tensor)
 assert_type(model.reconstruct(x), Tensor)
 assert_type(model.log_likelihood(x, samples=10), Tensor)
-assert_type(prior.refit(torch.zeros(100, 10)), GMM)
+assert_type(prior.refit(torch.zeros(100, 10)), GMM | FullGMM)
 
 
 class Spread(BatchTerm):
