@@ -309,7 +309,9 @@ def _add_sample(verbs):
     sample.add_argument("--cluster", type=int, help="of its components, as csrae clusters joins them (all)")
     sample.add_argument("--clusters", type=_count, help="how many there are (as their graph suggests)")
     sample.add_argument("--temperature", type=float, default=1.0, help="factor of its deviations (1)")
-    refit = "from the prior after a step of EM on codes of the training data: nearer to the data"
+    refit = (
+        "from the prior after EM with full covariances on codes of the training data: they cover more of it"
+    )
     sample.add_argument("--refit", action="store_true", help=refit)
     sample.add_argument("--seed", type=int, default=0, help="other samples (0)")
     _with_output(sample, "picture, .npz, or of a table .csv")
