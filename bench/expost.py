@@ -4,6 +4,9 @@ The tables' fitted mixtures are diagonal, as the priors are. Ghosh et al. (2020)
 covariance, which know more of codes that hang together: here both, of several sizes, beside the prior as
 trained. `log_density` is of the validation images' codes, by which a size can be chosen without samples."""
 
+import time
+from functools import partial
+
 import torch
 from tqdm.auto import tqdm
 
@@ -20,12 +23,13 @@ KEY += ("weight", "epochs", "seed", "source", "fitted")
 
 
 def sources(run, codes):
-    "What samples are drawn from: its kind, its components, and a function that gives it."
-    yield "prior", len(run.model.prior().logw), run.model.prior
+    "What samples are drawn from: what a row says of it, and a function that gives it."
+    prior, seed = run.model.prior, run.cfg.seed
+    yield dict(source="prior", fitted=len(prior().logw)), prior
     for K in SIZES["diagonal"]:
-        yield "diagonal", K, lambda K=K: expost_mixture(codes, K, run.cfg.seed)
+        yield dict(source="diagonal", fitted=K), partial(expost_mixture, codes, K, seed)
     for K in SIZES["full"]:
-        yield "full", K, lambda K=K: expost_mixture(codes, K, run.cfg.seed, full=True)
+        yield dict(source="full", fitted=K), partial(expost_mixture, codes, K, seed, full=True)
 
 
 def images_to_compare(data):
@@ -53,22 +57,25 @@ def binary(real):
 
 
 @torch.no_grad()
-def main():
-    o, runs, data = asked(parser_of(__doc__))
+def fill(doc, key, sources, more=lambda run, data, mixture, seconds: {}):
+    "A table of runs and of what samples are drawn from: the rows that it lacks, with what `more` says."
+    o, runs, data = asked(parser_of(doc))
     against = images_to_compare(data)
-    rows = read_rows(o.csv, KEY)
-    done = {tuple(r[k] for k in KEY) for r in rows}
+    rows = read_rows(o.csv, key)
+    done = {tuple(r[k] for k in key) for r in rows}
     for run in tqdm(runs):
         codes, val = (run_codes(run, data, part) for part in ("train", "val"))
-        for kind, K, make in sources(run, codes):
-            row = described(run) | dict(epochs=run.cfg.epochs, source=kind, fitted=K)
-            if tuple(row[k] for k in KEY) in done:
+        for source, make in sources(run, codes):
+            row = described(run) | dict(epochs=run.cfg.epochs) | source
+            if tuple(row[k] for k in key) in done:
                 continue
-            source = make()
-            row["log_density"] = source.log_prob(val).mean().item()
-            rows.append(row | measured(run, source, *against))
+            began = time.perf_counter()
+            mixture = make()
+            row |= more(run, data, mixture, time.perf_counter() - began)
+            row["log_density"] = round(mixture.log_prob(val).mean().item(), 3)
+            rows.append(row | measured(run, mixture, *against))
             write_table(o.csv, rows)
 
 
 if __name__ == "__main__":
-    main()
+    fill(__doc__, KEY, sources)
