@@ -36,8 +36,8 @@ from csrae_nb.trained import (
     most_unusual,
     open_run,
     read_examples,
-    report,
     refitted_prior,
+    report,
     sample_examples,
     show_sheet,
     write_encoded,
@@ -309,9 +309,7 @@ def _add_sample(verbs):
     sample.add_argument("--cluster", type=int, help="of its components, as csrae clusters joins them (all)")
     sample.add_argument("--clusters", type=_count, help="how many there are (as their graph suggests)")
     sample.add_argument("--temperature", type=float, default=1.0, help="factor of its deviations (1)")
-    refit = (
-        "from the prior after EM with full covariances on codes of the training data: they cover more of it"
-    )
+    refit = "from the prior after EM on codes of the training data, of which samples then cover more"
     sample.add_argument("--refit", action="store_true", help=refit)
     sample.add_argument("--seed", type=int, default=0, help="other samples (0)")
     _with_output(sample, "picture, .npz, or of a table .csv")
