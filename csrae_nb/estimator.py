@@ -24,7 +24,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from .data import CENTRED, column_units, data_columns, default_likelihood, from_arrays, is_table
 from .data import scaled_as, table_as, values_of
-from .mixtures import GMM, Draws
+from .mixtures import Draws
 from .likelihoods import make_likelihood
 from .models import Autoencoder, rows_at_once, warmed_up
 
@@ -556,8 +556,7 @@ def _samples(est, n_samples, noise, chosen, random_state):
     p, few = est.model_.prior(), not chosen.all()
     logw = p.logw.masked_fill(~torch.from_numpy(chosen), -torch.inf).log_softmax(0) if few else p.logw
     k = torch.multinomial(logw.exp(), int(n_samples), True, generator=g)
-    z = GMM.gaussian(p.mu[k], p.var[k]).rsample(g)
-    return _decoded(est, z, g if noise else None), k.numpy()
+    return _decoded(est, p.draw(k, g), g if noise else None), k.numpy()
 
 # %% ../nbs/20_estimator.ipynb #200151
 def _parameters_of(run):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributions import (
     Categorical,
@@ -270,11 +270,17 @@ class Mixture(Batched):
             raise ValueError(f"sample wants one mixture, not a batch of shape {tuple(self.batch_shape)}")
         N = self.logw.shape[-1]
         if component is None and n:  # torch has no multinomial of none
-            return self._draw(torch.multinomial(self.logw.exp(), n, True, generator=generator), generator)
+            return self.draw(torch.multinomial(self.logw.exp(), n, True, generator=generator), generator)
         component = component or 0
         if not 0 <= component < N:
             raise ValueError(f"component {component} of {N}; expected 0 to {N - 1}")
-        return self._draw(torch.full((n,), component, device=self.mu.device), generator)
+        return self.draw(torch.full((n,), component, device=self.mu.device), generator)
+
+    @unchecked()
+    def only(self: _Kind, components: list[int]) -> _Kind:
+        "The mixture of some components of a single one, by their weights."
+        logw, *parts = self._parts()
+        return type(self)(logw[components].log_softmax(0), *(t[components] for t in parts))
 
 # %% ../nbs/01b_mixtures.ipynb #010161
 class _Last(torch.autograd.Function):
@@ -371,7 +377,8 @@ class _Diagonal(Mixture):
         _, mu, var = self.broadcast()
         return mu + var.sqrt() * _standard_normal(mu, generator)
 
-    def _draw(self, k, generator):
+    def draw(self, k: Int[Tensor, "n"], generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
+        "A draw from each of the components k of a single mixture."
         return GMM.gaussian(self.mu[k], self.var[k]).rsample(generator)
 
     def to_distribution(self) -> MixtureSameFamily:
@@ -491,7 +498,8 @@ class FullGMM(Mixture):
         noise = _standard_normal(mu, generator)
         return mu + (torch.linalg.cholesky(self.cov) @ noise[..., None])[..., 0]
 
-    def _draw(self, k, generator):
+    def draw(self, k: Int[Tensor, "n"], generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
+        "A draw from each of the components k of a single mixture."
         mu, L = self.mu[k], torch.linalg.cholesky(self.cov)[k]
         return mu + (L @ _standard_normal(mu, generator)[..., None])[..., 0]
 

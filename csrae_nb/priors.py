@@ -40,7 +40,7 @@ class Prior(Unchecked):
 
     starts_from_codes = False  # whether `init_from_codes(codes, seed)` sets it, once codes mean something
 
-    def forward(self) -> GMM:  # unbatched: logw (K), mu and var (K, D)
+    def forward(self) -> GMM | FullGMM:  # unbatched: logw (K), mu and var (K, D), or cov (K, D, D)
         raise NotImplementedError(f"{type(self).__name__} must define forward() -> GMM")
 
     def jointly(

@@ -450,24 +450,17 @@ def sample_examples(
         raise ValueError(f"n={n}, temperature={temperature}; expected n of at least 1, a temperature above 0")
     p, g = at_temperature(p, temperature), generator(seed, "samples", device=run.device)
     if isinstance(component, Sequence):
-        p, component = _some(run, p, component), None
+        _check_components(run, p, component)
+        p, component = p.only(list(component)), None
     elif component is not None:
-        _check_component(run, p, component)
+        _check_components(run, p, [component])
     return run.model.sample(n, g, component, p).cpu()
 
 # %% ../nbs/23_after_training.ipynb #230020b
-def _check_component(run, p, k):
-    if not 0 <= k < len(p.logw):
-        raise ValueError(f"component={k}; the prior of {run.path.name} has 0 to {len(p.logw) - 1}")
-
-
-def _some(run, p, components):
-    "The mixture of some components."
+def _check_components(run, p, components):
     for k in components:
-        _check_component(run, p, k)
-    k = list(components)
-    logw, *parts = vars(p).values()
-    return type(p)(logw[k].log_softmax(0), *(t[k] for t in parts))
+        if not 0 <= k < len(p.logw):
+            raise ValueError(f"component={k}; the prior of {run.path.name} has 0 to {len(p.logw) - 1}")
 
 # %% ../nbs/23_after_training.ipynb #230120
 def show_sheet(

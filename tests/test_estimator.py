@@ -22,6 +22,8 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from csrae_nb.estimator import CSRAEEmbedding
 from csrae_nb.config import Config
+from csrae_nb.mixtures import FullGMM
+from csrae_nb.priors import PRIORS, Prior
 from csrae_nb.runs import fit
 from csrae_nb.training import NonFiniteLoss
 
@@ -548,3 +550,34 @@ def test_what_may_be_set_between_passes():
     with pytest.raises(ValueError, match="config="):
         est.partial_fit(X)
     assert est.set_params(lr=0.01, config=None).fit(X).partial_fit(X).n_iter_ == 4
+
+
+# --- a prior of one's own
+
+
+class Tilted(Prior):
+    "Gaussians whose covariances are learned, too."
+
+    def __init__(self, components, latent_dim):
+        super().__init__()
+        self.mu = torch.nn.Parameter(torch.randn(components, latent_dim))
+        self.factor = torch.nn.Parameter(torch.eye(latent_dim).repeat(components, 1, 1))
+
+    def forward(self):
+        logw = torch.full((len(self.mu),), -np.log(len(self.mu)), dtype=self.mu.dtype)
+        return FullGMM(logw, self.mu, self.factor @ self.factor.mT + 0.01 * torch.eye(2))
+
+
+def test_a_prior_with_full_covariances():
+    PRIORS.register("tilted", uses=("components",))(lambda cfg, *_: Tilted(cfg.components, cfg.latent_dim))
+    try:
+        est = quick(prior="tilted", latent_dim=2).fit(X)
+    finally:
+        del PRIORS["tilted"]
+    new, k = est.sample(500, component=1)
+    assert new.shape == (500, 4) and set(k) == {1}
+    codes, prior = est.transform(X), est.model_.prior()
+    oracle = prior.to_distribution()
+    among = oracle.component_distribution.log_prob(torch.from_numpy(codes)[:, None]) + prior.logw
+    np.testing.assert_allclose(est.predict_proba(X), among.softmax(-1).detach(), rtol=1e-6)
+    assert np.isfinite(est.score_samples(X[:5])).all() and set(est.join(2).predict(X)) <= {0, 1}
