@@ -212,7 +212,7 @@ def contenders(
 ) -> list[tuple[str, dict, str, str]]:  # label, row, metric, side
     """The ways to sample that are compared.
 
-    Their sides: own (MixtureCSRAE with its prior), neither (its codes, ex-post), baseline."""
+    Their sides: own (MixtureCSRAE with its prior), neither (a mixture fitted to its codes), baseline."""
     kind, rows = distance_kind(rows), [r for r in rows if r["components"] in (1, K)]
     own, after = [], []
     for r in sorted(rows, key=lambda r: (r["model"] != MIX, r["name"])):
@@ -220,7 +220,7 @@ def contenders(
         for s, text in OWN.items():
             if r["components"] > 1 or s == "samples":
                 own.append((f"{r['name']}: {text}", r, f"{kind}_{s}", sides[0]))
-        after.append((f"{r['name']}: ex-post", r, f"{kind}_samples_expost", sides[1]))
+        after.append((f"{r['name']}: fitted", r, f"{kind}_samples_expost", sides[1]))
     return [c for c in (*own, *after) if c[1].get(f"{c[2]}_mean") is not None]
 
 # %% ../nbs/13b_claims.ipynb #130062
@@ -231,10 +231,12 @@ def plot_sampling(
     found = contenders(rows)
     labels = list(dict.fromkeys(c[0] for c in found))
     fig, ax = plt.subplots(figsize=(8, 1 + 0.25 * len(labels)), layout="constrained")
-    for i, lam in enumerate(weights := sorted({c[1]["lam"] for c in found})):
+    for lam in (weights := sorted({c[1]["lam"] for c in found})):
         some = [(labels.index(l), *_mean_error(r, m)) for l, r, m, _ in found if r["lam"] == lam]
         y, x, error = zip(*some)
-        ax.errorbar(x, y, xerr=[2 * (e or 0) for e in error], fmt="o", ms=5, c=f"C{i}", label=f"{lam:g}")
+        colour = plt.get_cmap("turbo")(0.5 + math.log10(lam) / 2)  # the same in each picture
+        bars = dict(xerr=[2 * (e or 0) for e in error], fmt="o", ms=5, color=colour)
+        ax.errorbar(x, y, **bars, label=f"{lam:g}")
     ax.set(yticks=range(len(labels)), yticklabels=labels, xscale="log")
     ax.set_xlabel(f"{LABELS[distance_kind(rows)]}; bars: twice the errors that comparisons go by")
     plain_log(ax.xaxis)
@@ -615,7 +617,7 @@ def criterion_claim(tables: dict) -> Claim:
         m = f"{distance_kind(rows)}_{s}"
         if best := lowest(rows, m):
             outcomes.append(1 if best is at else compare(at, best, m))
-            details.append(f"distance of {s.replace('_expost', ' ex-post')} at {best['lam']:g}")
+            details.append(f"distance of {s.replace('_expost', ', fitted')} at {best['lam']:g}")
     return _judged(claim, outcomes, [f"criterion lowest at λ = {at['lam']:g}", *details])
 
 # %% ../nbs/13b_claims.ipynb #130284
@@ -758,7 +760,7 @@ def own_prior_claim(
     for u in mog:
         if u.outcomes[opponent] is not None:
             changes.setdefault(TITLES[u.row["dataset"]], []).append(_duel_change(u, opponent))
-    whom = ("the best baseline, ex-post included", "an ex-post mixture on the same codes")[opponent]
+    whom = ("the best baseline, fitted included", "a mixture fitted to the same codes")[opponent]
     return _judged(
         f"Not in the paper: MixtureCSRAE's prior ({RECIPES[recipe]}, λ = 1) beats {whom}",
         [u.outcomes[opponent] for u in mog],
@@ -800,7 +802,7 @@ KEY = (
     "*For, against*: comparisons that are *clear*, by more than two combined errors; *criterion*: "
     "validation −E log p + D, less is better; *MixtureCSRAE*: with the MoG prior, *Vamp* named, with "
     "its three counts, where its verdict differs.\n"
-    "*Distance*: Fréchet, of images; *ex-post*: a mixture fitted to the codes after training, to "
+    "*Distance*: Fréchet, of images; *fitted*: a mixture fitted to the codes after training, to "
     "sample from; *15 EM steps*: the learned prior, refitted to the codes by so many."
 )
 

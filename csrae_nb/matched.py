@@ -59,6 +59,7 @@ LINES = {  # what a line is: name, source, queue, kind of samples, colour, style
     "aggregate": ("MixtureCSRAE", "aggregate", 0, "samples", "C9", "o-"),
     "aggregate, KL in the encoder": ("MixtureVAE", "aggregate", 1000, "samples", "C4", "D-"),
     "each image, by the KL": ("MixtureVAE", "image", 0, "samples", "C4", "^-"),
+    "each image, by the KL, then fitted": ("MixtureVAE", "image", 0, "samples_expost", "C4", "^:"),
     "each image": ("MixtureCSRAE", "image", 0, "samples", "C1", "^-"),
     "each image, then fitted": ("MixtureCSRAE", "image", 0, "samples_expost", "C1", "^:"),
     "VampPriorVAE": ("VampPriorVAE", None, 0, "samples", "C3", "s-"),
@@ -85,8 +86,9 @@ def plot_matched(panels: dict[str, list[dict]]) -> Figure:  # title: rows
             x, y, e = (
                 [r[m] for r in line] for m in ("reconstruction_mean", f"{metric}_mean", f"{metric}_se")
             )
+            look = dict(color=colour, mfc="white" if "fitted" in label else colour)
             if line:
-                shown[label] = ax.errorbar(x, y, e, fmt=style, color=colour, ms=4, lw=1)
+                shown[label] = ax.errorbar(x, y, e, fmt=style, ms=4, lw=1, **look)
         ax.set(title=title, xlabel="reconstruction error, nats")
         ax.set_yscale("log")
         plain_log(ax.yaxis)

@@ -308,7 +308,7 @@ SHOWN = {
     "reconstructions": "reconstructions",
     "samples": "samples",
     "samples_refit15": "after 15 EM steps",
-    "samples_expost": "ex-post",
+    "samples_expost": "fitted afterwards",
 }
 
 
@@ -545,7 +545,7 @@ def plot_weights(
         _weights(ax)
         ax.set_yscale("log")
         plain_log(ax.yaxis)
-        ax.set(xlabel="λ or β", title={"samples_expost": "samples, ex-post mixture"}.get(s, s))
+        ax.set(xlabel="λ or β", title={"samples_expost": "samples, fitted afterwards"}.get(s, s))
     axs[0].set_ylabel(LABELS[kind])
     if axs[0].containers:
         fig.legend(*axs[0].get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=3)
@@ -607,7 +607,7 @@ def rank_over_weights(rows: list[dict], x: str, y: str, sign: int = 1) -> float 
 _FIGURE3 = {
     **{s: f"Fréchet distance of {title}" for s, title in SHOWN.items()},
     "samples_refit15": "Fréchet distance of samples after 15 EM steps",
-    "samples_expost": "Fréchet distance of samples, ex-post mixture",
+    "samples_expost": "Fréchet distance of samples, fitted afterwards",
 }
 
 

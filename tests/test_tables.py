@@ -122,12 +122,12 @@ def test_a_world_in_which_the_paper_holds(tmp_path):
     )  # Vamp's turns up at 400
     assert (
         of("(15 EM steps, λ = 1) beats the best baseline").verdict
-        == of("(15 EM steps, λ = 1) beats an ex-post").verdict
+        == of("(15 EM steps, λ = 1) beats a mixture fitted to the same codes").verdict
         == "holds"
     )
     assert (
         of("(as trained, λ = 1) beats the best baseline").verdict
-        == of("(as trained, λ = 1) beats an ex-post").verdict
+        == of("(as trained, λ = 1) beats a mixture fitted to the same codes").verdict
         == "does not hold"
     )
     assert all(len(text) <= 200 for c in found for text in (c.claim, c.measured))
