@@ -18,7 +18,7 @@ from csrae_nb.singlecell import (
     SCVI,
     MixtureSCVI,
     SampledSCVI,
-    agreement,
+    agreement_with_types,
     batch_mixing,
     draw_cells,
     gradient_noise,
@@ -55,7 +55,7 @@ def train(model, epochs, weight, placed):
 
 
 def of_clusters(found, types, name):
-    return {f"{k}_{name}": v for k, v in agreement(found, types).items()}
+    return {f"{k}_{name}": v for k, v in agreement_with_types(found, types).items()}
 
 
 def measured(model, cells, weight):

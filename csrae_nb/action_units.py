@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FACE_TABLES', 'WAYS', 'paper_f1', 'recomputed', 'chance_f1', 'pooled_f1', 'share_of', 'over_folds', 'face_model',
-           'f1_table', 'compared', 'plot_f1', 'ways_table', 'by_answer']
+           'f1_table', 'compared_models', 'plot_f1', 'ways_table', 'by_answer']
 
 # %% ../nbs/16_action_units.ipynb #160002
 import re
@@ -170,7 +170,7 @@ def f1_table(
     return markdown_table(["model", "labels", "folds × seeds", *answers, "mean"], lines)
 
 # %% ../nbs/16_action_units.ipynb #160316
-def compared(
+def compared_models(
     rows: list[dict],  # of over_folds
     labels: float,  # the share; 1.0 are all
     models: tuple[str, ...] = ("MixtureCSRAE", "VampPriorVAE", "CNN"),

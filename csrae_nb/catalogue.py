@@ -28,7 +28,7 @@ from csrae_nb.formats import (
     read_parquet,
     read_pinwheel,
     read_static_mnist,
-    read_table,
+    read_csv,
 )
 from .likelihoods import make_likelihood
 from .registry import Registry
@@ -96,7 +96,7 @@ add_arrays(
 add_arrays("fashion_mnist", read_fashion_mnist, "bernoulli", PAPER, ink=True)  # binarised as MNIST; 31 MB
 
 # %% ../nbs/08c_catalogue.ipynb #083010
-TABLES = dict([(".csv", read_table), (".parquet", read_parquet)])  # endings of tables
+TABLES = dict([(".csv", read_csv), (".parquet", read_parquet)])  # endings of tables
 ARRAYS = (".npz", ".npy", *TABLES)  # endings of the files that hold arrays, or a table
 # what a path to a data set may lead to, as errors say it
 OWN_DATA = f"{', '.join(ARRAYS[:-1])} or {ARRAYS[-1]} file, or folder of images or of videos with labels.csv"

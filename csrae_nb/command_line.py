@@ -101,12 +101,12 @@ def train_output(
     ValueError or OSError if there can be no such run."""
     from papermill.utils import chdir
     from csrae_nb.config import make_config, resolve
-    from csrae_nb.runs import prepare_data, open_run
+    from csrae_nb.runs import prepare_data, claim_folder
 
     with chdir(cwd):
         cfg = resolve(make_config(values))
         prepare_data(cfg, None)
-    return open_run(cfg) / "train.ipynb"
+    return claim_folder(cfg) / "train.ipynb"
 
 # %% ../nbs/90_command_line.ipynb #900018
 def fill_in(

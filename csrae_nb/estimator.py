@@ -26,7 +26,7 @@ from .data import CENTRED, column_units, data_columns, default_likelihood, from_
 from .data import scaled_as, table_as, values_of
 from .mixtures import Draws
 from .likelihoods import make_likelihood
-from .models import Autoencoder, rows_at_once, warmed_up
+from .models import Autoencoder, warmed_up
 
 # %% ../nbs/20_estimator.ipynb #200102
 from .config import Config, ModelConfig, identity, make_config, prior_kind, resolve, unused_fields
@@ -35,7 +35,7 @@ from .priors import merge_components
 from .process import accelerator, torch_defaults
 from .runs import Run, fit
 from .sharing import open_run
-from .tasks import mean_terms, task_of
+from .tasks import mean_codes, mean_terms, task_of
 from .training import place_components, to_be_placed, train_epoch, untrained
 
 # %% ../nbs/20_estimator.ipynb #200005
@@ -101,7 +101,7 @@ class _Codes(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Parameters):
     def transform(self, X):
         "Codes (n, D) of the rows: the means of q(z|x), in X's precision."
         x, dtype = _known_rows(self, X)
-        return _codes(self, x).numpy().astype(dtype)
+        return mean_codes(self.model_, x).numpy().astype(dtype)
 
     def inverse_transform(self, X) -> np.ndarray:  # (n, features), of codes (n, D)
         """E[x|z] of codes, in the data's units, but bytes as the model saw them: x / 255, or x / 255 - 0.5.
@@ -454,12 +454,6 @@ def _one_pass(est, X):
 
 # %% ../nbs/20_estimator.ipynb #200029
 @torch.no_grad()
-def _codes(est, x):  # (n, D)
-    "Means of q(z|x)."
-    return torch.cat([est.model_.encode(xb).mean for xb in x.split(rows_at_once(x))])
-
-
-@torch.no_grad()
 def _decoded(est, z, generator=None):  # (n, features)
     "E[x|z], or with a generator a draw from p(x|z), in the units of the data."
     lik = est.model_.likelihood
@@ -481,7 +475,7 @@ def _rows_of_codes(est, X):
 @torch.no_grad()
 def _responsibilities(est, X):  # (n, K), or (n, clusters)
     x, dtype = _known_rows(est, X)
-    r = est.model_.prior().responsibilities(_codes(est, x))
+    r = est.model_.prior().responsibilities(mean_codes(est.model_, x))
     cluster = torch.from_numpy(est.component_clusters_)
     return r.new_zeros(len(r), int(cluster.max()) + 1).index_add_(1, cluster, r).numpy().astype(dtype)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['blue', 'orange', 'grey', 'FOUR', 'STEP', 'LINE', 'TARGET', 'STARTS', 'LADDERS', 'TABS', 'png', 'framed', 'quiet',
-           'reason', 'guarded', 'line_mixture', 'line_divergences', 'draw_line', 'two_gaussians_explorer',
+           'message_of', 'guarded', 'line_mixture', 'line_divergences', 'draw_line', 'two_gaussians_explorer',
            'pinwheel_configs', 'pinwheel_runs', 'kept', 'draw_pinwheel', 'pinwheel_explorer', 'Explored', 'run_data',
            'explore', 'label_free', 'interpolate', 'along_axes', 'traversal', 'draw_examples', 'draw_pair',
            'draw_interpolation', 'draw_moved', 'draw_traversal', 'draw_component', 'nearest', 'run_explorer']
@@ -85,7 +85,7 @@ def quiet(
     return fig
 
 # %% ../nbs/22_explorers.ipynb #220007
-def reason(error: Exception) -> str:  # HTML
+def message_of(error: Exception) -> str:  # HTML
     "What a panel says of an error: its text, with the kind where it is none of the package's own."
     kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
     style = "color:#a40000; max-width:900px; overflow-wrap:anywhere"
@@ -103,7 +103,7 @@ def guarded(
         try:
             act(*args)
         except Exception as e:
-            message.value = reason(e)
+            message.value = message_of(e)
 
     return safely
 

@@ -34,7 +34,7 @@ from .files import RunLocked, generator, progress_bar, run_lock, runs_folder
 from .kernels import NotEnoughMemory, free_memory, members_first
 from .mixtures import Draws
 from .process import accelerator, cores, torch_defaults
-from .runs import Run, load_run, open_run, prepare_data
+from .runs import Run, load_run, claim_folder, prepare_data
 from .tasks import Task, task_of
 from csrae_nb.training import (
     NonFiniteLoss,
@@ -508,7 +508,7 @@ def _fit_fleet(configs, data, acc, progress):
     data, mine, out = data.to(acc.device), {}, {}
     with ExitStack() as locks:
         for c in configs:
-            path = open_run(c)
+            path = claim_folder(c)
             if is_trained(path):
                 continue
             try:
@@ -521,7 +521,7 @@ def _fit_fleet(configs, data, acc, progress):
         _agree(mine)
         ts = [Training(task_of(c), data, acc, path) for path, c in mine.items()]
         out |= _train_all(ts, data, progress)
-    return [out.get(path) or load_run(path, acc.device) for path in map(open_run, configs)]
+    return [out.get(path) or load_run(path, acc.device) for path in map(claim_folder, configs)]
 
 # %% ../nbs/09f_fleet.ipynb #170219
 def _train_all(ts, data, progress):

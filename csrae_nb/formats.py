@@ -7,7 +7,7 @@ __all__ = ['BATCHES', 'RECORD', 'CHARDATA', 'SILHOUETTES', 'CIFAR10', 'FASHION',
            'read_pinwheel', 'read_idx', 'read_amat', 'read_records', 'read_batches', 'PublicFile', 'data_folder',
            'cache_folder', 'find_file', 'download', 'read_file', 'read_mnist', 'read_static_mnist',
            'read_fashion_mnist', 'upright', 'read_omniglot', 'read_caltech101', 'read_cifar10', 'read_folder',
-           'folder_images', 'read_arrays', 'read_table', 'arrow_parquet', 'read_parquet']
+           'folder_images', 'read_arrays', 'read_csv', 'arrow_parquet', 'read_parquet']
 
 # %% ../nbs/08b_formats.ipynb #082002
 import codecs
@@ -611,7 +611,7 @@ def _check_labels(labels, table):  # None: there are none
         warnings.warn(f"{table}'s column y holds {many}, and each is a class; {advice}")
 
 # %% ../nbs/08b_formats.ipynb #082085
-def read_table(
+def read_csv(
     path: Path,  # .csv in UTF-8
     wanted: tuple[str, ...] = (),  # columns of numbers, in this order; none: all but y
 ) -> tuple[dict, tuple[str, ...]]:  # arrays x (n, columns), and y, of text; names of the columns of x

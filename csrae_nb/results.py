@@ -6,10 +6,10 @@
 __all__ = ['ROW_KEY', 'WEIGHED', 'MARGIN', 'SIZES', 'TITLES', 'TABLES', 'SEMISUP', 'KS', 'LABELS', 'IMAGES', 'SHOWN', 'ROLES',
            'results_folder', 'read_rows', 'with_name', 'n_seeds', 'joined', 'merge', 'read_results', 'read_table',
            'read_paper', 'where', 'markdown_table', 'shown', 'choose', 'equal_training', 'cell_key', 'table2',
-           'distance_kind', 'distance_title', 'cells', 'table1', 'is_doubtful', 'doubts', 'rank_correlation', 'rank_p',
-           'holm', 'show_rank', 'resemblance', 'clear_ranks', 'plain_log', 'by_lam', 'lowest', 'is_cs', 'plot_selected',
-           'plot_criterion', 'selected_weights', 'plot_weights', 'plot_figure3', 'rank_over_weights', 'where_lowest',
-           'plot_figure4', 'label_names', 'table3', 'sweep_command', 'fill_commands', 'command_list']
+           'distance_kind', 'distance_title', 'best_of_cells', 'table1', 'is_doubtful', 'doubts', 'rank_correlation',
+           'rank_p', 'holm', 'show_rank', 'resemblance', 'clear_ranks', 'plain_log', 'by_lam', 'lowest', 'is_cs',
+           'plot_selected', 'plot_criterion', 'selected_weights', 'plot_weights', 'plot_figure3', 'rank_over_weights',
+           'where_lowest', 'plot_figure4', 'label_names', 'table3', 'sweep_command', 'fill_commands', 'command_list']
 
 # %% ../nbs/13_results.ipynb #130002
 import csv
@@ -293,7 +293,7 @@ def distance_title(rows: Iterable[dict]) -> str:
     return f"FID, layer {layers} of Inception, {counts} images resized to 299×299{real}"
 
 # %% ../nbs/13_results.ipynb #130131
-def cells(
+def best_of_cells(
     rows: list[dict],  # of one data set
     metric: str = "criterion",  # that selects the weight
 ) -> dict[tuple, dict]:  # cell_key: row
@@ -322,7 +322,7 @@ def table1(
     dataset: str,
 ) -> str:  # Markdown
     "Table 1 of one data set: our distances and the printed FID."
-    mine = cells(where(rows, dataset=dataset))
+    mine = best_of_cells(where(rows, dataset=dataset))
     theirs = {cell_key(p): p for p in where(paper, table=1, dataset=dataset)}
     kind = distance_kind(mine.values())
 
@@ -346,7 +346,7 @@ def doubts(rows: list[dict]) -> str:
     "Where samples are closer than reconstructions, in words."
     out, sets = [], [s for s in SETS if "samples" in s]
     for d in TITLES:
-        mine = cells(where(rows, dataset=d))
+        mine = best_of_cells(where(rows, dataset=d))
         kind = distance_kind(mine.values())
 
         def is_low(r):
@@ -407,7 +407,7 @@ def resemblance(
     "How like the printed order of the models ours is, where at least four are in common."
     out = {}
     for d in TITLES:
-        mine = cells(where(rows, dataset=d))
+        mine = best_of_cells(where(rows, dataset=d))
         theirs = {cell_key(p): p["mean"] for p in where(paper, table=1, dataset=d)}
         metrics = [f"{distance_kind(mine.values())}_{s}_mean" for s in IMAGES]
         both = [k for k in theirs if k in mine and all(mine[k].get(m) is not None for m in metrics)]
@@ -526,7 +526,7 @@ def selected_weights(
     "Which weight the criterion selects, for cells with at least two."
     out = {}
     for d in TITLES:
-        for key, r in cells(where(rows, dataset=d)).items():
+        for key, r in best_of_cells(where(rows, dataset=d)).items():
             alike = [x for x in where(rows, dataset=d, epochs=r["epochs"]) if cell_key(x) == key]
             weights = sorted(x["lam"] for x in alike)
             if len(weights) > 1:

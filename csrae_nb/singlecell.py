@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MixtureModule', 'PlaceComponents', 'MixtureSCVI', 'SampledModule', 'SampledSCVI', 'pbmc_counts', 'draw_cells',
-           'agreement', 'kmeans_clusters', 'batch_mixing', 'gradient_noise']
+           'agreement_with_types', 'kmeans_clusters', 'batch_mixing', 'gradient_noise']
 
 # %% ../nbs/24_single_cell.ipynb #240002
 from inspect import signature
@@ -196,7 +196,7 @@ def draw_cells(
     return AnnData(x.astype(np.float32), dict(type=y.astype(str), batch=b.astype(str)))
 
 # %% ../nbs/24_single_cell.ipynb #240025
-def agreement(
+def agreement_with_types(
     found: Int[np.ndarray, "n"],  # clusters
     types: np.ndarray,  # (n,)
 ) -> dict[str, float]:  # ari, nmi

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRELOAD', 'UNGUARDED', 'local_engine', 'ray_engine', 'pieces', 'check_data', 'run_sweep', 'sweep_table', 'seedless',
-           'read_csv', 'until_closed', 'main']
+           'rows_there', 'until_closed', 'main']
 
 # %% ../nbs/12b_sweeps.ipynb #120002
 import argparse
@@ -389,7 +389,7 @@ def seedless(command: str) -> str:
     )
 
 
-def read_csv(path):
+def rows_there(path):
     "The rows of a table, as text, [] without the file; ValueError for a file that is no such table."
     if not path.exists():
         return []
@@ -510,7 +510,7 @@ def _write_csv(path, configs):
     "The table of what is finished here, or was when the file was written."
     runs_folder().mkdir(parents=True, exist_ok=True)
     with FileLock(runs_folder() / ".tables.lock"):  # of two sweeps that end together, one waits
-        if rows := sweep_table(configs, read_csv(path)):
+        if rows := sweep_table(configs, rows_there(path)):
             write_table(path, rows)
     print(f"{path}: {f'{len(rows)} rows' if rows else 'not written, no run is finished'}")
 
@@ -581,7 +581,7 @@ def _carry_out(o):
     configs = [c for work in shard(pieces(whole, whole, how["fleet_size"]), o.shard) for c in work]
     if o.csv:
         o.csv.parent.mkdir(parents=True, exist_ok=True)
-        read_csv(o.csv)  # an error now, not after hours
+        rows_there(o.csv)  # an error now, not after hours
     if o.list:
         _show_states(configs)
     else:

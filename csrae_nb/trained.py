@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CODES', 'Examples', 'as_trained', 'read_examples', 'encode_examples', 'check_output', 'write_encoded',
            'without_codes', 'most_unusual', 'write_scored', 'refitted_prior', 'sample_examples', 'show_sheet',
-           'mean_codes', 'cluster_table', 'cluster_examples', 'report']
+           'cluster_table', 'cluster_examples', 'report']
 
 # %% ../nbs/23_after_training.ipynb #230002
 import csv
@@ -59,6 +59,7 @@ from .pictures import plot_history, show_examples
 from .priors import MOST_MAPPED, component_map, cut_map, full_em_step, merged_labels, occupancy
 from .runs import Run, prepare_data
 from .sharing import open_run as open_run
+from .tasks import mean_codes
 
 # %% ../nbs/23_after_training.ipynb #230008
 @dataclass(frozen=True)
@@ -479,11 +480,9 @@ def show_sheet(
     return fig
 
 # %% ../nbs/23_after_training.ipynb #230024
-@torch.no_grad()
-def mean_codes(run: Run, examples: Examples) -> Float[Tensor, "n D"]:
-    "The means of q(z|x) of examples."
-    blocks = examples.x.split(rows_at_once(examples.x))
-    return torch.cat([run.model.encode(b.to(run.device)).mean for b in blocks])
+def _means(run, examples):  # (n, D)
+    "The means of q(z|x) of examples, which go to the run's device block by block."
+    return mean_codes(run.model, examples.x, lambda x: run.model.encode(x.to(run.device)))
 
 
 @torch.no_grad()
@@ -502,7 +501,7 @@ def cluster_table(
     ]
     if examples is None:
         return rows, None
-    z = mean_codes(run, examples)
+    z = _means(run, examples)
     for row, share in zip(rows, occupancy(p, z).tolist()):
         row["share"] = share
     return rows, merged_labels(p, cluster, z)
@@ -510,7 +509,7 @@ def cluster_table(
 # %% ../nbs/23_after_training.ipynb #230226
 def cluster_examples(run: Run, examples: Examples, clusters: int) -> list[dict]:  # name and cluster of each
     "Examples in clusters, by the neighbours of their codes; ValueError for fewer than sixteen."
-    z = mean_codes(run, examples)
+    z = _means(run, examples)
     found = cluster_codes(z, clusters).predict(z)
     return [dict(name=name, cluster=c) for name, c in zip(examples.names, found.tolist())]
 

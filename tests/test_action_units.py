@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from csrae_nb import files, runs, semisup, tasks, training
-from csrae_nb.action_units import compared, f1_table, over_folds, share_of
+from csrae_nb.action_units import compared_models, f1_table, over_folds, share_of
 from csrae_nb.catalogue import load_data
 from csrae_nb.drawings import write_disfa, write_fera2015
 from csrae_nb.evaluation import complete_run, results_table
@@ -378,7 +378,8 @@ def test_one_labelled_image_and_all_of_them_are_two_methods_and_a_fold_counts_on
     ]
     vae = [r | dict(model="MixtureCSRAE", f1_mean=95.0) for r in rows if "1.0" in r["command"]]
     assert (
-        compared(over_folds([*rows, *vae]), 1.0) == "100 % of the labels: MixtureCSRAE and CNN not told apart"
+        compared_models(over_folds([*rows, *vae]), 1.0)
+        == "100 % of the labels: MixtureCSRAE and CNN not told apart"
     )
     with pytest.raises(ValueError, match=r"fold 1 of CNN \(labels: 100 %\), seed 0 is there twice, and no"):
         over_folds([*rows, row(1, "1.0", 30.0)])

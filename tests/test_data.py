@@ -819,7 +819,7 @@ def test_a_file_of_one_array_is_as_long_as_it_says(tmp_path):
             catalogue.load_data(tmp_path / "a.npy")
 
 
-@pytest.mark.parametrize("read", [results.read_rows, sweeps.read_csv])
+@pytest.mark.parametrize("read", [results.read_rows, sweeps.rows_there])
 def test_tables_of_results_as_excel_saves_them(tmp_path, read):
     "With a byte-order mark; in Latin-1 they are refused by name."
     text, path = (
@@ -973,12 +973,12 @@ def test_what_is_transparent_is_white(tmp_path):
 def test_labels_of_a_csv_are_stripped_and_its_signs_are_explained(tmp_path):
     table = tmp_path / "t.csv"
     table.write_text("a, ok, y\n1, True, u\n4, false,v\n2, TRUE , v\n")
-    arrays, names = formats.read_table(table)
+    arrays, names = formats.read_csv(table)
     assert names == ("a", "ok") and arrays["x"].tolist() == [[1, 1], [4, 0], [2, 1]]
     assert arrays["y"].tolist() == ["u", "v", "v"]
     table.write_text("a;b\n0,5;0,1\n")
     with pytest.raises(ValueError, match="parted by ';', expected commas"):
-        formats.read_table(table)
+        formats.read_csv(table)
 
 
 def test_a_data_set_of_ours_keeps_its_name():

@@ -274,8 +274,8 @@ def test_scores_of_codes_that_are_known():
     codes = np.repeat([[0.0], [9.0]], 200, 0) + g.normal(size=(400, 1))
     where, chance = np.repeat(["a", "b"], 200), g.choice(["a", "b"], 400)
     assert sc.batch_mixing(codes, where) < 0.01 and 0.95 < sc.batch_mixing(codes, chance) <= 1.01
-    assert sc.agreement(sc.kmeans_clusters(codes, 2), where) == pytest.approx(dict(ari=1, nmi=1))
-    assert abs(sc.agreement(sc.kmeans_clusters(codes, 2), chance)["ari"]) < 0.1
+    assert sc.agreement_with_types(sc.kmeans_clusters(codes, 2), where) == pytest.approx(dict(ari=1, nmi=1))
+    assert abs(sc.agreement_with_types(sc.kmeans_clusters(codes, 2), chance)["ari"]) < 0.1
 
 
 def test_the_noise_falls_with_the_draws(trained):

@@ -434,7 +434,7 @@ def test_two_sweeps_that_end_together_lose_no_rows(tmp_path, monkeypatch):
     rows = [[dict(command=c, seeds="0")] for c in "ab"]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(sweeps._write_csv, [tmp_path / "table.csv"] * 2, rows))
-    assert {r["command"] for r in sweeps.read_csv(tmp_path / "table.csv")} == {"a", "b"}
+    assert {r["command"] for r in sweeps.rows_there(tmp_path / "table.csv")} == {"a", "b"}
 
 
 def test_runs_that_are_finished_are_not_taken_for_runs_of_files_that_changed(tmp_path):

@@ -225,5 +225,5 @@ def test_two_processes_that_open_a_run_at_once_both_find_it(monkeypatch, tmp_pat
         replace(tmp, file)
 
     monkeypatch.setattr(os, "replace", meanwhile)
-    assert runs.open_run(cfg, tmp_path) == tmp_path
+    assert runs.claim_folder(cfg, tmp_path) == tmp_path
     assert config.make_config(json.loads((tmp_path / "config.json").read_text())) == resolve(cfg)
