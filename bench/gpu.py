@@ -30,7 +30,7 @@ from csrae_nb.process import product_precision
 from csrae_nb.evaluation import complete_run, finished_metrics, write_table
 from csrae_nb.fleet import _Graph, _Steps, Fleet, fit_fleet, fleets, train_fleets
 from csrae_nb.grids import attempt, distinct, read_sweep
-from csrae_nb.sweeps import read_csv, seedless, sweep_table
+from csrae_nb.sweeps import rows_there, seedless, sweep_table
 from csrae_nb.config import Config, command, resolve, run_name
 from csrae_nb.files import runs_folder
 from csrae_nb.runs import fit, load_run
@@ -481,7 +481,7 @@ class Table:
 
     def __init__(self, file, out):
         self.name, self.out = Path(file).stem, out
-        self.earlier = read_csv(HERE / "results" / f"{self.name}.csv")
+        self.earlier = rows_there(HERE / "results" / f"{self.name}.csv")
         known = _known(self.earlier)
         self.configs = [
             c for c in distinct(read_sweep(file)) if (seedless(command(c)), str(c.seed)) not in known
