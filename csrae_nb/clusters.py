@@ -21,8 +21,7 @@ NEIGHBOURS = 15  # that a code is tied to
 
 def code_map(codes: Float[Tensor, "n D"], seed: int = 0) -> Float[Tensor, "n 2"]:
     "Places of codes in a plane, by their neighbours: UMAP, packed. ValueError for too few codes."
-    if len(codes) <= NEIGHBOURS:
-        raise ValueError(f"{len(codes)} codes; expected more than the {NEIGHBOURS} neighbours of each")
+    _check_many(codes)
     layout = _umap()(n_neighbors=NEIGHBOURS, min_dist=0.0, random_state=seed, n_jobs=1)
     return torch.as_tensor(layout.fit_transform(codes.float().cpu().numpy()), device=codes.device).to(codes)
 
@@ -33,6 +32,11 @@ def _umap() -> Callable:
     except ImportError as e:
         raise ModuleNotFoundError(f"this needs umap-learn ({e}): pip install 'csrae_nb[clusters]'") from e
     return UMAP
+
+
+def _check_many(codes):
+    if len(codes) <= NEIGHBOURS:
+        raise ValueError(f"{len(codes)} codes; expected more than the {NEIGHBOURS} neighbours of each")
 
 # %% ../nbs/10a_clusters.ipynb #10a141
 def _parted(places, clusters, seed):
@@ -85,6 +89,7 @@ def cluster_codes(
     ValueError for fewer than two clusters, or too few codes."""
     if len(codes) > most:
         codes = codes[torch.randperm(len(codes), generator=generator(seed, "clusters"))[:most]]
+    _check_many(codes)
     if not 2 <= clusters <= len(codes):
         raise ValueError(f"clusters={clusters}; expected 2 to {len(codes)}, the number of codes")
     places = [code_map(codes, layouts * seed + i) for i in range(layouts)]

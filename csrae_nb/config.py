@@ -179,7 +179,7 @@ def _of_type(name, want, value):
 
 def _check_types(c):
     "ValueError for the first field of c whose value is of another type."
-    object.__setattr__(c, "extra", _brought(c.extra))
+    object.__setattr__(c, "extra", _brought(c.extra, c))
     for f in dataclasses.fields(Config):
         object.__setattr__(c, f.name, _of_type(f.name, f.type, getattr(c, f.name)))
 
@@ -368,7 +368,7 @@ def known_fields() -> list[str]:
     return [f.name for f in dataclasses.fields(Config) if f.name != "extra"] + [*brought_fields()]
 
 # %% ../nbs/09_config.ipynb #090743
-def _brought(values):
+def _brought(values, c):
     "Fields that parts bring, as pairs in order, without those at their default; ValueError for any other."
     try:
         values = dict(values)
@@ -376,10 +376,22 @@ def _brought(values):
         raise ValueError(f"extra={values!r}; expected {{name: value}}") from None
     usual = brought_fields() if values else {}
     if unknown := [k for k in values if k not in usual]:
+        _check_parts(c, unknown[0])
         known = ", ".join(usual) or "there are none"
         raise ValueError(f"extra names {unknown[0]!r}; the fields that registered parts bring: {known}")
     typed = {k: _of_type(k, type(usual[k]), v) for k, v in values.items()}
     return tuple(sorted((k, v) for k, v in typed.items() if v != usual[k]))
+
+
+def _check_parts(c, field):
+    "ValueError for a part that is named and not registered, to which a field may belong."
+    tables = dict(model=known_models(), prior=PRIORS, network=NETWORKS, likelihood=LIKELIHOODS)
+    for kind, table in tables.items():
+        if (name := getattr(c, kind)) is not None and name not in table:
+            raise ValueError(
+                f"unknown {kind} {name!r}, to which {field!r} may belong; install the package that "
+                "registers it (entry point csrae_nb.plugins)"
+            )
 
 # %% ../nbs/09_config.ipynb #090415
 def _check_config(c):

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SPLITS', 'BINARISATION_SEED', 'CENTRED', 'ROOM', 'LazyImages', 'Dataset', 'names_of_labels', 'labelled_rows',
            'is_binary', 'is_bytes', 'default_likelihood', 'scaled', 'values_of', 'table_as', 'seen_as', 'scaled_as',
-           'column_units', 'channels_first', 'cut_splits', 'numbered', 'check_arrays', 'sha256', 'from_arrays', 'some',
-           'chosen_columns', 'row_numbers', 'table_arrays', 'is_table', 'data_columns', 'as_named_arrays', 'as_arrays']
+           'column_units', 'channels_first', 'cut_splits', 'check_examples', 'numbered', 'check_arrays', 'sha256',
+           'from_arrays', 'some', 'chosen_columns', 'row_numbers', 'table_arrays', 'is_table', 'data_columns',
+           'as_named_arrays', 'as_arrays']
 
 # %% ../nbs/08_data.ipynb #080002
 import hashlib
@@ -246,8 +247,10 @@ def column_units(
     size = (mean**2 + std**2).sqrt()
     if size.max() <= ROOM[1] and std.max() >= ROOM[0]:
         return None
-    largest = torch.where(std.max() > 0, std.max(), 1.0)
-    return Units(mean.float(), torch.where(std > 1e-6 * size, std, largest).float())
+    varies = std > 1e-6 * size
+    usual = std[varies].median() if varies.any() else std.new_ones(())
+    constant = torch.where(mean == 0, usual, mean.abs())
+    return Units(mean.float(), torch.where(varies, std, constant).float())
 
 # %% ../nbs/08_data.ipynb #080021
 def channels_first(
@@ -281,11 +284,16 @@ def cut_splits(
 def _numpy(name, x):
     try:
         return np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x)
-    except ValueError as e:
-        raise ValueError(f"{name} is no array: {e}") from e  # e.g. lists of unequal length
+    except ValueError as e:  # e.g. lists of unequal length
+        pair = "; give examples and labels by name, dict(x=…, y=…)" if isinstance(x, tuple) else ""
+        raise ValueError(f"{name} is no array: {e}{pair}") from e
 
 
-def _examples(name, x):
+def check_examples(
+    name: str,  # in errors
+    x: Any,  # what numpy can read
+) -> np.ndarray:  # (examples, values, ...), bytes or floats
+    "Examples as an array; ValueError for a type or a shape that they cannot have."
     x = _numpy(name, x)
     if x.dtype.kind in "biu" and is_binary(x):
         x = x.astype(np.uint8, copy=False)
@@ -406,7 +414,7 @@ def check_arrays(
     arrays = {k: v for k, v in arrays.items() if v is not None}
     _check_keys(arrays)
     arrays = {{"x": "x_train", "y": "y_train"}.get(k, k): v for k, v in arrays.items()}
-    arrays = {k: (_examples if k[0] == "x" else _labels)(k, v) for k, v in arrays.items()}
+    arrays = {k: (check_examples if k[0] == "x" else _labels)(k, v) for k, v in arrays.items()}
     _check_fit(arrays)
     return arrays
 

@@ -11,6 +11,7 @@ import dataclasses
 import math
 import threading
 import warnings
+from collections.abc import Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +27,7 @@ from .data import CENTRED, column_units, data_columns, default_likelihood, from_
 from .data import scaled_as, table_as, values_of
 from .mixtures import Draws
 from .likelihoods import make_likelihood
-from .models import Autoencoder, warmed_up
+from .models import MODELS, Autoencoder, warmed_up
 
 # %% ../nbs/20_estimator.ipynb #200102
 from .config import Config, ModelConfig, identity, make_config, prior_kind, resolve, unused_fields
@@ -297,7 +298,10 @@ def _config(est, n, seed):  # of n training rows
     "The resolved Config of an estimator's parameters; ValueError for those that cannot be, or are set twice."
     own = {k: _plain(getattr(est, k)) for k in _fields}
     own |= dict(likelihood=est.likelihood_, seed=seed, dataset="arrays", labels=0)
-    more = est.config or {}
+    if own["model"] not in MODELS:
+        raise ValueError(f"unknown model {own['model']!r}; expected one of {', '.join(MODELS)}")
+    if not isinstance(more := est.config or {}, Mapping):
+        raise ValueError(f"config={more!r}; expected fields of a Config by name: dict(objective=…)")
     if twice := sorted(own.keys() & more.keys()):
         raise ValueError(
             f"config sets {', '.join(twice)}; expected fields that are no parameters of the estimator "

@@ -614,16 +614,12 @@ def _check_labels(labels, table):  # None: there are none
 def read_csv(
     path: Path,  # .csv in UTF-8
     wanted: tuple[str, ...] = (),  # columns of numbers, in this order; none: all but y
-) -> tuple[dict, tuple[str, ...]]:  # arrays x (n, columns), and y, of text; names of the columns of x
+) -> tuple[dict, tuple[str, ...]]:  # arrays x (n, columns), and y, text or integers; names of x's columns
     "A table of numbers, and its labels. ValueError that says where there is no number, or what is missing."
     header, *rows = [r for r in csv.reader(io.StringIO(read_text(path))) if r] or [[]]
     names = [name.strip() for name in header]
     _check_names(names, path)
-    for i, row in enumerate(rows):
-        if len(row) != len(names):
-            apart = [repr(sign) for sign in ";\t" if sign in names[0]]
-            by = f"; they are parted by {apart[0]}, expected commas" if len(names) == 1 and apart else ""
-            raise ValueError(f"{path}, row {i + 1}: {len(row)} values for {len(names)} columns{by}")
+    _check_rows(names, rows, path)
     if not wanted:
         n = row_numbers(names, lambda i: (r[i] for r in rows), str(path))
         names, rows = names[n:], [r[n:] for r in rows]
@@ -632,7 +628,7 @@ def read_csv(
         raise ValueError(f"{path} has no rows of numbers below its first, which names the columns")
     at = [names.index(name) for name in columns]
     x = [[_number(r[j], f"{path}, row {i + 1}, column {names[j]!r}") for j in at] for i, r in enumerate(rows)]
-    labels = {"y": np.array([r[names.index("y")].strip() for r in rows])} if "y" in names else {}
+    labels = {"y": _classes([r[names.index("y")].strip() for r in rows])} if "y" in names else {}
     _check_labels(None if wanted else labels.get("y"), path)
     return {"x": np.array(x)} | labels, columns
 
@@ -658,7 +654,29 @@ def _number(text, where):
     except ValueError:
         pass
     said = repr(text) if text.strip() else "nothing"
-    raise ValueError(f"{where} holds {said}; expected a number: leave the column out, or fill it in")
+    raise ValueError(
+        f"{where} holds {said}; expected a number: leave the column out, or fill it in, and call labels y"
+    )
+
+# %% ../nbs/08b_formats.ipynb #082186
+def _check_rows(names, rows, path):
+    "ValueError for rows that are not parted by commas, or not as long as the first."
+    for sign in ";\t":
+        if len(names) == 1 and sign in names[0] and all(sign in ",".join(row) for row in rows):
+            raise ValueError(f"{path} has values that are parted by {sign!r}; expected commas")
+    for i, row in enumerate(rows):
+        if len(row) != len(names):
+            raise ValueError(f"{path}, row {i + 1}: {len(row)} values for {len(names)} columns")
+
+
+def _classes(labels):
+    "Labels as they are; as integers, -1 for none, if they are whole numbers, so that 10 comes after 9."
+    try:
+        numbers = [float(label or -1) for label in labels]
+    except ValueError:
+        return np.array(labels)
+    whole = any(labels) and all(n.is_integer() and abs(n) < 2**53 for n in numbers)
+    return np.array(numbers, np.int64) if whole else np.array(labels)
 
 # %% ../nbs/08b_formats.ipynb #082089
 _INDEX = re.compile(r"__index_level_\d+__$")  # what pandas calls the numbers of rows

@@ -37,7 +37,8 @@ class Likelihood:
         if not math.isfinite(low) or not math.isfinite(high):
             odd = (~x.isfinite()).sum().item()
             raise ValueError(
-                f"{name} holds {odd} values that are NaN or infinite, of {x.numel()}; clean the data first"
+                f"{name} holds {odd} values that are NaN or infinite, in single precision, of {x.numel()}; "
+                "clean the data first"
             )
         if low < self.low or high > self.high:
             raise ValueError(

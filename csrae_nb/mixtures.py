@@ -607,8 +607,10 @@ def common_batch(
     p: GMM | FullGMM,  # another
 ) -> tuple[int, ...]:  # *B
     "Broadcast batch shape of two mixtures; ValueError if D, the batches or the devices do not fit."
-    if q.mu.shape[-1] != p.mu.shape[-1]:
-        raise ValueError(f"q has D={q.mu.shape[-1]}, p has D={p.mu.shape[-1]}: both must live in one space")
+    if (D := q.mu.shape[-1]) != p.mu.shape[-1]:
+        one = "; a Normal is of one dimension, Independent(Normal(…), 1) of as many as its last axis is long"
+        hint = one if 1 in (D, p.mu.shape[-1]) else ""
+        raise ValueError(f"q has D={D}, p has D={p.mu.shape[-1]}: both must live in one space{hint}")
     if not torch.compiler.is_compiling():  # which sees to devices itself
         _check_devices(q, p)
     try:

@@ -70,7 +70,8 @@ class Prior(Unchecked):
     ) -> GMM | FullGMM:
         """This prior after EM steps on training codes: a new mixture beside the prior, which stays as it is.
         ValueError as of `em_step`."""
-        gmm, step = self(), full_em_step if full else em_step
+        gmm = self()
+        step = full_em_step if full or isinstance(gmm, FullGMM) else em_step
         for _ in range(steps):
             gmm = step(gmm, codes)
         return gmm

@@ -34,7 +34,7 @@ from .data import CENTRED, SPLITS, Dataset
 from .files import load_tensors, run_lock, runs_folder, write_atomic, writing
 from .likelihoods import make_likelihood
 from .models import Autoencoder
-from .process import accelerator, torch_defaults
+from .process import accelerator, check_device, torch_defaults
 from .tasks import Task, task_of
 from .training import is_trained, same_run, tidied, train
 
@@ -81,8 +81,9 @@ def load_run(
     path: Path | str,  # a run's folder
     device: torch.device | str = "cpu",  # where the model goes
 ) -> Run:
-    "A finished run from its folder; ValueError if there is none, or for a damaged, foreign or newer file."
-    path = Path(path)
+    """A finished run from its folder; ValueError if there is none, for a damaged, foreign or newer file, or
+    for a device that is not here."""
+    path, device = Path(path), check_device(device)
     if not (file := path / "model.safetensors").exists():
         begun = (path / "checkpoint.safetensors").exists()
         hint = "; start it again with the same command to finish it" if begun else ""
@@ -117,8 +118,11 @@ def _same_config(path, cfg):
         for k in {**here, **there}
         if there.get(k) != here.get(k)
     ]:
+        begun = any((path / f"{file}.safetensors").exists() for file in ("model", "checkpoint"))
+        remove = "" if begun else ", or remove the folder, where nothing is trained yet"
+        differ = "; ".join(differ)
         raise ValueError(
-            f"{path} holds a run of another configuration ({'; '.join(differ)}); give this one another name"
+            f"{path} holds a run of another configuration ({differ}); give this one another name{remove}"
         )
 
 # %% ../nbs/09e_runs.ipynb #095010
@@ -157,6 +161,8 @@ def prepare_data(
     task_of(cfg).check(data)
     if data.name != dataset_name(cfg.dataset):
         remedy = 'for arrays of your own say dataset="arrays"'
+        if cfg.dataset == "arrays":
+            remedy = "data that were loaded by a name or from a file are those of that name or path"
         if given is None:
             remedy = f"the loader of {cfg.dataset!r} should give them that name, as Dataset(name=...)"
         raise ValueError(f"the config says dataset {cfg.dataset!r}, the data are {data.name!r}; {remedy}")

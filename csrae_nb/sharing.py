@@ -269,8 +269,9 @@ def open_run(
     """A finished run. ValueError for a damaged, unfinished or codeless one, or a device that is not here;
     FileNotFoundError for none."""
     device = check_device(device)
-    folder = next((p for p in (Path(where).expanduser(), runs_folder() / where) if p.is_dir()), None)
-    if folder:
+    folders = [p for p in (Path(where).expanduser(), runs_folder() / where) if p.is_dir()]
+    finished = [p for p in folders if (p / "model.safetensors").exists()]  # not data of the same name
+    if folder := next(iter(finished or folders), None):
         check_model(folder / "model.safetensors")  # who knows where it comes from
     run = load_run(folder) if folder else _from_hub(where)
     run.model.to(device)

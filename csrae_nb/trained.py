@@ -18,7 +18,7 @@ import re
 import warnings
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import islice
 from pathlib import Path
@@ -40,7 +40,7 @@ from csrae_nb.data import (
     LazyImages,
     as_named_arrays,
     channels_first,
-    check_arrays,
+    check_examples,
     is_bytes,
     is_table,
     scaled_as,
@@ -77,6 +77,18 @@ def _check_shape(run, x, name):
     if (shape := tuple(x.shape[1:])) != run.x_shape:
         raise ValueError(f"{name} has examples of shape {shape}; {run.path.name} takes {run.x_shape}")
 
+# %% ../nbs/23_after_training.ipynb #230507
+def _in_colours(run, x):
+    "Pictures in the colours that a run takes: grey ones in three, and those in three that are grey in one."
+    if not is_picture(run.x_shape) or x.ndim not in (3, 4) or x.shape[-2:] != run.x_shape[-2:]:
+        return x
+    grey = x[:, None] if x.ndim == 3 else x
+    if grey.shape[1] == 3 and (grey == grey[:, :1]).all():
+        grey = grey[:, :1]
+    if grey.shape[1] > 1:
+        return x
+    return np.broadcast_to(grey, (len(x), *run.x_shape)) if len(run.x_shape) == 3 else grey[:, 0]
+
 # %% ../nbs/23_after_training.ipynb #230508
 def as_trained(
     run: Run,
@@ -85,7 +97,7 @@ def as_trained(
 ) -> Float[Tensor, "n *X"]:
     "Examples as the run saw those of training; ValueError for another shape or range."
     values = run.values if is_bytes(x) or run.values is None else "zeros and ones"  # integers are no levels
-    x, kind = channels_first(check_arrays({"x": x})["x_train"]), run.model.likelihood
+    x, kind = _in_colours(run, channels_first(check_examples(name, x))), run.model.likelihood
     _check_shape(run, x, name)
     t = scaled_as(x, seen_as(run.likelihood, run.values), values, name)
     kind.check(t, name)
@@ -420,11 +432,11 @@ def _sort(table, out):
 def refitted_prior(
     run: Run,
     steps: int = 15,  # at most
+    data: Any = None,  # what it was trained on, as fit takes it, or where that is now; None: as then
 ) -> GMM | FullGMM:
     """The prior after steps of EM with full covariances on codes of the run's training data, as many as raise
-    the mean log density of validation codes by a thousandth of a nat. The data are loaded: FileNotFoundError
-    or ValueError where they are not there any more."""
-    data = prepare_data(run.cfg)
+    the mean log density of validation codes by a thousandth of a nat. ValueError for other data, or none."""
+    data = _training_data(run, data)
     codes, held_out = (run_codes(run, data, part) for part in ("train", "val"))
     fit = lambda p: torch.cat([p.log_prob(z) for z in held_out.split(1000)]).mean()
     best = run.model.prior()
@@ -434,6 +446,21 @@ def refitted_prior(
             break
         best = after
     return best
+
+# %% ../nbs/23_after_training.ipynb #230020c
+def _training_data(run, data):
+    "What a run was trained on, once more; ValueError for other data, or where they are not any more."
+    moved = isinstance(data, (str, Path))
+    try:
+        cfg = replace(run.cfg, dataset=str(data)) if moved else run.cfg
+        found = prepare_data(cfg, None if moved else data)
+    except (OSError, ValueError) as e:
+        what = f"what {run.path.name} was trained on, {run.cfg.dataset!r}, is needed"
+        why = str(e).split("; expected")[0]
+        raise ValueError(f"{what} and was not found ({why}); say where it is: data=…, or --data PATH") from e
+    if sorted(found.sha256.values()) != sorted(run.sha256.values()):
+        raise ValueError(f"{cfg.dataset!r} holds other data than {run.path.name} was trained on")
+    return found
 
 # %% ../nbs/23_after_training.ipynb #230020
 @torch.no_grad()

@@ -136,10 +136,12 @@ def _sample(o):
         raise ValueError("--component and --cluster; expected one of them at most")
     if o.clusters is not None and o.cluster is None:
         raise ValueError("--clusters says how many there are; --cluster N draws from one of them")
+    if o.data is not None and not o.refit:
+        raise ValueError("--data says what --refit fits the prior to; expected both, or neither")
     run = open_run(o.run, o.device)
     _check_table(o.out, run)
     component = o.component if o.cluster is None else _components_of(run, o.cluster, o.clusters)
-    prior = refitted_prior(run) if o.refit else None
+    prior = refitted_prior(run, data=o.data) if o.refit else None
     _write_examples(o.out, sample_examples(run, o.n, component, o.temperature, o.seed, prior), run)
 
 
@@ -311,6 +313,8 @@ def _add_sample(verbs):
     sample.add_argument("--temperature", type=float, default=1.0, help="factor of its deviations (1)")
     refit = "from the prior after EM on codes of the training data, of which samples then cover more"
     sample.add_argument("--refit", action="store_true", help=refit)
+    moved = "with --refit: where those are now, if not where they were at training"
+    sample.add_argument("--data", help=moved)
     sample.add_argument("--seed", type=int, default=0, help="other samples (0)")
     _with_output(sample, "picture, .npz, or of a table .csv")
 

@@ -977,7 +977,7 @@ def test_labels_of_a_csv_are_stripped_and_its_signs_are_explained(tmp_path):
     assert names == ("a", "ok") and arrays["x"].tolist() == [[1, 1], [4, 0], [2, 1]]
     assert arrays["y"].tolist() == ["u", "v", "v"]
     table.write_text("a;b\n0,5;0,1\n")
-    with pytest.raises(ValueError, match="parted by ';', expected commas"):
+    with pytest.raises(ValueError, match="parted by ';'; expected commas"):
         formats.read_csv(table)
 
 

@@ -515,3 +515,11 @@ def test_the_self_term_takes_no_K2D_memory():
     with Largest() as seen:
         log_overlap(*[GMM(torch.full((K,), -math.log(K)), mu, var + 0.1)] * 2).backward()
     assert seen.numel <= max(K * K, BLOCK)
+
+
+def test_a_normal_is_of_one_dimension_and_the_error_says_what_is_not():
+    many = Normal(torch.zeros(5, 3), 1.0)
+    p = GMM.gaussian(torch.zeros(3), torch.ones(3))
+    with pytest.raises(ValueError, match="both must live in one space; a Normal is of one dimension, Indep"):
+        cs_divergence(many, p)
+    assert cs_divergence(Independent(many, 1), p).shape == (5,)

@@ -22,6 +22,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from csrae_nb.estimator import CSRAEEmbedding
 from csrae_nb.config import Config
+from csrae_nb.evaluation import complete_run
 from csrae_nb.mixtures import FullGMM
 from csrae_nb.priors import PRIORS, Prior
 from csrae_nb.runs import fit
@@ -568,12 +569,21 @@ class Tilted(Prior):
         return FullGMM(logw, self.mu, self.factor @ self.factor.mT + 0.01 * torch.eye(2))
 
 
-def test_a_prior_with_full_covariances():
+@pytest.fixture
+def tilted():
     PRIORS.register("tilted", uses=("components",))(lambda cfg, *_: Tilted(cfg.components, cfg.latent_dim))
-    try:
-        est = quick(prior="tilted", latent_dim=2).fit(X)
-    finally:
-        del PRIORS["tilted"]
+    yield
+    del PRIORS["tilted"]
+
+
+def test_a_prior_with_full_covariances_is_evaluated(tilted, own_runs):
+    common = dict(epochs=2, warmup=1, components=4, latent_dim=2, ll_samples=5, fid_layer=0, batch_size=50)
+    metrics = complete_run(Config(dataset="arrays", prior="tilted", **common), dict(x=X, y=y), progress=False)
+    assert np.isfinite([metrics[k] for k in ("log_likelihood", "log_prior", "log_prior_refit")]).all()
+
+
+def test_a_prior_with_full_covariances_in_an_estimator(tilted):
+    est = quick(prior="tilted", latent_dim=2).fit(X)
     new, k = est.sample(500, component=1)
     assert new.shape == (500, 4) and set(k) == {1}
     codes, prior = est.transform(X), est.model_.prior()
@@ -581,3 +591,10 @@ def test_a_prior_with_full_covariances():
     among = oracle.component_distribution.log_prob(torch.from_numpy(codes)[:, None]) + prior.logw
     np.testing.assert_allclose(est.predict_proba(X), among.softmax(-1).detach(), rtol=1e-6)
     assert np.isfinite(est.score_samples(X[:5])).all() and set(est.join(2).predict(X)) <= {0, 1}
+
+
+def test_what_is_no_model_and_no_config_of_an_estimator():
+    with pytest.raises(ValueError, match="unknown model 'Supervised'; expected one of VAE, "):
+        quick(model="Supervised").fit(X)
+    with pytest.raises(ValueError, match="config='objective'; expected fields of a Config by name"):
+        quick(config="objective").fit(X)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from csrae_nb.config import Config
 from csrae_nb.models import CSRAE, MODELS
 from csrae_nb.priors import PRIORS
 from csrae_nb.registry import Registry
@@ -217,6 +218,13 @@ def test_what_plugins_add_trains_in_a_fleet(run):
 def test_names_that_nobody_added_are_refused(run):
     said = run("-c", script("Config(dataset='theirs', prior='rings')"), status=1)
     assert "unknown prior 'rings'; expected one of mog, vamp, ring" in said
+
+
+def test_a_part_that_is_not_installed_is_named():
+    with pytest.raises(ValueError, match="unknown prior 'ring', to which 'radius' may belong; install"):
+        Config(prior="ring", extra=dict(radius=3.0))
+    with pytest.raises(ValueError, match="extra names 'radius'; the fields that registered parts bring"):
+        Config(extra=dict(radius=3.0))
 
 
 def test_another_module_does_not_replace_an_entry_of_the_same_name():

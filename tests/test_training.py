@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from csrae_nb import config, files, models, runs, training
+from csrae_nb.catalogue import load_data
 from csrae_nb.config import Config, resolve
 from csrae_nb.files import load_tensors, runs_folder
 from csrae_nb.runs import fit, load_run
@@ -227,3 +228,28 @@ def test_two_processes_that_open_a_run_at_once_both_find_it(monkeypatch, tmp_pat
     monkeypatch.setattr(os, "replace", meanwhile)
     assert runs.claim_folder(cfg, tmp_path) == tmp_path
     assert config.make_config(json.loads((tmp_path / "config.json").read_text())) == resolve(cfg)
+
+
+def test_a_folder_where_nothing_was_trained_may_be_removed(tmp_path):
+    "As after a first step that failed; where there is a checkpoint, the run is not to be lost."
+    runs.claim_folder(Config(**SHORT), tmp_path)
+    with pytest.raises(ValueError, match="another name, or remove the folder, where nothing is trained yet"):
+        runs.claim_folder(Config(**SHORT, seed=1), tmp_path)
+    (tmp_path / "checkpoint.safetensors").touch()
+    with pytest.raises(ValueError, match="give this one another name$"):
+        runs.claim_folder(Config(**SHORT, seed=1), tmp_path)
+
+
+def test_what_is_given_in_place_of_arrays_by_name():
+    "The error says the word to write."
+    x, y = torch.rand(50, 3), torch.arange(50) % 2
+    with pytest.raises(ValueError, match="give examples and labels by name, dict"):
+        fit(Config(dataset="arrays", **SHORT), (x.numpy(), y.numpy()), progress=False)
+    with pytest.raises(ValueError, match="the data are 'digits'; data that were loaded by a name or from a"):
+        fit(Config(dataset="arrays", **SHORT), load_data("digits"), progress=False)
+
+
+def test_a_run_goes_to_no_device_that_is_not_here():
+    run = fit(Config(epochs=1, warmup=1), progress=False)
+    with pytest.raises(ValueError, match="there is no device 'cuda:99' here"):
+        load_run(run.path, "cuda:99")

@@ -420,3 +420,78 @@ def test_a_run_that_is_none_is_told_with_those_of_like_names(runs, tmp_path, mon
     monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "none"))
     with pytest.raises(FileNotFoundError, match="which holds none"):
         open_run("mixture")
+
+
+# --- where training data and runs are
+
+
+def table(path, shift=0.0, columns="abc"):
+    x = np.random.default_rng(0).normal(shift, 1, (200, len(columns)))
+    path.write_text("\n".join([",".join(columns), *(",".join(f"{v:.6f}" for v in row) for row in x)]) + "\n")
+    return path
+
+
+def test_a_refit_takes_the_training_data_wherever_they_are_and_no_others(
+    tmp_path, own_runs, monkeypatch, capsys
+):
+    "Data that moved are named; others of the same name, with the same columns, are refused."
+    monkeypatch.chdir(tmp_path)
+    cfg = Config(dataset="t.csv", name="of_table", latent_dim=2, components=4, batch_size=50, **BRIEF)
+    table(tmp_path / "t.csv")
+    fit(cfg, progress=False)
+    sample = ["sample", "of_table", "-n", "3", "--refit", "--force", "--out", "new.csv"]
+    assert main(sample) == 0
+    as_was = rows(tmp_path / "new.csv")
+    os.rename("t.csv", "moved.csv")
+
+    def said(words):
+        with pytest.raises(SystemExit):
+            main(words)
+        return capsys.readouterr().err
+
+    assert "what of_table was trained on, 't.csv', is needed and was not found (unknown" in said(sample)
+    assert main([*sample, "--data", "moved.csv"]) == 0 and rows(tmp_path / "new.csv") == as_was
+    for columns in "abc", "ab":
+        table(tmp_path / "t.csv", 5.0, columns)
+        assert "'t.csv' holds other data than of_table was trained on" in said(sample)
+    assert "expected both, or neither" in said(
+        [k for k in sample if k != "--refit"] + ["--data", "moved.csv"]
+    )
+
+
+def test_a_run_is_found_where_a_folder_of_its_name_holds_data(runs, tmp_path, monkeypatch):
+    shutil.copytree(runs / "mixture", tmp_path / "runs" / "digits8")
+    (tmp_path / "digits8").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "runs"))
+    assert open_run("digits8").path == tmp_path / "runs" / "digits8"
+    (tmp_path / "unfinished").mkdir()
+    with pytest.raises(ValueError, match="unfinished holds no finished run"):
+        open_run("unfinished")
+
+
+def test_pictures_come_in_the_colours_that_a_run_takes(tmp_path, own_runs):
+    "A grey one goes to a run that saw colours as it did among coloured ones; so does a grey one in RGB."
+    grey = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
+    coloured = np.stack([grey, grey // 2, 255 - grey], 1)
+    for name, x, shape in (
+        ("grey", grey, (8, 8)),
+        ("channel", grey[:, None], (1, 8, 8)),
+        ("colours", coloured, (3, 8, 8)),
+    ):
+        cfg = Config(
+            dataset="arrays", name=name, network="mlp", latent_dim=2, components=4, batch_size=20, **BRIEF
+        )
+        run = fit(cfg, dict(x=x), progress=False)
+        assert run.x_shape == shape
+        Image.fromarray(grey[0]).save(tmp_path / "a.png")
+        Image.fromarray(grey[0]).convert("RGB").save(tmp_path / "b.png")
+        for file in "a.png", "b.png":
+            (found,) = read_examples(run, tmp_path / file).x
+            assert tuple(found.shape) == shape
+            expected = torch.from_numpy(grey[0] / 255 - 0.5).float().expand(shape)
+            torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+        Image.fromarray(coloured[0].transpose(1, 2, 0)).save(tmp_path / "c.png")
+        if name != "colours":
+            with pytest.raises(ValueError, match="has examples of shape"):
+                read_examples(run, tmp_path / "c.png")
