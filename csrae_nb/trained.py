@@ -56,7 +56,7 @@ from .metrics import is_picture
 from .mixtures import GMM, FullGMM
 from .models import rows_at_once
 from .pictures import plot_history, show_examples
-from .priors import MOST_MAPPED, component_map, cut_map, full_em_step, merged_labels, occupancy
+from .priors import MOST_MAPPED, component_map, cut_map, full_em, merged_labels, occupancy
 from .runs import Run, prepare_data
 from .sharing import open_run as open_run
 from .tasks import mean_codes
@@ -438,14 +438,7 @@ def refitted_prior(
     the mean log density of validation codes by a thousandth of a nat. ValueError for other data, or none."""
     data = _training_data(run, data)
     codes, held_out = (run_codes(run, data, part) for part in ("train", "val"))
-    fit = lambda p: torch.cat([p.log_prob(z) for z in held_out.split(1000)]).mean()
-    best = run.model.prior()
-    for _ in range(steps):
-        after = full_em_step(best, codes)
-        if fit(after) < fit(best) + 1e-3:
-            break
-        best = after
-    return best
+    return full_em(run.model.prior(), codes, held_out, steps)
 
 # %% ../nbs/23_after_training.ipynb #230020c
 def _training_data(run, data):
