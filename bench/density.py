@@ -159,7 +159,7 @@ def densities(name, seed):
 
 
 def variants(name):
-    "What else could be trained in its place; for the first seed, and refitted for three."
+    "What else could be trained in its place; for the first seed, and refitted for each."
     return {
         "MixtureCSRAE, refitted": ours(name, refit=True),
         "MixtureCSRAE, aggregate": ours(name, prior_objective="aggregate", learned_weights=True),
@@ -226,14 +226,14 @@ def of_seed(seed):
 
 
 def work():
-    "Three seeds come first, then the variants, then the other seeds."
+    "Three seeds come first, then the variants, then the other seeds, and refitted priors."
     yield from chain.from_iterable(map(of_seed, SEEDS[:3]))
-    for name, seed in product(SETS, SEEDS[:3]):
-        yield density_row, dict(dataset=name, model="MixtureCSRAE, refitted", seed=seed)
     for name in reversed(SETS):
         for model in list(variants(name))[1:]:
             yield density_row, dict(dataset=name, model=model, seed=0)
     yield from chain.from_iterable(map(of_seed, SEEDS[3:]))
+    for name, seed in product(SETS, SEEDS):
+        yield density_row, dict(dataset=name, model="MixtureCSRAE, refitted", seed=seed)
 
 
 COLUMNS = "dataset model seed outlier validation log_likelihood auc chosen seconds".split()

@@ -38,10 +38,24 @@ CHAPTERS += "20b_density 23a_predict 24_single_cell".split()
 LONG += ["test_readme_examples", *(f"test_chapter[{name}]" for name in CHAPTERS)]
 
 
+def is_long(item):
+    return bool({item.path.stem.removeprefix("test_"), item.name} & set(LONG))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="leave out what trains or reads for long")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--quick"):
+        config.hook.pytest_deselected(items=[item for item in items if is_long(item)])
+        items[:] = [item for item in items if not is_long(item)]
+
+
 @pytest.fixture(autouse=True)
 def shapes(request):
     "Shapes are not looked at in tests of long training."
-    if not {request.path.stem.removeprefix("test_"), request.node.name} & set(LONG):
+    if not is_long(request.node):
         yield
         return
     jaxtyping.config.update("jaxtyping_disable", True)
