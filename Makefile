@@ -5,7 +5,7 @@ REQS   := settings.ini setup.py pyproject.toml .ci/constraints.txt
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test bench gpu docs clean
+.PHONY: help demo check test bench gpu docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
@@ -13,6 +13,9 @@ help: ## list the targets
 demo: $(VENV)/.has-notebooks ## install, then train on scikit-learn's digits and draw the pictures
 	papermill nbs/train.ipynb
 	@echo "Pictures: samples.png, and all of them in train.ipynb, in the folder named above."
+
+check: $(VENV)/.has-dev ## install, then run the tests that are quick: some minutes
+	pytest --quick -n logical --maxprocesses 4 --dist worksteal
 
 test: $(VENV)/.has-dev ## install, then run every notebook and test
 	pytest -n logical --maxprocesses 4 --dist worksteal

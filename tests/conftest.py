@@ -36,26 +36,31 @@ CHAPTERS = "06b_aggregate 06d_constraint 06e_posterior 06f_layers 07_pinwheel 09
 CHAPTERS += "10b_evaluation 11_samples 12b_sweeps 14_semi_supervised 19_your_own 20_estimator".split()
 CHAPTERS += "20b_density 23a_predict 24_single_cell".split()
 LONG += ["test_readme_examples", *(f"test_chapter[{name}]" for name in CHAPTERS)]
+# and more that --quick leaves out: they start processes and browsers, or take twenty seconds each
+SLOW = "explorers plugins command_line constraint layers predict processes videos fid clusters".split()
+CHAPTERS = "00_two_gaussians 01a_kernels 01d_preferences 06_models 13_results 13b_claims 13e_answers".split()
+CHAPTERS += "09e_runs 23_after_training".split()
+SLOW += ["test_compile", "test_examples_of_the_pages", *(f"test_chapter[{name}]" for name in CHAPTERS)]
 
 
-def is_long(item):
-    return bool({item.path.stem.removeprefix("test_"), item.name} & set(LONG))
+def is_of(names, item):
+    return bool({item.path.stem.removeprefix("test_"), item.name} & set(names))
 
 
 def pytest_addoption(parser):
-    parser.addoption("--quick", action="store_true", help="leave out what trains or reads for long")
+    parser.addoption("--quick", action="store_true", help="leave out what takes long")
 
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--quick"):
-        config.hook.pytest_deselected(items=[item for item in items if is_long(item)])
-        items[:] = [item for item in items if not is_long(item)]
+        config.hook.pytest_deselected(items=[item for item in items if is_of(LONG + SLOW, item)])
+        items[:] = [item for item in items if not is_of(LONG + SLOW, item)]
 
 
 @pytest.fixture(autouse=True)
 def shapes(request):
     "Shapes are not looked at in tests of long training."
-    if not is_long(request.node):
+    if not is_of(LONG, request.node):
         yield
         return
     jaxtyping.config.update("jaxtyping_disable", True)
