@@ -86,11 +86,11 @@ def _told(question, measured, said):
 
 # %% ../nbs/13e_answers.ipynb #135222
 ASKED = (
-    "A prior matched to the aggregate (not in the paper): samples nearer to the data, by the Fréchet "
-    "distance, than from a diagonal mixture fitted to the codes afterwards?",
-    "Nearer than a VampPrior's?",
-    "Nearer than from Gaussians with full covariances, fitted afterwards?",
-    "As varied as from the diagonal mixture?",
+    "A prior matched to the aggregate (not in the paper): nearer samples, by the Fréchet distance, than a "
+    "diagonal mixture fitted to the codes afterwards?",
+    "A matched prior: nearer samples than a VampPrior?",
+    "A matched prior: nearer samples than full covariances, fitted afterwards?",
+    "A matched prior: samples as varied as those of the diagonal mixture?",
 )
 
 
@@ -165,7 +165,7 @@ def _divergences(rows, equal):
     measured = [f"{name}, {_counts(found)}" for name, found in samples.items() if found]
     said = [verdict for found in samples.values() for some in found.values() for verdict in some]
     what = "drawn codes" if equal else "reconstructions and drawn codes"
-    where = "At equal reconstruction" if equal else "D_CS in place of the KL at the same weight"
+    where = "D_CS in place of the KL, " + ("at equal reconstruction" if equal else "at the same weight")
     return [_answer(f"{where}: better {what}?", codes), _told(f"{where}: nearer samples?", measured, said)]
 
 
