@@ -50,6 +50,17 @@ def test_every_model_learns_with_labels(digits, model):
     )
 
 
+def test_log_p_under_another_prior(digits):
+    "Under its own, given by hand, it is the same; log p(x | y) is under the other as that of an autoencoder."
+    run = fit(CFG, digits, progress=False)
+    x, m = digits.x_test[:20], run.model
+    of = lambda **kw: m.log_likelihood(x, 50, torch.Generator().manual_seed(0), **kw)
+    torch.testing.assert_close(of(prior=m.prior()), of())
+    p = m.prior()
+    far = type(p)(p.logw, p.mu + 20, p.var)
+    assert (of(prior=far) < of() - 50).all()
+
+
 def test_a_run_goes_on_where_it_was_stopped(digits, monkeypatch):
     whole = fit(dataclasses.replace(CFG, name="whole", epochs=3), digits, progress=False)
     epoch = training.Training.train_and_validate
