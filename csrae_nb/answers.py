@@ -172,13 +172,14 @@ def _divergences(rows, equal):
 def answers(folder: Path | str | None = None) -> list[Answer]:  # of the tables; None: results/
     "The questions that a reader has, answered by the tables."
     rows, labels = measured(folder), fewest_errors_claim(evidence(folder))
+    errors = labels.measured.partition("; ")[2]  # behind how many speak for the claim
     mixture = judged(rows, [[*QUESTIONS.values()][2]], True)
     return [
         *_divergences(rows, equal=False),
         *_divergences(rows, equal=True),
         _answer("With D_CS, a mixture in place of N(0, I): better drawn codes and samples?", mixture),
         *_matched(folder),
-        Answer("MixtureCSRAE: fewer errors from few labels?", labels.measured or "–", labels.verdict),
+        Answer("MixtureCSRAE: fewer errors from few labels?", errors or "–", labels.verdict),
     ]
 
 # %% ../nbs/13e_answers.ipynb #135323
