@@ -598,3 +598,38 @@ def test_what_is_no_model_and_no_config_of_an_estimator():
         quick(model="Supervised").fit(X)
     with pytest.raises(ValueError, match="config='objective'; expected fields of a Config by name"):
         quick(config="objective").fit(X)
+
+
+@pytest.mark.parametrize(
+    "kw",
+    [
+        *(dict(model=m) for m in ("CSRAE", "VAE", "IWAE", "VampPriorVAE", "MixtureVAE", "WAE")),
+        dict(config=dict(layers=2)),
+        dict(config=dict(posterior_components=2)),
+        dict(likelihood="bernoulli"),
+    ],
+    ids=str,
+)
+def test_a_refitted_prior_serves_every_model(kw):
+    "In samples, components and densities, and in a pickle; another fit is without it."
+    x = (X > X.mean(0)).astype(float) if "likelihood" in kw else X
+    est = quick(**kw).fit(x)
+    before = est.sample(200)[0]
+    assert est.refit_prior(x) is est
+    new, k = est.sample(200)
+    assert np.isfinite(new).all() and k.max() < len(est.component_clusters_)
+    if est.refitted_.logw.shape == est.model_.prior().logw.shape and hasattr(est.refitted_, "cov"):
+        assert not np.allclose(new, before)
+    assert est.predict_proba(x).shape == (len(x), len(est.component_clusters_))
+    if est.model_.has_likelihood:
+        assert np.isfinite(est.score_samples(x[:5], 16)).all()
+    again = pickle.loads(pickle.dumps(est))
+    np.testing.assert_array_equal(again.sample(20)[0], est.sample(20)[0])
+    assert clone(est).fit(x).refitted_ is None
+
+
+def test_a_run_as_an_estimator_takes_a_refitted_prior(own_runs):
+    run = fit(Config(dataset="arrays", epochs=2, warmup=1, components=4, latent_dim=2), dict(x=X), False)
+    est = CSRAEEmbedding.from_run(run).refit_prior(X)
+    codes = torch.from_numpy(est.transform(X))
+    assert est.refitted_.log_prob(codes).mean() > est.model_.prior().log_prob(codes).mean() + 0.1
