@@ -80,7 +80,8 @@ def _check_shape(run, x, name):
 # %% ../nbs/23_after_training.ipynb #230507
 def _in_colours(run, x):
     "Pictures in the colours that a run takes: grey ones in three, and those in three that are grey in one."
-    if not is_picture(run.x_shape) or x.ndim not in (3, 4) or x.shape[-2:] != run.x_shape[-2:]:
+    of_its_size = is_picture(run.x_shape) and x.ndim in (3, 4) and x.shape[-2:] == run.x_shape[-2:]
+    if x.shape[1:] == run.x_shape or not of_its_size:
         return x
     grey = x[:, None] if x.ndim == 3 else x
     if grey.shape[1] == 3 and (grey == grey[:, :1]).all():
