@@ -134,8 +134,9 @@ class _Components(_Parameters):
         steps=15,  # of EM, at most
     ) -> "_Components":  # itself
         """Fit the prior to the codes of rows X, best those that were trained on, by steps of EM with full
-        covariances, as many as help a tenth of the rows that is left out. Samples cover more of the data, and
-        densities are higher as a rule; components keep their numbers, and nothing else is trained."""
+        covariances, as many as help a tenth of the rows that is left out. Samples and densities are of the
+        new prior then, and fit better where rows are many; components keep their numbers, and nothing else is
+        trained. ValueError for less than one step."""
         return _refitted(self, X, steps)
 
     def score(self, X, y=None) -> float:  # nats per row; y is ignored

@@ -670,13 +670,13 @@ def _check_rows(names, rows, path):
 
 
 def _classes(labels):
-    "Labels as they are; as integers, -1 for none, if they are whole numbers, so that 10 comes after 9."
+    "Labels as they are; as integers, -1 for none, if they are 0, 1, 2 and so on, so that 10 comes after 9."
     try:
-        numbers = [float(label or -1) for label in labels]
+        numbers = [float(label) for label in labels if label]
     except ValueError:
         return np.array(labels)
-    whole = any(labels) and all(n.is_integer() and abs(n) < 2**53 for n in numbers)
-    return np.array(numbers, np.int64) if whole else np.array(labels)
+    counts = bool(numbers) and all(n.is_integer() and 0 <= n < 2**53 for n in numbers)
+    return np.array([int(float(label or -1)) for label in labels] if counts else labels)
 
 # %% ../nbs/08b_formats.ipynb #082089
 _INDEX = re.compile(r"__index_level_\d+__$")  # what pandas calls the numbers of rows

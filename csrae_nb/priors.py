@@ -460,9 +460,10 @@ def full_em(
     """The mixture after steps of EM with full covariances, as many as raise the mean log density of held-out
     codes, by a thousandth of a nat each; itself if none does. ValueError as of `full_em_step`."""
     density = lambda p: torch.cat([p.log_prob(z) for z in held_out.split(1000)]).mean()
+    reached = density(gmm)
     for _ in range(steps):
         after = full_em_step(gmm, codes)
-        if density(after) < density(gmm) + 1e-3:
+        if (found := density(after)) < reached + 1e-3:
             break
-        gmm = after
+        gmm, reached = after, found
     return gmm
