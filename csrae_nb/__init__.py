@@ -12,7 +12,7 @@ if os.environ.get("CSRAE_TYPECHECK") == "1": # the tests enforce the shapes in t
 from .registry import PLUGINS, with_parameters
 
 # chapters that register something, and that no chapter before them names
-PLUGINS[:] = ["csrae_nb.rivals", "csrae_nb.posterior", "csrae_nb.tasks", "csrae_nb.semisup", "csrae_nb.faces",
+PLUGINS[:] = ["csrae_nb.rivals", "csrae_nb.posterior", "csrae_nb.tasks", "csrae_nb.few_labels", "csrae_nb.faces",
     "csrae_nb.videos"]
 
 _names = { # the main names, each in its module; loaded on first use, so that `import csrae_nb` stays light

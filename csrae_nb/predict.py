@@ -47,7 +47,7 @@ from .frames import decoded_image
 from .models import rows_at_once
 from .reading import files_below, reason
 from .runs import Run
-from .semisup import OneLabel
+from .labels import OneLabel
 from .trained import Examples, check_output, open_run, read_examples
 
 # %% ../nbs/23a_predict.ipynb #232005

@@ -33,7 +33,7 @@ def sandbox(tmp_path_factory):
 # modules, and single tests, that train or read for long
 LONG = "kills sweeps semisup action_units faces training gpu_job estimator settings tables".split()
 CHAPTERS = "06b_aggregate 06d_constraint 06e_posterior 06f_layers 07_pinwheel 09f_fleet 10a_clusters".split()
-CHAPTERS += "10b_evaluation 11_samples 12b_sweeps 14_semi_supervised 19_your_own 20_estimator".split()
+CHAPTERS += "10b_evaluation 11_samples 12b_sweeps 14c_few_labels 19_your_own 20_estimator".split()
 CHAPTERS += "20b_density 23a_predict 24_single_cell".split()
 LONG += ["test_readme_examples", *(f"test_chapter[{name}]" for name in CHAPTERS)]
 # and more that --quick leaves out: they start processes and browsers, or take twenty seconds each

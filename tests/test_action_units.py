@@ -6,14 +6,15 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from csrae_nb import files, runs, semisup, tasks, training
+from csrae_nb import few_labels, files, runs, tasks, training
 from csrae_nb.action_units import compared_models, f1_table, over_folds, share_of
 from csrae_nb.catalogue import load_data
 from csrae_nb.drawings import write_disfa, write_fera2015
 from csrae_nb.evaluation import complete_run, results_table
 from csrae_nb.faces import load_faces
 from csrae_nb.networks import torchvision_module
-from csrae_nb.semisup import Intensities, LabelTask, first_phase, take_over
+from csrae_nb.few_labels import LabelTask, first_phase, take_over
+from csrae_nb.labels import Intensities
 from csrae_nb.config import Config, command, identity, resolve, run_name
 from csrae_nb.files import runs_folder
 from csrae_nb.runs import fit, load_run
@@ -183,7 +184,7 @@ def test_a_first_phase_that_another_process_trains_is_waited_for(digits, monkeyp
         return real(cfg, *args)
 
     monkeypatch.setattr(runs, "fit", busy)
-    monkeypatch.setattr(semisup.time, "sleep", lambda s: None)
+    monkeypatch.setattr(few_labels.time, "sleep", lambda s: None)
     fit(DIGITS, digits, progress=False)
     assert calls == [0.0, 0.0]
 

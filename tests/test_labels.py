@@ -10,7 +10,7 @@ import torch
 from csrae_nb.catalogue import load_data
 from csrae_nb.data import from_arrays, labelled_rows
 from csrae_nb.evaluation import complete_run, results_table
-from csrae_nb.semisup import ManyLabels, OneLabel, how_many, label_kind, labelled_images
+from csrae_nb.labels import ManyLabels, OneLabel, how_many, label_kind, labelled_images
 from csrae_nb.config import Config, command, make_config, resolve, run_name
 from csrae_nb.files import runs_folder
 from csrae_nb.runs import fit, load_run

@@ -28,7 +28,8 @@ trains = {
         "07_pinwheel",
         "10a_clusters",
         "10b_evaluation",
-        "14_semi_supervised",
+        "14b_semi_supervised",
+        "14c_few_labels",
     ),
     *(
         "16_action_units",

@@ -11,7 +11,8 @@ from csrae_nb.config import Config, command, identity, resolve, run_name
 from csrae_nb.fleet import stackable
 from csrae_nb.patterns import Patterns, fit_patterns, informed, log_agreement, patterns_divergence
 from csrae_nb.runs import fit, load_run
-from csrae_nb.semisup import MOST_FRAMES, ManyLabels, of_patterns
+from csrae_nb.few_labels import MOST_FRAMES, of_patterns
+from csrae_nb.labels import ManyLabels
 from csrae_nb.tasks import task_of
 from small_runs import SMALL
 

@@ -9,7 +9,8 @@ from csrae_nb import training
 from csrae_nb.catalogue import load_data
 from csrae_nb.mixtures import Draws, Share
 from csrae_nb.evaluation import complete_run, results_table
-from csrae_nb.semisup import LabelTask, ManyLabels, OneLabel
+from csrae_nb.few_labels import LabelTask
+from csrae_nb.labels import ManyLabels, OneLabel
 from csrae_nb.config import Config, resolve
 from csrae_nb.files import runs_folder
 from csrae_nb.runs import fit, load_run
