@@ -379,8 +379,7 @@ def _epoch_together(together, epoch, bar):
         return failed
     if to_be_placed(ts[0].model, ts[0].cfg, epoch):
         _place_all(going)
-    with ts[0].acc.autocast():
-        valid = _validate(together.fleet, ts, failed)
+    valid = _validate(together.fleet, ts, failed)
     seconds = (time.perf_counter() - start) / len(ts)
     means = log[:, :, 1:].mean(0).tolist()
     for t, row, validation in zip(ts, means, valid):

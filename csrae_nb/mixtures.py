@@ -175,6 +175,11 @@ class Share(Draws):
         whole = like.new_empty(()).expand(*batch, rows * self.n, D)
         return _standard_normal(whole, self.generator)[..., self.first :: self.n, :]
 
+
+def _noise_of_each(mu, generator):
+    "Draws from N(0, 1) for every component; a Share takes rows of the batch, not components."
+    return _standard_normal(mu.flatten(-2), generator).unflatten(-1, mu.shape[-2:])
+
 # %% ../nbs/01b_mixtures.ipynb #010028k
 _Kind = TypeVar("_Kind", bound="Batched")
 
@@ -375,7 +380,7 @@ class _Diagonal(Mixture):
     def _each(self, generator):
         "A draw from every component, (*B, N, D)."
         _, mu, var = self.broadcast()
-        return mu + var.sqrt() * _standard_normal(mu, generator)
+        return mu + var.sqrt() * _noise_of_each(mu, generator)
 
     def draw(self, k: Int[Tensor, "n"], generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
         "A draw from each of the components k of a single mixture."
@@ -495,7 +500,7 @@ class FullGMM(Mixture):
     def _each(self, generator):
         "A draw from every component, (*B, N, D)."
         mu = self.mu.expand(*self.batch_shape, *self.mu.shape[-2:])
-        noise = _standard_normal(mu, generator)
+        noise = _noise_of_each(mu, generator)
         return mu + (torch.linalg.cholesky(self.cov) @ noise[..., None])[..., 0]
 
     def draw(self, k: Int[Tensor, "n"], generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:

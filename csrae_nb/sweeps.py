@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRELOAD', 'UNGUARDED', 'local_engine', 'ray_engine', 'pieces', 'check_data', 'run_sweep', 'sweep_table', 'seedless',
-           'rows_there', 'until_closed', 'main']
+           'evaluated_by', 'rows_there', 'until_closed', 'main']
 
 # %% ../nbs/12b_sweeps.ipynb #120002
 import argparse
@@ -387,6 +387,12 @@ def seedless(command: str) -> str:
     return re.sub(
         rf"^for seed in [\d ]*; do |; done$| -p ({'|'.join(['seed', *EVALUATION])}) [^\s;]+", "", command
     )
+
+
+def evaluated_by(command: str) -> dict[str, str | None]:  # None: as by default
+    "How a row's runs were evaluated: the values that its command gives to fields of the evaluation alone."
+    found = {k: re.search(rf" -p {k} ([^\s;]+)", command) for k in EVALUATION}
+    return {k: m and m[1] for k, m in found.items()}
 
 
 def rows_there(path):

@@ -32,6 +32,7 @@ from .mixtures import Share
 from .files import generator, load_tensors, progress_bar, save_tensors, write_atomic, writing
 from .models import rows_at_once, warmed_up
 from .priors import distinct_components, occupancy
+from .process import of_main_process, share_buffers
 from .tasks import Task, active_units, draw_codes
 
 # %% ../nbs/09d_training.ipynb #094005
@@ -348,9 +349,10 @@ class Training(Checkpoint, History):
         start, epoch, task = time.perf_counter(), self.meta["epoch"] + 1, self.task
         self.model.train()
         terms = train_epoch(task, self.acc, self.net, self.opt, self.data, epoch, bar)
+        share_buffers(self.acc, self.model)
         if to_be_placed(self.model, self.cfg, epoch):
             place_components(self.model, self.opt, self.data, self.cfg)
-        row = task.validate(self.model.eval(), self.data, self.val)
+        row = of_main_process(self.acc, task.validate(self.model.eval(), self.data, self.val))
         trained = {f"train_{k}": v for k, v in terms.items()}
         self.record(time.perf_counter() - start, **trained, **row)
         warn_of_collapse(self)

@@ -13,6 +13,7 @@ from csrae_nb.catalogue import load_data
 from csrae_nb.config import Config
 from csrae_nb.data import LazyImages
 from csrae_nb.files import load_tensors, runs_folder
+from csrae_nb.networks import Encoder
 from csrae_nb.runs import Run, fit
 from csrae_nb.training import NonFiniteLoss, Training, is_trained
 
@@ -217,3 +218,17 @@ def test_a_fleet_in_bf16_casts_its_weights_in_each_step():
     alone = [fit(config(f"a{s}", seed=s, **fields), dict(x=X), progress=False) for s in range(2)]
     for a, b in zip(together, alone):
         assert a.history[-1]["criterion"] == pytest.approx(b.history[-1]["criterion"], rel=1e-3)
+
+
+def test_a_fleet_in_bf16_validates_in_single_precision(monkeypatch):
+    "As a single run does."
+    cast, plain = [], Encoder.forward
+
+    def forward(self, x):
+        if not self.training:
+            cast.append(torch.is_autocast_enabled("cpu"))
+        return plain(self, x)
+
+    monkeypatch.setattr(Encoder, "forward", forward)
+    fit_fleet([config(f"v{s}", seed=s, precision="bf16") for s in range(2)], dict(x=X), progress=False)
+    assert cast and not any(cast)

@@ -83,6 +83,7 @@ RUNS = {
     "aggregate": dict(prior_objective="aggregate", learned_weights=True),
     "IWAE": dict(model="IWAE"),
     "constraint": dict(constraint="divergence<=2"),
+    "mixtures": dict(posterior_components=3, objective="cs_each"),
 }
 FILES = [".lock", "config.json", "history.csv", "metrics.json", "model.safetensors"]
 
@@ -106,6 +107,28 @@ def test_two_processes_train_the_runs_of_one(start, alone, how, names):
         assert (a["reconstruction"], a["log_likelihood"]) == pytest.approx(
             (b["reconstruction"], b["log_likelihood"]), rel=1e-3
         )
+
+
+OF_FACES = """
+import numpy as np
+from csrae_nb.config import Config
+from csrae_nb.runs import fit
+if __name__ == "__main__":
+    x = (np.random.default_rng(0).random((200, 3, 32, 32)) * 255).astype(np.uint8)
+    x[:100] //= 3
+    fields = dict(network="faces", model="VAE", latent_dim=4, batch_size=20, epochs=100, warmup=0, patience=1)
+    fit(Config(dataset="arrays", lr=1e-3, seed=6, device="cpu", name="faces", **fields), dict(x=x), False)
+    print("\\nfinished", flush=True)
+"""
+
+
+def test_processes_with_batch_normalisation_stop_together(tmp_path):
+    "Each validated statistics of its own; one went on after ten epochs, and waited for the other for ever."
+    (script := tmp_path / "faces.py").write_text(OF_FACES)
+    own = dict(CSRAE_RUNS=str(tmp_path), ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+    command = [*LAUNCH, free_port(), str(script)]
+    done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0 and done.stdout.count("finished") == 2, done.stdout + done.stderr
 
 
 def test_a_mac_trains_on_its_processor(monkeypatch):
