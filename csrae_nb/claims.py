@@ -516,7 +516,7 @@ class Gain:
         "Whether the gain is more than so many percent."
         part = 1 - percent / 100
         rival = Estimate(part * self.rival.mean, part * self.rival.se, self.rival.n)
-        error, _ = welch(self.ours, rival)
+        error = math.hypot(self.ours.se, rival.se)
         return _clear(rival.mean - self.ours.mean, error), p_value(self.ours, rival)
 
 # %% ../nbs/13b_claims.ipynb #130180

@@ -6,7 +6,8 @@
 __all__ = ['drawn_from', 'EM_STEPS', 'SETS', 'METRICS', 'TEMPERATURES', 'DRAWN', 'SHARES', 'DIAGNOSTICS', 'OF_TASKS',
            'OF_ANSWERS', 'WITH_LABELS', 'run_codes', 'mean_log_likelihood', 'real_images', 'expost_mixture',
            'sample_sources', 'frechet_distances', 'at_temperature', 'sample_quality', 'evaluate', 'provenance',
-           'write_metrics', 'finished_metrics', 'measure', 'complete_run', 'results_table', 'write_table']
+           'write_metrics', 'finished_metrics', 'measure', 'complete_run', 'results_table', 'incomparable',
+           'write_table']
 
 # %% ../nbs/10b_evaluation.ipynb #100002
 import csv
@@ -651,9 +652,17 @@ def _row(runs, all_metrics):
     row = {**_row_key(cfg), "seeds": seeds, **{k: runs[0]["metrics"].get(k) for k in ("images", "fid_layer")}}
     for m in all_metrics:
         row[f"{m}_mean"], row[f"{m}_se"] = _mean_se([r["metrics"].get(m) for r in runs])
-    if len({r["config"]["ll_samples"] for r in runs}) > 1:
-        row |= dict(ll_samples=None, log_likelihood_mean=None, log_likelihood_se=None)  # they do not compare
+    unlike = [k for k in EVALUATION if len({r["config"].get(k) for r in runs}) > 1]
+    row |= dict.fromkeys(incomparable(row, unlike))
     return {**row, "commit": _commits(runs), "command": _commands(cfg, seeds)}
+
+
+def incomparable(row: dict, unlike: Iterable[str]) -> list[str]:  # unlike: names in EVALUATION
+    "The columns of a row that say nothing if its runs were evaluated with different values of these fields."
+    marks = dict(ll_samples="log_likelihood", fid_layer="fid_", expost_components="samples_expost")
+    marks["fid_images"] = "fid_ frechet_ precision_ recall_ density_ coverage_ images"
+    parts = [part for k in unlike for part in (k, *marks[k].split())]
+    return [c for c in row if any(part in c for part in parts) and c not in {*EVALUATION} - {*unlike}]
 
 
 def _commits(runs):

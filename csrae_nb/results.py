@@ -28,9 +28,10 @@ from scipy.stats import spearmanr
 from scipy.stats import t as student
 
 from .reading import read_text
-from .evaluation import SETS, WITH_LABELS
+from .evaluation import SETS, WITH_LABELS, incomparable
 from .grids import read_sweep
-from .config import SUPERVISED, Config, known_fields
+from .sweeps import evaluated_by, seedless
+from .config import EVALUATION, SUPERVISED, Config, known_fields
 from .files import project_root
 
 # %% ../nbs/13_results.ipynb #130006
@@ -87,11 +88,14 @@ def n_seeds(row: dict) -> int:
 
 # %% ../nbs/13_results.ipynb #130108
 def joined(rows: list[dict]) -> dict:  # of the first, with the seeds, means and errors of all
-    "Rows of one configuration over different seeds as one; None for a mean that some of them lack."
+    """Rows of one configuration over different seeds as one; None for a mean that some of them lack, or that
+    was measured in different ways."""
     if len(rows) == 1:
         return rows[0]
     seeds = sorted(" ".join(r["seeds"] for r in rows).split(), key=int)
     n, out = len(seeds), {**rows[0], "seeds": " ".join(seeds)}
+    evaluated = [evaluated_by(r.get("command") or "") for r in rows]
+    unlike = [k for k in EVALUATION if len({e.get(k) for e in evaluated}) > 1]
     for k in [k for k in out if k.endswith("_mean")]:
         means, error = [r.get(k) for r in rows], f"{k.removesuffix('_mean')}_se"
         if None in means:
@@ -103,7 +107,7 @@ def joined(rows: list[dict]) -> dict:  # of the first, with the seeds, means and
             for r, m in zip(rows, means)
         )
         out[k], out[error] = mean, math.sqrt(square / (n - 1) / n)
-    return out
+    return out | dict.fromkeys(incomparable(out, unlike))
 
 # %% ../nbs/13_results.ipynb #130208
 def merge(*tables: list[dict]) -> list[dict]:  # rows
@@ -111,7 +115,8 @@ def merge(*tables: list[dict]) -> list[dict]:  # rows
     rows = [r for t in tables for r in t]
 
     def which(r):
-        return tuple(r.get(k) for k in (*ROW_KEY, "settings", *WITH_LABELS, "name"))
+        key = tuple(r.get(k) for k in (*ROW_KEY, "settings", *WITH_LABELS, "name"))
+        return *key, seedless(r.get("command") or "")  # which has what no column says, as lr=
 
     groups = {which(r): [] for r in rows}
     for r in sorted(rows, key=n_seeds, reverse=True):
@@ -338,7 +343,8 @@ def table1(
 # %% ../nbs/13_results.ipynb #130038
 def is_doubtful(row: dict, metric: str) -> bool:
     "Whether some samples of a model are closer to the test images than its reconstructions."
-    bound = row.get(f"{distance_kind([row])}_reconstructions_mean")
+    kind = metric.partition("_samples")[0]  # the features that both are measured in
+    bound = row.get(f"{kind}_reconstructions_mean")
     return bound is not None and row[f"{metric}_mean"] < bound
 
 # %% ../nbs/13_results.ipynb #130138

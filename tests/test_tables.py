@@ -298,3 +298,39 @@ def test_pages_show_the_answers_of_the_committed_tables(page):
     shown = text.split("<!-- answers -->")[1].split("<!-- /answers -->")[0].strip()
     renewed = answers.answers_markdown().strip()
     assert shown == renewed, f"run csrae_nb.answers.update_readme({page!r})"
+
+
+def alone(seed, command="", **changes):
+    "The row of one run."
+    own = row("mnist", "VAE", 20, seeds=1, **{k: changes.pop(k) for k in ("criterion",) if k in changes})
+    return results.with_name(own | dict(seeds=str(seed), command=command) | changes)
+
+
+def test_runs_that_no_column_tells_apart_are_not_joined():
+    "Their commands do: these differed in lr= and batch_size=, and came out as one row of 55 ± 45."
+    commands = ("train -p lr 0.0005", "train -p lr 0.01", "train -p batch_size 1000")
+    rows = [alone(s, c, criterion=v) for s, c, v in zip((0, 0, 1), commands, (100.0, 50.0, 10.0))]
+    assert sorted(r["criterion_mean"] for r in results.merge(rows)) == [10.0, 50.0, 100.0]
+    seeds = [alone(s, f"train -p lr 0.01 -p seed {s}", criterion=v) for s, v in ((0, 50.0), (1, 52.0))]
+    (both,) = results.merge(seeds)
+    assert (both["seeds"], both["criterion_mean"], both["criterion_se"]) == ("0 1", 51.0, 1.0)
+
+
+def test_what_was_evaluated_differently_is_not_averaged():
+    few, many = (f"train -p ll_samples {n} -p fid_layer {k}" for n, k in ((10, 64), (5000, 2048)))
+    measured = dict(log_likelihood_mean=-80.0, fid_samples_mean=1.0, frechet_classifier_samples_mean=3.0)
+    (both,) = results.merge([alone(0, few, ll_samples=10, **measured), alone(1, many, **measured)])
+    assert both["log_likelihood_mean"] is both["ll_samples"] is both["fid_samples_mean"] is None
+    assert (both["frechet_classifier_samples_mean"], both["criterion_mean"]) == (3.0, 90 + 10)
+
+
+def test_doubt_goes_by_reconstructions_in_the_same_features():
+    r = dict(fid_samples_mean=60.0, fid_reconstructions_mean=50.0)
+    r |= dict(frechet_classifier_samples_mean=12.0, frechet_classifier_reconstructions_mean=4.0)
+    assert not results.is_doubtful(r, "frechet_classifier_samples")
+    assert results.is_doubtful(r | dict(fid_samples_mean=40.0), "fid_samples")
+
+
+def test_a_gain_of_one_seed_is_no_error():
+    one, three = claims.Estimate(3.0, 0.1, 1), claims.Estimate(4.0, 0.1, 3)
+    assert claims.Gain(one, three, "mnist").beyond() == (1, 1.0)
