@@ -127,7 +127,8 @@ def _check_folds(rows):
 def over_folds(
     rows: Iterable[dict],  # of one run each
 ) -> list[dict]:  # one row per model and share of labels; means and errors of f1 and pooled_f1
-    """F1 of each AU averaged over the folds, then over the seeds; of the seeds, those with most folds.
+    """F1 of each AU averaged over the folds, then over the seeds; of the seeds, those with most folds,
+    and with the same ones.
     ValueError for two rows of one model, fold and seed."""
     groups = {}
     for r in rows:
@@ -137,11 +138,13 @@ def over_folds(
     for by_seed in groups.values():
         for of_seed in by_seed.values():
             _check_folds(of_seed)
-        folds = max(map(len, by_seed.values()))
-        whole = {s: g for s, g in by_seed.items() if len(g) == folds}
+        folds_of = {s: tuple(sorted(str(r.get("fold")) for r in g)) for s, g in by_seed.items()}
+        there = list(folds_of.values())
+        most = max(there, key=lambda folds: (len(folds), there.count(folds)))
+        whole = {s: g for s, g in by_seed.items() if folds_of[s] == most}
         first = next(iter(whole.values()))[0]
         found = _together([_of_seed(g) for g in whole.values()])
-        out.append({**first, "folds": folds, "seeds": " ".join(whole), **found})
+        out.append({**first, "folds": len(most), "seeds": " ".join(whole), **found})
     return out
 
 # %% ../nbs/16_action_units.ipynb #160116

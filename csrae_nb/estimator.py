@@ -187,7 +187,8 @@ class CSRAEEmbedding(_Codes, _Components):
         """One pass over the rows X in shuffled batches, from where the last call or fit left off.
         Nothing validates; the first rows should be as many as `components`. ValueError as in fit."""
         cfg, model, optimizer, history = _one_pass(self, X)
-        vars(self).pop("refitted_", None)
+        for known in ("refitted_", "best_epoch_"):
+            vars(self).pop(known, None)
         self._begun = _begun_with(self)
         model = model.eval().cpu().double()
         self.component_clusters_ = _clusters_of_components(model.prior(), self.clusters)

@@ -106,8 +106,8 @@ class _ChosenByLabels(Task):
     def judge(self, model, found, data):
         logits, name = found.pop("logits"), model.kind.measure
         row = super().judge(model, found, data)
-        known = {} if data.y_val is None else {f"val_{name}": model.kind.judge(logits, data.y_val)[name]}
-        return row | known
+        value = None if data.y_val is None else model.kind.judge(logits, data.y_val)[name]
+        return row if value is None else row | {f"val_{name}": value}
 
     def score(self, model, row):
         if "val_error" in row:
@@ -188,6 +188,8 @@ class LabelTask(_LabelledBatches, _ChosenByLabels, _MadeWithLabels):
             )
         if c.balance == "asymmetric" and isinstance(kind, Intensities):
             raise ValueError("balance='asymmetric' is for answers yes or no; of intensities use 'weights'")
+        if c.balance == "batches" and c.labelled_batch == 1 and not isinstance(kind, OneLabel):
+            raise ValueError("labelled_batch=1 cannot be balanced, half yes and half no; use 2 or more")
         if c.labelled_batch >= c.batch_size:
             no_room = f"leaves no room for others in batch_size={c.batch_size}"
             raise ValueError(f"labelled_batch={c.labelled_batch} {no_room}")
@@ -317,10 +319,15 @@ class SupervisedTask(_WithPatterns):
     def outputs(self, model, x, draws):
         return dict(logits=model.predict(x))
 
+    def score(self, model, row):
+        by_labels = {"val_error", "val_f1"} & row.keys()
+        return super().score(model, row) if by_labels else row["criterion"]
+
     def judge(self, model, found, data):
         logits, name, rows = found["logits"], model.kind.measure, labelled_rows(data, "val")
         wrong = model.kind.cross_entropy(logits[rows], data.y_val[rows]).mean().item()
-        known = {f"val_{name}": model.kind.judge(logits, data.y_val)[name]}
+        value = model.kind.judge(logits, data.y_val)[name]
+        known = {} if value is None else {f"val_{name}": value}
         return {"val_reconstruction": wrong, "val_divergence": 0.0, "criterion": wrong, **known}
 
 # %% ../nbs/14c_few_labels.ipynb #140135

@@ -125,9 +125,10 @@ class OneLabel(_Softmax):
             torch.multinomial(logits.softmax(-1), n, True, generator=generator)
         ]
 
-    def judge(self, logits: Float[Tensor, "n C"], y: Int[Tensor, "n"]) -> dict[str, float]:
-        "Wrong predictions, in percent of all."
-        return dict(error=100 * (self.best(logits) != y)[y >= 0].float().mean().item())
+    def judge(self, logits: Float[Tensor, "n C"], y: Int[Tensor, "n"]) -> dict[str, float | None]:
+        "Wrong predictions, in percent of all; None if no label is known."
+        wrong = (self.best(logits) != y)[y >= 0]
+        return dict(error=100 * wrong.float().mean().item() if len(wrong) else None)
 
     def measured(self, test: tuple[Tensor, Tensor] | None, val: tuple[Tensor, Tensor] | None) -> dict:
         "Nothing besides."
@@ -248,7 +249,7 @@ def f1_of_answers(
     f1 = (200 * (guess * truth).sum(0) / (guess.sum(0) + yes).clamp_min(1)).tolist()
     each = {f"f1_{name}": v if n else None for name, v, n in zip(names, f1, yes.tolist())}
     known = [v for v in each.values() if v is not None]
-    return dict(f1=sum(known) / max(1, len(known)), **each)
+    return dict(f1=sum(known) / len(known) if known else None, **each)
 
 # %% ../nbs/14_labels.ipynb #140610
 def best_threshold(

@@ -356,6 +356,8 @@ def eigengap(
     root = graph.double().sum(1).clamp_min(1e-12).rsqrt()
     values = torch.linalg.eigvalsh(torch.eye(len(graph)).to(root) - root[:, None] * graph * root)
     values = values[1 : most + 1].clamp_min(0) + 0.01  # what is below 0.01 is no different from 0
+    if len(values) < 2:
+        return 2
     return (values[1:] / values[:-1]).argmax().item() + 2
 
 # %% ../nbs/03_priors.ipynb #030323

@@ -35,7 +35,9 @@ def _to_share(cfg: Config) -> Config:
     name = cfg.dataset
     if name not in (*DATASETS, "arrays"):
         name = f"./{Path(name).expanduser().resolve().name}"
-    return dataclasses.replace(cfg, dataset=name, device="auto", threads=1, tracker=None)
+    weights = cfg.encoder_weights and Path(cfg.encoder_weights).name
+    cfg = dataclasses.replace(cfg, dataset=name, encoder_weights=weights)
+    return dataclasses.replace(cfg, device="auto", threads=1, tracker=None)
 
 
 def _metrics(folder):

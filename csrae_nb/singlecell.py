@@ -95,6 +95,11 @@ class PlaceComponents(Callback):
     def __init__(self, at: float):  # part of the epochs, 0 to 1
         self.at = at
 
+    def on_train_start(self, trainer, plan):
+        n, K = len(trainer.train_dataloader.indices), len(plan.module.prior.mu)
+        if n < K:
+            raise ValueError(f"{n} cells to train on for {K} components; use at most as many components")
+
     @torch.no_grad()
     def on_train_epoch_start(self, trainer, plan):
         module = plan.module
@@ -116,11 +121,9 @@ class MixtureSCVI(SCVI):
 
     def train(self, *args, kmeans_at: float = 0.75, callbacks=(), **kwargs):
         """SCVI's own; components are placed when `kmeans_at`, a part of the epochs, is over. ValueError for
-        another part than 0 to 1, or for fewer cells than components."""
+        another part than 0 to 1, or for fewer cells of training than components."""
         if not 0 <= kmeans_at < 1:
             raise ValueError(f"kmeans_at={kmeans_at}; expected a part of the epochs, at least 0 and below 1")
-        if self.adata is not None and (n := self.adata.n_obs) < (K := len(self.module.prior.mu)):
-            raise ValueError(f"{n} cells for {K} components; use at most as many components as cells")
         return super().train(*args, callbacks=[*callbacks, PlaceComponents(kmeans_at)], **kwargs)
 
     @torch.no_grad()

@@ -384,3 +384,11 @@ def test_one_labelled_image_and_all_of_them_are_two_methods_and_a_fold_counts_on
     )
     with pytest.raises(ValueError, match=r"fold 1 of CNN \(labels: 100 %\), seed 0 is there twice, and no"):
         over_folds([*rows, row(1, "1.0", 30.0)])
+
+
+def test_seeds_are_averaged_over_the_same_folds():
+    "Else the error over seeds would be that of other subjects."
+    found = (("0", 0, 10.0), ("0", 1, 20.0), ("1", 1, 20.0), ("1", 2, 90.0), ("2", 0, 12.0), ("2", 1, 22.0))
+    key = dict(model="VAE", labels=1.0, network="faces", command="train -p labels 1.0", f1_se=None)
+    (r,) = over_folds(key | dict(seeds=s, fold=k, f1_mean=v) for s, k, v in found)
+    assert (r["folds"], r["seeds"], r["f1_mean"], r["f1_se"]) == (2, "0 2", 16.0, 1.0)

@@ -12,6 +12,7 @@ import bench.clusters
 from csrae_nb.clusters import cluster_codes, code_map
 from csrae_nb.config import Config
 from csrae_nb.metrics import clustering
+from csrae_nb.priors import cut_map
 from csrae_nb.results import read_rows
 from csrae_nb.runs import fit
 
@@ -63,3 +64,7 @@ def test_table_of_clusters(monkeypatch, tmp_path):
     assert 0.2 < run["accuracy"] <= 1 and 0.1 < run["joined_accuracy"] <= run["purity"] <= 1
     assert [r["seed"] for r in pixels] == [0, 1, 2] and all(r["accuracy"] > 0.7 for r in pixels)
     assert all(r["purity"] is None for r in pixels)
+
+
+def test_two_components_are_two_clusters():
+    assert cut_map(torch.tensor([[0.0, 0.0], [9.0, 1.0]])).unique().tolist() == [0, 1]

@@ -93,6 +93,13 @@ def test_one_partial_fit_is_one_epoch_of_fit():
     assert np.array_equal(here.transform(X), there.transform(X)) and here.score(X) == there.score(X)
 
 
+def test_partial_fit_after_fit_has_no_best_epoch():
+    "It had that of fit, of other weights."
+    est = quick().fit(X)
+    assert est.best_epoch_
+    assert not hasattr(est.partial_fit(X), "best_epoch_")
+
+
 def test_partial_fit_on_chunks_of_all_sizes():
     est = quick()
     for rows in (slice(100), slice(1), slice(3), slice(50, 150), slice(100, 150)):

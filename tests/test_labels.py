@@ -268,3 +268,25 @@ def test_the_kinds_of_the_data_sets_stay():
         label_kind(load_data("digits")) == OneLabel(10, tuple(map(str, range(10))))
         and label_kind(load_data("pinwheel")).outputs == 4
     )
+
+
+def test_without_a_single_yes_the_objective_chooses_the_epoch():
+    "F1 was 0 in each epoch, and the first was kept."
+    g = np.random.default_rng(0)
+    x = (g.random((300, 12)) < 0.5).astype(np.uint8)
+    y = np.stack([x[:, 0], x[:, 1] & x[:, 2]], 1).astype(int)
+    parts = dict(train=slice(200), val=slice(200, 250), test=slice(250, 300))
+    data = {f"{k}_{part}": v[at] for part, at in parts.items() for k, v in dict(x=x, y=y).items()}
+    data["y_val"] = 0 * data["y_val"]
+    fields = dict(labels=1.0, balance="none", epochs=6, batch_size=20, labelled_batch=5, latent_dim=2)
+    for model in ("CSRAE", "Supervised"):
+        run = fit(Config(dataset="arrays", model=model, warmup=1, name=model, **fields), data, False)
+        criterion = [row["criterion"] for row in run.history]
+        assert "val_f1" not in run.history[0] and run.best_epoch == 1 + criterion.index(min(criterion)) > 1
+
+
+def test_a_batch_of_one_labelled_image_is_not_balanced():
+    x, y = np.random.default_rng(0).random((60, 4)), np.arange(120).reshape(60, 2) % 2
+    cfg = Config(dataset="arrays", model="CSRAE", labels=30, labelled_batch=1, batch_size=10, epochs=1)
+    with pytest.raises(ValueError, match="labelled_batch=1 cannot be balanced"):
+        fit(cfg, dict(x=x, y=y), False)

@@ -230,3 +230,9 @@ def test_models_with_labels_travel_too(tmp_path, monkeypatch):
         Pretrained(run.path).save_pretrained(tmp_path / run.path.name)
         x, there = torch.rand(4, 8, 8), Pretrained.from_pretrained(tmp_path / run.path.name).model
         torch.testing.assert_close(there.predict(x), run.model.predict(x))
+
+
+def test_no_path_of_the_authors_machine_is_shared():
+    weights = "/home/me/secret/resnet18.pth"
+    cfg = Config(dataset="/home/me/private/faces.npz", network="resnet18", encoder_weights=weights)
+    assert not any("/home/me" in str(v) for v in vars(sharing._to_share(cfg)).values())
