@@ -119,20 +119,24 @@ def _nearest(found, folder):
     alike = {k: r[k] for k in ("dataset", "latent_dim", "components", "epochs")}
     vamps = where(read_results("aggregate_long", folder), model="VampPriorVAE", **alike)
     how = f"dynamic MNIST, K = {r['components']}, λ = {r['lam']:g}, {r['epochs']} epochs; lower is nearer"
-    ours, fitted, vamp = _least([r], "samples"), _least([r], "samples_expost"), _least(vamps, *KINDS)
-    rivals = [f"there {_against(ours, vamp)}"] if vamps else []
+    ours, fitted, vamp = (
+        _nearest_distances([r], "samples"),
+        _nearest_distances([r], "samples_expost"),
+        _nearest_distances(vamps, *KINDS),
+    )
+    rivals = [f"in the same setting {_against(ours, vamp)}"] if vamps else []
     return [f"for example {_against(ours, fitted)} ({how})", *rivals]
 
 
-def _least(rows, *kinds):
-    "The least distances of kinds of samples, as they are and at 0.7 of the deviations; None: not measured."
+def _nearest_distances(rows, *kinds):
+    "The least distances of kinds of samples, at full and at 0.7 of their standard deviations; None: unknown."
     metrics = ([f"frechet_classifier_{kind}{how}_mean" for kind in kinds] for how in ("", "_t70"))
     return [min((r[m] for r in rows for m in some if r.get(m) is not None), default=None) for some in metrics]
 
 
 def _against(ours, theirs):
     pairs = [f"{a:.3g} against {b:.3g}" for a, b in zip(ours, theirs) if None not in (a, b)]
-    return ", at 0.7 of the deviations ".join(pairs)
+    return ", with standard deviations times 0.7 ".join(pairs)
 
 # %% ../nbs/13e_answers.ipynb #135422
 def _of_full(folder):
@@ -181,11 +185,12 @@ def answers(folder: Path | str | None = None) -> list[Answer]:  # of the tables;
 
 # %% ../nbs/13e_answers.ipynb #135323
 def claims_in_short(folder: Path | str | None = None) -> str:
-    "How many of the paper's own claims hold, in a sentence."
+    "How many of the paper's claims hold, of those that the tables can judge, in a sentence."
     found = Counter(c.verdict for c in claims(folder) if not c.claim.startswith("Not in the paper"))
-    words = {"holds": "hold", "holds in part": "hold in part", "does not hold": "do not hold"}
-    counts = [f"{found[v]} {words.get(v, v)}" for v in VERDICTS if v in found]
-    return f"The paper's {found.total()} claims: {', '.join(counts)}."
+    words = ("hold", "hold in part", "are mixed", "do not hold", "come to no difference", "are undecided")
+    of = dict(zip(VERDICTS, (*words, "are not measured yet"), strict=True))
+    counts = [f"{found[v]} {of[v]}" for v in VERDICTS if v in found]
+    return f"Of the paper's claims, {found.total()} are judged by the tables: {', '.join(counts)}."
 
 
 def answers_markdown(folder: Path | str | None = None) -> str:

@@ -657,14 +657,6 @@ def _row(runs, all_metrics):
     return {**row, "commit": _commits(runs), "command": _commands(cfg, seeds)}
 
 
-def incomparable(row: dict, unlike: Iterable[str]) -> list[str]:  # unlike: names in EVALUATION
-    "The columns of a row that say nothing if its runs were evaluated with different values of these fields."
-    marks = dict(ll_samples="log_likelihood", fid_layer="fid_", expost_components="samples_expost")
-    marks["fid_images"] = "fid_ frechet_ precision_ recall_ density_ coverage_ images"
-    parts = [part for k in unlike for part in (k, *marks[k].split())]
-    return [c for c in row if any(part in c for part in parts) and c not in {*EVALUATION} - {*unlike}]
-
-
 def _commits(runs):
     "The commits that the numbers of some runs are of; a + if files differed from it."
     known = {r.get("provenance", {}).get("commit") or "unknown" for r in runs}
@@ -676,6 +668,14 @@ def _commands(cfg, seeds):
     if len(seeds.split()) == 1:
         return command(dataclasses.replace(cfg, seed=int(seeds)))
     return f"for seed in {seeds}; do {command(cfg)} -p seed $seed; done"
+
+# %% ../nbs/10b_evaluation.ipynb #100251
+def incomparable(row: dict, unlike: Iterable[str]) -> list[str]:  # unlike: names in EVALUATION
+    "The columns of a row that say nothing if its runs were evaluated with different values of these fields."
+    marks = dict(ll_samples="log_likelihood", fid_layer="fid_", expost_components="samples_expost")
+    marks["fid_images"] = "fid_ frechet_ precision_ recall_ density_ coverage_ images"
+    parts = [part for k in unlike for part in (k, *marks[k].split())]
+    return [c for c in row if any(part in c for part in parts) and c not in {*EVALUATION} - {*unlike}]
 
 # %% ../nbs/10b_evaluation.ipynb #100052
 def write_table(

@@ -203,7 +203,7 @@ def _vamps(folder):
     return [r for r in where(rows, model="VampPriorVAE") if fitted_components(r) == r["components"]]
 
 
-TEMPERATURES = ("", "_t85", "_t70")  # of samples: as they are, and at 0.85 and 0.7 of the deviations
+TEMPERATURES = ("", "_t85", "_t70")  # of samples: as they are, and at 0.85 and 0.7 of the standard deviations
 
 
 def _least(r, metric, temperatures):

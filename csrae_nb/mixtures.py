@@ -175,7 +175,7 @@ class Share(Draws):
         whole = like.new_empty(()).expand(*batch, rows * self.n, D)
         return _standard_normal(whole, self.generator)[..., self.first :: self.n, :]
 
-
+# %% ../nbs/01b_mixtures.ipynb #010133s
 def _noise_of_each(mu, generator):
     "Draws from N(0, 1) for every component; a Share takes rows of the batch, not components."
     return _standard_normal(mu.flatten(-2), generator).unflatten(-1, mu.shape[-2:])

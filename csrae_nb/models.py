@@ -190,13 +190,13 @@ class Pictures(Unchecked):
         return torch.cat([self.likelihood.mean(self.decode(zb)) for zb in z.split(rows)])
 
 # %% ../nbs/06_models.ipynb #060310w
-WIDTHS = 1.0, 1.5, 2.0, 3.0, 4.5  # of the proposals for log p(x), in deviations of q(z|x)
+WIDTHS = 1.0, 1.5, 2.0, 3.0, 4.5  # of the proposals for log p(x), in standard deviations of q(z|x)
 
 
 @unchecked()
 def widened(
     q: GMM,
-    widths: tuple[float, ...],  # in deviations of a component
+    widths: tuple[float, ...],  # in standard deviations of a component
 ) -> GMM:  # N·W components
     "Each component at several widths, of equal weights: what importance sampling draws from in place of q."
     if widths == (1.0,):
@@ -220,7 +220,7 @@ class LogLikelihood(Unchecked):
         log_prior: Callable[[Tensor], Tensor],  # log p of z
         samples: int,  # S, draws of z for each x
         generator: torch.Generator | Draws | None = None,
-        widths: tuple[float, ...] = (1.0,),  # of the proposals, in deviations of q
+        widths: tuple[float, ...] = (1.0,),  # of the proposals, in standard deviations of q
     ) -> tuple[Float[Tensor, "S B"], Float[Tensor, "S B"]]:
         "log p(x|z) and log p(z) − log r(z|x) at each draw from r, q at each of the widths."
         q = widened(q, widths)

@@ -401,7 +401,7 @@ def resnet18_encoder(
     )
 
 # %% ../nbs/05_networks.ipynb #050134
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of red, green and blue
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of red, green and blue
 
 
 def _state_dict(file):

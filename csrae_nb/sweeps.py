@@ -394,7 +394,7 @@ def evaluated_by(command: str) -> dict[str, str | None]:  # None: as by default
     found = {k: re.search(rf" -p {k} ([^\s;]+)", command) for k in EVALUATION}
     return {k: m and m[1] for k, m in found.items()}
 
-
+# %% ../nbs/12b_sweeps.ipynb #120242
 def rows_there(path):
     "The rows of a table, as text, [] without the file; ValueError for a file that is no such table."
     if not path.exists():

@@ -462,7 +462,7 @@ def sample_examples(
     run: Run,
     n: int = 64,
     component: int | Sequence[int] | None = None,  # of the prior, or some; None: all
-    temperature: float = 1.0,  # factor of the components' deviations
+    temperature: float = 1.0,  # factor of the components' standard deviations
     seed: int = 0,
     prior: GMM | FullGMM | None = None,  # in place of the run's own
 ) -> Float[Tensor, "n *X"]:
