@@ -24,7 +24,7 @@ _names = { # the main names, each in its module; loaded on first use, so that `i
     "config": "Config",
     "runs": "fit load_run",
     "estimator": "CSRAEEmbedding",
-    "sharing": "Pretrained",
+    "sharing": "Pretrained open_run",
 }
 _home = {name: module for module, names in _names.items() for name in names.split()}
 __all__ = ["__version__", *_home]

@@ -20,5 +20,6 @@ from .priors import VampPrior as VampPrior
 from .runs import fit as fit
 from .runs import load_run as load_run
 from .sharing import Pretrained as Pretrained
+from .sharing import open_run as open_run
 
 __version__: str

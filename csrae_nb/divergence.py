@@ -29,7 +29,7 @@ def _innermost(d):
 
 def _gaussian(d):
     gaussians = GMM | FullGMM | Normal | MultivariateNormal | LowRankMultivariateNormal
-    return isinstance(_innermost(d), gaussians)
+    return isinstance(d := _innermost(d), gaussians) or hasattr(d, "covariance_type")  # of scikit-learn
 
 
 def log_overlap(
@@ -46,7 +46,7 @@ def log_overlap(
 def cs_divergence(
     q: GMM | FullGMM | Distribution,  # posterior, or any mixture
     p: GMM | FullGMM | Distribution,  # prior, or any mixture over the same space
-) -> Float[Tensor, "*B"]:  # ≥ 0, and 0 iff q = p
+) -> Float[Tensor, "*B"]:  # ≥ 0 up to rounding, and 0 iff q = p
     """Cauchy–Schwarz divergence between two mixtures in closed form, Eq. (4) with Eq. (5) for every pair;
     natural log."""
     if _gaussian(q) and _gaussian(p):

@@ -30,7 +30,8 @@ from .likelihoods import make_likelihood
 from .models import MODELS, Autoencoder, warmed_up
 
 # %% ../nbs/20_estimator.ipynb #200102
-from .config import Config, ModelConfig, identity, make_config, prior_kind, resolve, unused_fields
+from .config import EVALUATION, Config, ModelConfig, identity, make_config, prior_kind
+from .config import resolve, unused_fields
 from .files import generator, progress_bar
 from .priors import full_em, merge_components
 from .process import accelerator, torch_defaults
@@ -141,7 +142,8 @@ class _Components(_Parameters):
 
     def score(self, X, y=None) -> float:  # nats per row; y is ignored
         """Mean of E log p(x|z) − D(q‖p), greater is better; D without λ or β, densities in the data's units.
-        Of models whose codes are points log p(x|z) alone. The prior is that of the training."""
+        Of models whose codes are points log p(x|z) alone. The prior is that of the training. Between models
+        it does not decide, since their D differ: there, compare means of `score_samples`."""
         return _score(self, X)
 
     def score_samples(
@@ -221,6 +223,8 @@ def _columns_of(X, likelihood, standardize):  # float64
     ValueError for an unknown likelihood, or columns too wide."""
     likelihood, span = likelihood or default_likelihood([X]), f"X ranges from {X.min():g} to {X.max():g}"
     make_likelihood(likelihood)
+    if not isinstance(standardize, bool | np.bool_):
+        raise ValueError(f"standardize={standardize!r}; expected True or False")
     if likelihood != "gaussian":
         return likelihood, None
     if not standardize:
@@ -321,6 +325,8 @@ def _config(est, n, seed):  # of n training rows
             f"config sets {', '.join(twice)}; expected fields that are no parameters of the estimator "
             "(random_state for seed), nor dataset and labels: pass them by name"
         )
+    if idle := sorted({"name", *EVALUATION} & more.keys()):
+        raise ValueError(f"config sets {', '.join(idle)}, which an estimator does not look at; leave it out")
     for k in ("components", "batch_size"):
         own[k] = min(own[k], n) if isinstance(own[k], int) else own[k]
     cfg, usual = make_config(own | more), CSRAEEmbedding().get_params()
@@ -362,7 +368,8 @@ def _check_clusters(est, cfg, C):  # resolved, of the rows that there are; clust
         raise ValueError(
             f"clusters={C!r}; expected None, as this {cfg.model} has fewer than 3 components: {K}"
         )
-    if C in (None, "auto") or isinstance(C, Integral) and 1 <= C <= K:
+    counts = isinstance(C, Integral) and not isinstance(C, bool)
+    if C in (None, "auto") or counts and 1 <= C <= K:
         return
     few = "" if K == est.components else f", as many as rows to train on (components={est.components})"
     raise ValueError(f"clusters={C!r}; expected None, 'auto', or an integer from 1 to components={K}{few}")
@@ -416,6 +423,9 @@ def _whole_run(est, X):
     train, val = _split(x, est.validation_fraction, seed)
     cfg, data = _config(est, len(train), seed), _dataset(est, train, val)
     _check_clusters(est, cfg, est.clusters)
+    asked = est.components if est.components != CSRAEEmbedding().components else 0  # 0: by nobody
+    if "components" not in unused_fields(cfg) and cfg.components < asked:
+        warnings.warn(f"components={asked}, but {len(train)} rows to train on: that many are used")
     with _turn, TemporaryDirectory() as folder:
         return cfg, fit(cfg, data, bool(est.verbose), folder, checkpoints=False)
 

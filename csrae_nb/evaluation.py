@@ -66,6 +66,7 @@ from csrae_nb.config import (
     Config,
     command,
     divergence_weight,
+    idle_fields,
     identity,
     make_config,
     prior_kind,
@@ -560,6 +561,8 @@ def complete_run(
         warnings.warn(f"{run_name(cfg)} is finished; whether its data are the same now is not known: {e}")
         return there
     if metrics := finished_metrics(cfg, data.sha256):
+        if idle := idle_fields(cfg):  # of others fit says it
+            warnings.warn(idle, stacklevel=2)
         return metrics
     run = fit(cfg, data, progress)
     return measure(run, data, progress) if is_main_process() else {}

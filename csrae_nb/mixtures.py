@@ -64,6 +64,9 @@ def _check_shapes(g):
     if not all(isinstance(t, Tensor) for t in parts):
         kinds = ", ".join(type(t).__name__ for t in parts)
         raise ValueError(f"a GMM is made of three tensors, logw, mu and var; got {kinds}")
+    if not all(t.is_floating_point() for t in parts):
+        kinds = ", ".join(str(t.dtype).removeprefix("torch.") for t in parts)
+        raise ValueError(f"a GMM is made of floating-point numbers; logw, mu and var are {kinds}")
     w, m, v = (tuple(t.shape) for t in parts)
     fits = len(w) >= 1 and len(m) >= 2 and m[-2:] == v[-2:] and w[-1] == m[-2]
     try:
@@ -76,12 +79,18 @@ def _check_shapes(g):
         )
 
 # %% ../nbs/01b_mixtures.ipynb #010404
-def _refuse_nan(name, t):
-    if bad := t.isnan().sum().item():
+def _refuse_nan(name, t, kind="NaN", of=torch.isnan):
+    if bad := of(t).sum().item():
         raise ValueError(
-            f"{name} holds {bad:,} NaN among {t.numel():,} numbers; look at what the network was given, "
+            f"{name} holds {bad:,} {kind} among {t.numel():,} numbers; look at what the network was given, "
             "or at the learning rate"
         )
+
+
+def _check_means(mu):
+    "ValueError for means that are not finite."
+    _refuse_nan("mu", mu)
+    _refuse_nan("mu", mu, "infinities", torch.isinf)
 
 
 @torch.no_grad()
@@ -273,6 +282,8 @@ class Mixture(Batched):
         "n independent draws from a single mixture; ValueError for a batched one or an unknown component."
         if len(self.batch_shape):
             raise ValueError(f"sample wants one mixture, not a batch of shape {tuple(self.batch_shape)}")
+        if n < 0:
+            raise ValueError(f"n={n}; expected the number of draws, 0 or more")
         N = self.logw.shape[-1]
         if component is None and n:  # torch has no multinomial of none
             return self.draw(torch.multinomial(self.logw.exp(), n, True, generator=generator), generator)
@@ -408,7 +419,7 @@ class GMM(_Diagonal):
         _check_shapes(self)
         if _can_look(self.logw):
             _check_weights(self.logw)
-            _refuse_nan("mu", self.mu)
+            _check_means(self.mu)
             _check_positive(self.var)
 
     @classmethod
@@ -468,11 +479,15 @@ class FullGMM(Mixture):
         if not _can_look(self.logw):
             return
         _check_weights(self.logw)
-        _refuse_nan("mu", self.mu)
+        _check_means(self.mu)
         cov = self.cov.detach()
         if torch.linalg.cholesky_ex(cov).info.any() or not cov.isfinite().all():
             _refuse_nan("cov", cov)
             raise ValueError("cov are covariance matrices, but some are infinite or not positive definite")
+        if not torch.allclose(cov, cov.mT, rtol=1e-2, atol=1e-3 * cov.abs().max().item()):
+            raise ValueError(
+                "cov are covariance matrices, but some are not symmetric; give (cov + cov.mT) / 2"
+            )
 
     @classmethod
     @unchecked()

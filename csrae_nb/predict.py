@@ -420,6 +420,8 @@ def write_predictions(
     if jobs < 1 or every is not None and every < 1:
         raise ValueError(f"jobs={jobs}, every={every}; expected at least 1")
     if _are_examples(run, source):
+        if (detector, model, jobs, overlay, every) != ("mtcnn", None, 1, None, None):
+            raise ValueError("detector, model, jobs, overlay and every are for faces in videos and pictures")
         _write_examples(run, read_examples(run, source), out, progress)
         return out
     parts = out.with_name(f".{out.name}.parts")

@@ -87,7 +87,8 @@ def load_run(
     if not (file := path / "model.safetensors").exists():
         begun = (path / "checkpoint.safetensors").exists()
         hint = "; start it again with the same command to finish it" if begun else ""
-        hint = hint if path.is_dir() else f": there is no such folder; runs are in {runs_folder()}"
+        if not path.is_dir():
+            hint = f": there is no such folder; runs are in {runs_folder()}, and open_run finds them by name"
         raise ValueError(f"{path} holds no finished run (no model.safetensors){hint}")
     weights, meta = load_tensors(file)
     try:
@@ -179,7 +180,8 @@ def _check_data(cfg, data):
     n = len(data.x_train)
     if cfg.batch_size > n:
         raise ValueError(
-            f"batch_size={cfg.batch_size} is larger than the {n} training examples of {data.name}"
+            f"batch_size={cfg.batch_size} is larger than the {n} training examples of {data.name}; "
+            f"set batch_size={n} or less"
         )
     if "components" not in unused_fields(cfg) and cfg.components > n:
         raise ValueError(f"components={cfg.components}; {data.name} has only {n} training examples")
@@ -194,6 +196,8 @@ def fit(
 ) -> Run:  # with the best model
     """Train, or go on, or find finished, the run of a configuration; ValueError, OSError, RunLocked or
     NonFiniteLoss before anything is lost."""
+    if not isinstance(cfg, Config):
+        raise ValueError(f"cfg is a {type(cfg).__name__}; expected a Config: fit(Config(dataset='digits'))")
     cfg = resolve(cfg)
     if idle := idle_fields(cfg):
         warnings.warn(idle, stacklevel=2)

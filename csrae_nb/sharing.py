@@ -200,6 +200,9 @@ class Pretrained(ModelHubMixin):
         self,
         folder: Path | str,  # of a finished run, or written by save_pretrained
     ):
+        if not isinstance(folder, str | Path):
+            what = f"a {type(folder).__name__}; expected a run's folder: an estimator is shared by joblib"
+            raise ValueError(f"folder is {what}")
         check_model(Path(folder) / "model.safetensors")
         self.run, self.metrics = load_run(folder), _metrics(folder)
 

@@ -48,6 +48,7 @@ from csrae_nb.grids import (
     surroundings,
     sweep_fields,
     trained_epochs,
+    without_effect,
 )
 from .process import cores
 from .reading import read_text
@@ -495,6 +496,9 @@ def _engine(o):
 def _show_states(configs):
     "A line for each run, and their numbers."
     states = [run_state(c) for c in configs]
+    states = [
+        "trained" if s == "stopped" and is_trained(run_folder(c)) else s for c, s in zip(configs, states)
+    ]
     for c, s in zip(configs, states):
         print(
             f"{s:8} {trained_epochs(c):4}/{c.epochs} {run_name(c)}  {command(c)}"
@@ -582,7 +586,9 @@ def main(
 
 # %% ../nbs/12b_sweeps.ipynb #120350
 def _carry_out(o):
-    whole, how, status = distinct(read_words(o.grid)), _engine(o), 0
+    whole, how, status = distinct(asked := read_words(o.grid)), _engine(o), 0
+    for line in without_effect(asked):
+        print(line, file=sys.stderr)
     _check_sources(whole)
     configs = [c for work in shard(pieces(whole, whole, how["fleet_size"]), o.shard) for c in work]
     if o.csv:

@@ -159,12 +159,15 @@ def _reconstruct(o):
     _check_table(o.out, run)
     x = read_examples(run, o.data).x
     if o.out.suffix.lower() not in PICTURES:
+        if o.n is not None:
+            raise ValueError(f"-n {o.n} is of pairs in a picture; {o.out} holds all reconstructions")
         _write_examples(o.out, run.model.reconstruct(x.to(run.device)).cpu(), run)
         return
-    x = x[: o.n]
+    x = x[: o.n or 32]
     back = run.model.reconstruct(x.to(run.device)).cpu()
     pairs = torch.stack([x, back], 1).flatten(0, 1)  # each beside its reconstruction
-    _write_examples(o.out, pairs, run)
+    write_atomic(o.out, _picture(pairs, run, o.out.suffix.lower()[1:]))
+    print(f"{o.out}: {len(x):,} examples, each beside its reconstruction")
 
 # %% ../nbs/23b_csrae.ipynb #235106
 def _check_table(out, run):
@@ -275,7 +278,7 @@ def _add_train(verbs):
     about = f"Fields: name, {', '.join(sweep_fields())}; train.ipynb describes them."
     what = dict(description=f"Train and evaluate one run. {said}", epilog=about)
     train = verbs.add_parser("train", help="train and evaluate one run", **what)
-    train.add_argument("fields", nargs="*", help="field=value, as in csrae_nb.Config; or one TOML file")
+    train.add_argument("fields", nargs="+", help="field=value, as in csrae_nb.Config; or one TOML file")
 
 # %% ../nbs/23b_csrae.ipynb #235509
 def _add_runs(verbs):
@@ -310,7 +313,9 @@ def _add_sample(verbs):
     sample.add_argument("--component", type=int, help="of the prior (all)")
     sample.add_argument("--cluster", type=int, help="of its components, as csrae clusters joins them (all)")
     sample.add_argument("--clusters", type=_count, help="how many there are (as their graph suggests)")
-    sample.add_argument("--temperature", type=float, default=1.0, help="factor of its deviations (1)")
+    sample.add_argument(
+        "--temperature", type=float, default=1.0, help="factor of its standard deviations (1)"
+    )
     refit = "from the prior after EM on codes of the training data, of which samples then cover more"
     sample.add_argument("--refit", action="store_true", help=refit)
     moved = "with --refit: where those are now, if not where they were at training"
@@ -321,7 +326,7 @@ def _add_sample(verbs):
 
 def _add_reconstruct(verbs):
     pairs = _on_data(verbs, "reconstruct", "examples and what the model makes of them")
-    pairs.add_argument("-n", type=_count, default=32, help="pairs in a picture (32)")
+    pairs.add_argument("-n", type=_count, help="pairs in a picture (32)")
     _with_output(pairs, "picture of pairs; .npz, or of a table .csv, with all reconstructions")
 
 # %% ../nbs/23b_csrae.ipynb #235119

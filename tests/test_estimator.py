@@ -639,3 +639,22 @@ def test_a_run_as_an_estimator_takes_a_refitted_prior(own_runs):
     est = CSRAEEmbedding.from_run(run).refit_prior(X)
     codes = torch.from_numpy(est.transform(X))
     assert est.refitted_.log_prob(codes).mean() > est.model_.prior().log_prob(codes).mean() + 0.1
+
+
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        (dict(config=dict(ll_samples=9, name="mine")), "config sets ll_samples, name, which an estimator"),
+        (dict(standardize="no"), "standardize='no'; expected True or False"),
+        (dict(clusters=True), "clusters=True; expected None, 'auto', or an integer"),
+    ],
+)
+def test_what_an_estimator_would_not_look_at_is_refused(fields, says):
+    with pytest.raises(ValueError, match=says):
+        quick(**fields).fit(X)
+
+
+def test_components_that_are_asked_for_and_too_many_are_said():
+    with pytest.warns(UserWarning, match="components=50, but 20 rows to train on"):
+        est = quick(components=50, validation_fraction=0.0).fit(X[:20])
+    assert est.config_.components == 20

@@ -6,11 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub.hub_mixin
+import jaxtyping
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from csrae_nb import Pretrained, sharing
+from csrae_nb.estimator import CSRAEEmbedding
 from csrae_nb.evaluation import complete_run
 from csrae_nb.config import Config, run_name
 from csrae_nb.files import load_tensors, runs_folder, save_tensors
@@ -236,3 +238,9 @@ def test_no_path_of_the_authors_machine_is_shared():
     weights = "/home/me/secret/resnet18.pth"
     cfg = Config(dataset="/home/me/private/faces.npz", network="resnet18", encoder_weights=weights)
     assert not any("/home/me" in str(v) for v in vars(sharing._to_share(cfg)).values())
+
+
+def test_an_estimator_is_no_run(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match="a CSRAEEmbedding; expected a run's folder"):
+        Pretrained(CSRAEEmbedding())

@@ -28,6 +28,7 @@ from csrae_nb.grids import (
     shard,
     sweep_fields,
     trained_epochs,
+    without_effect,
 )
 from csrae_nb import fleet, sweeps
 from csrae_nb.sweeps import main, ray_engine, run_sweep
@@ -97,6 +98,15 @@ def test_equal_runs_are_run_once():
     runs = distinct(grid)
     assert (len(grid), len(runs)) == (24, 8) and [c.seed for c in runs] == [0] * 4 + [1] * 4
     assert len({run_name(c) for c in runs}) == 8 and distinct(runs) == runs
+
+
+def test_fields_without_effect_are_named():
+    grid = expand(
+        dict(model=["VAE", "MixtureCSRAE"], components=[5, 10], kl_samples=[1, 9], ll_samples=[0, 5])
+    )
+    without = "without effect on VAE: components, kl_samples", "without effect on MixtureCSRAE: kl_samples"
+    assert without_effect(grid) == sorted(without, reverse=True)
+    assert without_effect(distinct(grid)) == []
 
 
 @pytest.mark.parametrize("file", sorted((root / "sweeps").glob("*.toml")), ids=lambda p: p.stem)

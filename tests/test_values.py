@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_wine
+from sklearn.mixture import GaussianMixture
 
 from csrae_nb import training
 from csrae_nb.catalogue import load_data
@@ -21,7 +22,7 @@ from csrae_nb.likelihoods import LIKELIHOODS, Gaussian, make_likelihood
 from csrae_nb.priors import LOG_VAR, MoGPrior, variance, within
 from csrae_nb.config import Config, resolve
 from csrae_nb.files import load_tensors
-from csrae_nb.mixtures import GMM, FullGMM, pairwise_log_overlap
+from csrae_nb.mixtures import GMM, FullGMM, as_mixture, pairwise_log_overlap
 from csrae_nb.models import MODELS
 from csrae_nb.runs import fit, load_run
 from csrae_nb.tasks import make_model, task_of
@@ -359,6 +360,35 @@ def test_what_is_no_mixture_is_told_what_to_be(f, monkeypatch):
     for wrong in q.mu, (q.mu, q.var), None:
         with pytest.raises(ValueError, match=r"is no mixture; expected a GMM, as of GMM.gaussian\(mu, var\)"):
             f(wrong, prior())
+
+
+TWO = torch.zeros(1), torch.zeros(1, 2)  # a weight's logarithm, and means of one component
+
+
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda: FullGMM(*TWO, torch.tensor([[[1.0, 0.9], [0.0, 1.0]]])), "not symmetric"),
+        (lambda: GMM.gaussian(torch.tensor([0.0, torch.inf]), 1.0), "mu holds 1 infinities among 2"),
+        (lambda: GMM.gaussian(torch.tensor([0, 0]), 1), "are int64, int64, int64"),
+        (lambda: GMM.gaussian(torch.zeros(2), 1.0).sample(-1), "n=-1; expected the number of draws"),
+        (lambda: fit("digits"), "cfg is a str; expected a Config"),
+        (lambda: load_run("no run"), "open_run finds them by name"),
+        (lambda: fit(Config(dataset="arrays"), np.zeros((50, 3))), "set batch_size=40 or less"),
+    ],
+)
+def test_what_would_go_wrong_later_is_refused(make, says, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
+def test_scikit_learns_mixture_has_a_closed_form_too(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    g = torch.Generator().manual_seed(0)
+    fitted = GaussianMixture(3, random_state=0).fit(torch.randn(200, 2, generator=g).numpy())
+    q = GMM.gaussian(torch.zeros(2, dtype=torch.float64), 1.0)
+    assert cs_divergence(q, fitted) == cs_divergence(q, as_mixture(fitted)) > 0
 
 
 # --- a batch of mixtures in parts, and elsewhere

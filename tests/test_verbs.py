@@ -125,6 +125,8 @@ def test_help_names_every_word(verb, capsys):
             "clusters 0 to 2",
         ),
         (["reconstruct", "{mixture}", "digits", "-n", "0", "--out", "{out}.png"], "at least 1"),
+        (["reconstruct", "{mixture}", "digits", "-n", "3", "--out", "{out}.npz"], "of pairs in a picture"),
+        (["train"], "fields"),
         (["clusters", "{mixture}", "--clusters", "0", "--out", "{out}.csv"], "at least 1"),
         (["encode", "{mixture}", "digits", "--ll-samples", "-5", "--out", "{out}.csv"], "at least 0"),
         (["train", "dataset=digits", "seed=0,1"], "csrae train takes one"),
