@@ -11,12 +11,13 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 from .claims import VERDICTS, claims, evidence, fewest_errors_claim
 from .files import write_atomic
 from .matched import full_covariances, matched_prior, shares_kept
 from .pressure import AXES, KINDS, QUESTIONS, compared, counted, measured, verdicts
-from .results import TITLES, markdown_table, read_results, where
+from .results import TITLES, markdown_table, read_results, read_rows, results_folder, where
 
 # %% ../nbs/13e_answers.ipynb #135021
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def _matched(folder):
     varied = [f"{share}: {counted(some)}" for share, some in shares.items()]
     return [
         _told(ASKED[0], of_fitted + example[:1], fitted),
-        _told(ASKED[1], of_vamp + example[1:], vamp),
+        _told(ASKED[1], of_vamp + example[1:] + _after_a_step(folder), vamp),
         _told(ASKED[2], *_of_full(folder)),
         _told(ASKED[3], varied, [verdict for some in shares.values() for verdict in some]),
     ]
@@ -137,6 +138,22 @@ def _nearest_distances(rows, *kinds):
 def _against(ours, theirs):
     pairs = [f"{a:.3g} against {b:.3g}" for a, b in zip(ours, theirs) if None not in (a, b)]
     return ", with standard deviations times 0.7 ".join(pairs)
+
+# %% ../nbs/13e_answers.ipynb #1353230
+def _after_a_step(folder):
+    "Samples of a matched prior and of a VampPriorVAE, as large and trained as long, after steps of EM."
+    rows = read_rows(Path(folder or results_folder()) / "refit.csv", ("source", "distance"))
+    ours, theirs = (
+        [r for r in rows if r["epochs"] == 100 and r["model"] == m] for m in ("MixtureCSRAE", "VampPriorVAE")
+    )
+    if not (ours and theirs):
+        return []
+    pairs = []
+    for some in (ours, theirs):
+        of = [[r["distance"] for r in where(some, source=s)] for s in ("full step", "five full steps")]
+        pairs.append(" and ".join(f"{mean(distances):.3g}" for distances in of))
+    seeds = " and ".join(dict.fromkeys(str(len(where(some, source="prior"))) for some in (ours, theirs)))
+    return [f"after one and five steps of EM with full covariances {' against '.join(pairs)} ({seeds} seeds)"]
 
 # %% ../nbs/13e_answers.ipynb #135422
 def _of_full(folder):

@@ -333,7 +333,7 @@ def _config(est, n, seed):  # of n training rows
     idle = {k for k in unused_fields(cfg) if k in own and getattr(est, k) == usual[k]}  # set by nobody
     return resolve(dataclasses.replace(cfg, **{k: getattr(Config, k) for k in idle}))
 
-
+# %% ../nbs/20_estimator.ipynb #200512
 def _seed(random_state):  # of a Config
     if not isinstance(random_state, Integral):
         return int(check_random_state(random_state).randint(2**31 - 1))

@@ -400,6 +400,14 @@ def _tell(said):
     if problems := [text for text, problem in said if problem]:
         warnings.warn(f"{len(problems)} of {len(said)} videos are left out: {'; '.join(problems)}", LeftOut)
 
+# %% ../nbs/23a_predict.ipynb #232122
+def _check_options(examples, jobs, every, usual):
+    "ValueError for numbers below 1, and for options of videos with examples, which look at none."
+    if jobs < 1 or every is not None and every < 1:
+        raise ValueError(f"jobs={jobs}, every={every}; expected at least 1")
+    if examples and not (usual and jobs == 1 and every is None):
+        raise ValueError("detector, model, jobs, overlay and every are for faces in videos and pictures")
+
 # %% ../nbs/23a_predict.ipynb #232022
 def write_predictions(
     run: Run,  # with labels
@@ -417,11 +425,9 @@ def write_predictions(
     ValueError for what cannot be, or is there already; LeftOut, a warning at the end, of videos left out."""
     check_output(out := Path(out), (".csv",), force)
     answers_of(run)
-    if jobs < 1 or every is not None and every < 1:
-        raise ValueError(f"jobs={jobs}, every={every}; expected at least 1")
-    if _are_examples(run, source):
-        if (detector, model, jobs, overlay, every) != ("mtcnn", None, 1, None, None):
-            raise ValueError("detector, model, jobs, overlay and every are for faces in videos and pictures")
+    examples = _are_examples(run, source)
+    _check_options(examples, jobs, every, usual=(detector, model, overlay) == ("mtcnn", None, None))
+    if examples:
         _write_examples(run, read_examples(run, source), out, progress)
         return out
     parts = out.with_name(f".{out.name}.parts")

@@ -495,10 +495,7 @@ def _engine(o):
 # %% ../nbs/12b_sweeps.ipynb #120149
 def _show_states(configs):
     "A line for each run, and their numbers."
-    states = [run_state(c) for c in configs]
-    states = [
-        "trained" if s == "stopped" and is_trained(run_folder(c)) else s for c, s in zip(configs, states)
-    ]
+    states = [_state(c) for c in configs]
     for c, s in zip(configs, states):
         print(
             f"{s:8} {trained_epochs(c):4}/{c.epochs} {run_name(c)}  {command(c)}"
@@ -507,6 +504,12 @@ def _show_states(configs):
     print(f"{len(configs)} runs: {', '.join(f'{states.count(s)} {s}' for s in dict.fromkeys(states))}")
 
 
+def _state(cfg):
+    "As `run_state`, but `trained` where nothing is left but the evaluation."
+    state = run_state(cfg)
+    return "trained" if state == "stopped" and is_trained(run_folder(cfg)) else state
+
+# %% ../nbs/12b_sweeps.ipynb #120449
 def _report(configs, outcome, before):
     "How a sweep ended."
     for cfg in configs:
