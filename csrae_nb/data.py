@@ -7,7 +7,7 @@ __all__ = ['SPLITS', 'BINARISATION_SEED', 'CENTRED', 'ROOM', 'LazyImages', 'Data
            'is_binary', 'is_bytes', 'default_likelihood', 'scaled', 'values_of', 'table_as', 'seen_as', 'scaled_as',
            'column_units', 'channels_first', 'cut_splits', 'check_examples', 'numbered', 'check_arrays', 'sha256',
            'from_arrays', 'some', 'chosen_columns', 'row_numbers', 'table_arrays', 'is_table', 'data_columns',
-           'as_named_arrays', 'as_arrays']
+           'as_named_arrays']
 
 # %% ../nbs/08_data.ipynb #080002
 import hashlib
@@ -657,10 +657,3 @@ def _of_mapping(data, wanted):
         place = f"_{k}" if _is_hub(v) else k[1:]
         out |= {f"{a}{place}": part for a, part in arrays.items() if a == "x" or f"y{place}" not in data}
     return out, columns
-
-
-def as_arrays(
-    data: Any,  # as as_named_arrays takes it
-) -> dict:  # by the names of `check_arrays`
-    "Data in memory as arrays, without the names of columns."
-    return as_named_arrays(data)[0]

@@ -50,7 +50,7 @@ from csrae_nb.frames import (
     made_from,
     prepare_recording,
 )
-from .frames import COUNTED, prepared_recording, read_disfa, read_fera2015
+from .frames import NUMBERING, prepared_recording, read_disfa, read_fera2015
 from .process import cores
 
 # %% ../nbs/15c_faces.ipynb #150015
@@ -330,7 +330,7 @@ def _tell(index, folder):
     if problems:
         first = "; ".join(problems[:3]) + (" …" if len(problems) > 3 else "")
         said.append(f"{len(problems)} of {len(of)} recordings of {index['name']} are left out: {first}")
-    if old := [n for n, a in of.items() if "frames" in a and a.get("counted", 1) < COUNTED]:
+    if old := [n for n, a in of.items() if "frames" in a and a.get("counted", 1) < NUMBERING]:
         which = f"{len(old)} recordings of {index['name']} were prepared by an earlier version"
         frames.append(f"{which}, which numbered and counted their frames otherwise: {some(old)}")
     if said or frames:

@@ -23,7 +23,7 @@ from sklearn.exceptions import NotFittedError
 from csrae_nb import formats, trained
 from csrae_nb.catalogue import load_data
 from csrae_nb.config import Config, resolve
-from csrae_nb.data import LazyImages, as_arrays, as_named_arrays, from_arrays
+from csrae_nb.data import LazyImages, as_named_arrays, from_arrays
 from csrae_nb.estimator import CSRAEEmbedding
 from csrae_nb.runs import fit, load_run
 from csrae_nb.tasks import task_of
@@ -214,7 +214,7 @@ def test_tables_of_splits_are_brought_into_one_order():
     assert list(arrays["y_train"][:2]) == ["a", "b"] and "y_test" not in arrays
     with pytest.raises(ValueError, match="x_test has no column weight"):
         as_named_arrays(dict(x_train=FRAME, x_test=FRAME[["age", "height"]]))
-    given = as_arrays(dict(x=FRAME, y=np.arange(80)))
+    given, _ = as_named_arrays(dict(x=FRAME, y=np.arange(80)))
     assert given["y"].tolist() == [*range(80)] and given["x"].shape == (80, 3)
 
 
@@ -224,12 +224,12 @@ def test_numbers_are_no_names(run):
     with pytest.raises(ValueError, match="has no column height"):
         trained.read_examples(run, pd.DataFrame(VALUES))
     with pytest.raises(ValueError, match="more than one column age"):
-        as_arrays(pd.DataFrame(VALUES, columns=["age", "age", "weight"]))
+        as_named_arrays(pd.DataFrame(VALUES, columns=["age", "age", "weight"]))
 
 
 def test_kinds_of_numbers():
     def read(**columns):
-        return as_arrays(pd.DataFrame(columns))["x"]
+        return as_named_arrays(pd.DataFrame(columns))[0]["x"]
 
     assert read(a=[1, 2, 3], b=[10, 20, 30]).dtype == float
     assert read(a=np.array([1, 255], "u1"), b=np.array([0, 7], "u1")).dtype == np.uint8
@@ -241,7 +241,7 @@ def test_kinds_of_numbers():
     with pytest.raises(ValueError, match="column 'a' holds inf"):
         read(a=[np.inf])
     with pytest.raises(ValueError, match="no rows of numbers"):
-        as_arrays(FRAME[:0])
+        as_named_arrays(FRAME[:0])
 
 
 def splits(kind):
@@ -268,11 +268,11 @@ def test_pictures_of_hugging_face_have_labels(kind):
         data = datasets.Dataset.from_dict(columns, features)
     else:
         data = Dataset(columns)
-    arrays = as_arrays(data)
+    arrays, _ = as_named_arrays(data)
     assert np.array_equal(arrays["x"], x) and arrays["x"].dtype == np.uint8
     assert list(arrays["y"]) == columns["label"]
     with pytest.raises(ValueError, match="columns a, b hold arrays; expected one"):
-        as_arrays(Dataset(dict(a=x, b=x)))
+        as_named_arrays(Dataset(dict(a=x, b=x)))
 
 
 def test_items_of_torch_are_examples_and_labels(run):

@@ -773,7 +773,7 @@ def test_a_table_of_several_types():
     frame = pd.DataFrame(
         dict(a=pd.array([*range(20)], "Int64"), b=[True, False] * 10, c=np.linspace(0, 1, 20))
     )
-    assert data.as_arrays(frame)["x"].dtype == float and data.as_arrays(frame)["x"][
+    assert data.as_named_arrays(frame)[0]["x"].dtype == float and data.as_named_arrays(frame)[0]["x"][
         3
     ].tolist() == pytest.approx([3, 0, 3 / 19])
     with pytest.raises(ValueError, match="columns d, e hold no numbers: leave them out"):

@@ -18,7 +18,7 @@ from csrae_nb.catalogue import ARRAYS, load_data
 from csrae_nb.config import Config
 from csrae_nb.detection import Face
 from csrae_nb.drawings import DISFA_AUS, some_frames, write_disfa
-from csrae_nb.predict import BLOCK, COLUMNS, LeftOut, _are_examples, find_clips, write_predictions
+from csrae_nb.predict import AT_ONCE, COLUMNS, LeftOut, _are_examples, find_clips, write_predictions
 from csrae_nb.runs import fit
 from csrae_nb.trained import open_run, read_examples
 from csrae_nb.verbs import main
@@ -61,7 +61,7 @@ def videos(tmp_path_factory):
     root = tmp_path_factory.mktemp("videos")
     (root / "more").mkdir()
     for name, file in (("SN010", "a.mp4"), ("SN003", "more/b.mp4")):
-        write_clip(root / file, [f[0] for f in some_frames(name, BLOCK + 30, DISFA_AUS, 0)])
+        write_clip(root / file, [f[0] for f in some_frames(name, AT_ONCE + 30, DISFA_AUS, 0)])
     return root
 
 
@@ -89,8 +89,8 @@ def test_a_table_that_is_killed_goes_on_to_the_same_bytes(runs, videos, tmp_path
     assert main(["predict", str(runs / "faces"), str(videos), "--out", str(whole)]) == 0
     table = rows(whole)
     assert list(table[0]) == [*COLUMNS, *AUS]
-    assert [r["recording"] for r in table] == ["a.mp4"] * (BLOCK + 30) + ["more/b.mp4"] * (BLOCK + 30)
-    assert [int(r["frame"]) for r in table] == [*range(BLOCK + 30)] * 2
+    assert [r["recording"] for r in table] == ["a.mp4"] * (AT_ONCE + 30) + ["more/b.mp4"] * (AT_ONCE + 30)
+    assert [int(r["frame"]) for r in table] == [*range(AT_ONCE + 30)] * 2
     assert all(r["found"] == "1" and 0 <= float(r["AU1"]) <= 1 for r in table)
     words = program("predict", runs / "faces", videos, "--out", out)
     p, parts = subprocess.Popen(**words), tmp_path / ".aus.csv.parts"
@@ -103,7 +103,7 @@ def test_a_table_that_is_killed_goes_on_to_the_same_bytes(runs, videos, tmp_path
     assert not out.exists()
     with open(begun, "a") as f:
         f.write("more/b.mp4,64,3.2")  # half a row
-    assert len(begun.read_bytes().splitlines()) >= BLOCK + 2
+    assert len(begun.read_bytes().splitlines()) >= AT_ONCE + 2
     subprocess.run(**words, check=True)
     assert out.read_bytes() == whole.read_bytes() and not parts.exists()
 
@@ -116,7 +116,7 @@ def test_what_is_finished_is_not_looked_at_again(runs, videos, tmp_path, monkeyp
 
     def tiring(image):
         seen.append(1)
-        if len(seen) > 2 * (BLOCK + 30) + 2 * 20 - 15:  # each video is tried in four ways, five times
+        if len(seen) > 2 * (AT_ONCE + 30) + 2 * 20 - 15:  # each video is tried in four ways, five times
             raise KeyboardInterrupt
         return somewhere(image)
 
@@ -159,7 +159,7 @@ def test_blank_frames_pictures_of_what_was_seen_and_videos_that_cannot_be_used(r
     table = {}
     for r in rows(tmp_path / "aus.csv"):
         table.setdefault(r["recording"], []).append(r)
-    assert {k: len(v) for k, v in table.items()} == {"b.mp4": BLOCK + 30, "blank.mp4": 52, "few.mp4": 40}
+    assert {k: len(v) for k, v in table.items()} == {"b.mp4": AT_ONCE + 30, "blank.mp4": 52, "few.mp4": 40}
     of_blank = table["blank.mp4"]
     assert [i for i, r in enumerate(of_blank) if r["found"] == "0"] == [10, 11, 12, *range(23, 32)]
     assert [i for i, r in enumerate(of_blank) if not r["AU1"]] == [*range(23, 32)]  # short gaps are bridged
@@ -272,7 +272,7 @@ def test_an_output_that_is_there_stays(runs, videos, tmp_path, capsys):
     assert "(--force) overwrites it" in capsys.readouterr().err and out.read_text() == "mine"
     run = open_run(runs / "faces", codes=False)
     write_predictions(run, videos / "a.mp4", out, detector=somewhere, force=True, progress=False)
-    assert len(rows(out)) == BLOCK + 30 and len(find_clips(videos / "a.mp4")) == 1
+    assert len(rows(out)) == AT_ONCE + 30 and len(find_clips(videos / "a.mp4")) == 1
 
 
 def test_a_run_on_mean_eyes_is_refused(runs, videos, tmp_path, monkeypatch):
@@ -336,7 +336,7 @@ def test_a_script_can_tell_that_videos_were_left_out(runs, videos, tmp_path, mon
     assert main([*words, str(root), "--out", str(tmp_path / "some.csv")]) == 1
     said = capsys.readouterr()
     assert "csrae predict: 1 of 2 videos are left out: wall.mp4: no face" in said.err
-    assert f"some.csv: {BLOCK + 30} rows" in said.out
+    assert f"some.csv: {AT_ONCE + 30} rows" in said.out
     assert (tmp_path / "some.csv").read_bytes() == (tmp_path / "all.csv").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["all.csv", "some.csv", "videos"]
     run = open_run(runs / "faces", codes=False)
