@@ -181,6 +181,8 @@ def compared_models(
     "Which of two models reads more by Welch's test over the same seeds, corrected for the number of pairs."
     share = share_of(dict(labels=labels))
     of = {face_model(r): r for r in rows if share_of(r) == share and face_model(r) in models}
+    if len(of) < 2:
+        return f"{share} of the labels: nothing to compare ({', '.join(of) or 'no model'})"
     pairs = [*combinations([m for m in models if m in of], 2)]
     out = []
     for (a, b), p in zip(pairs, holm([_f1_p(of[a], of[b]) for a, b in pairs])):

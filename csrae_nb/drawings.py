@@ -201,7 +201,8 @@ def draw_face(
     return _drawn(look, au, face_points(look, au), pose, light, size)
 
 # %% ../nbs/15_drawings.ipynb #150022
-# how much of the time an AU is active, about; a quarter of the subjects show it at least once
+# how much of the time an AU's own events last, about, to which others add theirs;
+# a quarter of the subjects show it at least once
 DEMO_RATES = {
     1: 0.07,
     2: 0.06,

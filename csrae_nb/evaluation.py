@@ -354,7 +354,7 @@ DIAGNOSTICS = (
 # of runs whose task measures them, and of each answer, with its name
 OF_TASKS = ("error", "error_val", "f1", "f1_val", "tuned_f1", "icc", "pcc", "mae")
 OF_TASKS += ("informed_f1", "informed_tuned_f1", "ap", "informed_ap", "to_patterns", "labels_to_patterns")
-_counts = ("tp", "fp", "fn")
+_counts = ("tp", "fp", "fn", "tn")
 OF_ANSWERS = ("f1", "tuned_f1", "threshold", *_counts, *(f"tuned_{c}" for c in _counts), "icc", "pcc", "mae")
 
 # %% ../nbs/10b_evaluation.ipynb #100238

@@ -138,7 +138,7 @@ def fold_rows(
     validation: str = "frames",  # one of VALIDATION
 ) -> dict[str, np.ndarray]:  # split: rows, sorted
     """Frames of a fold's subjects to test on.
-    Of the others a tenth, of frames or of subjects, to validate, and the rest to train."""
+    Of others that are in a fold a tenth, of frames or of subjects, to validate, and the rest to train."""
     if not 0 <= fold < len(folds):
         raise ValueError(f"fold={fold}; expected 0 to {len(folds) - 1}")
     if validation not in VALIDATION:
@@ -146,9 +146,10 @@ def fold_rows(
     test = np.isin(subjects, folds[fold])
     # what is drawn from: rows, or names
     of = np.arange(len(subjects)) if validation == "frames" else subjects
-    some = np.random.default_rng(seed).permutation(np.unique(of[~test]))
+    others = ~test & np.isin(subjects, sum(folds, ()))
+    some = np.random.default_rng(seed).permutation(np.unique(of[others]))
     tenth = round(len(some) / 10) if validation == "frames" else max(1, round(len(some) / 10))
-    val = np.isin(of, some[:tenth]) & ~test
+    val = np.isin(of, some[:tenth]) & others
     masks = dict(train=~test & ~val, val=val, test=test)
     return {split: np.flatnonzero(mask) for split, mask in masks.items()}
 
@@ -416,6 +417,7 @@ class FrameStore:
         self._sizes = np.concatenate([t["sizes"] for t in tables.values()])
         self._starts = np.concatenate([np.cumsum(t["sizes"]) - t["sizes"] for t in tables.values()])
         self._files = np.repeat(np.arange(len(tables)), [len(t["rows"]) for t in tables.values()])
+        self._rows = np.concatenate([t["rows"] for t in tables.values()])
         self._maps = [np.memmap(folder / f"{n}.jpegs", np.uint8, "r") for n in tables]
         self._pool = ThreadPoolExecutor(min(8, cores()))
         sums = [(n, a["sha256"]) for n, a in self.about.items()] + [self.size]
@@ -424,6 +426,11 @@ class FrameStore:
 
     def __len__(self):
         return len(self._sizes)
+
+    def names(self, rows: np.ndarray) -> tuple[str, ...]:
+        "Recording and number of each frame."
+        recordings = list(self.about)
+        return tuple(f"{recordings[self._files[i]]}:{self._rows[i]}" for i in rows)
 
     def read(self, rows: np.ndarray) -> UInt8[Tensor, "B 3 S S"]:  # red first
         "Images, decoded; ValueError for one that is damaged."
@@ -487,6 +494,7 @@ class FaceData(Dataset):
     centres: LazyImages  # of the training pictures
     aus: tuple[int | str, ...]  # columns of the labels
     subjects: dict[str, tuple[str, ...]]  # split: who is in it
+    frames: dict[str, tuple[str, ...]]  # split: recording and number of each picture
     counts: dict[str, dict[str, int]]  # recording: as `frame_counts` has them
     mirror: bool = True  # whether training sees half of the pictures mirrored
 
@@ -611,7 +619,8 @@ def _fold_data(store, rows, y, crop, likelihood, levels, mirror):
     x = lazy("train", lambda x: x, store.size), middle["val"], middle["test"]
     who = {s: tuple(map(str, np.unique(store.subjects[rows[s]]))) for s in SPLITS}
     about = dict(crop=crop, centres=middle["train"], aus=store.faces.aus, levels=levels)
-    about |= dict(subjects=who, counts=frame_counts(store.index), values=CENTRED, mirror=mirror)
+    about |= dict(subjects=who, frames={s: store.names(rows[s]) for s in SPLITS})
+    about |= dict(counts=frame_counts(store.index), values=CENTRED, mirror=mirror)
     return FaceData(store.name, *x, *y, likelihood, False, store.sha256, **about)
 
 # %% ../nbs/15c_faces.ipynb #159349

@@ -114,6 +114,10 @@ class _ChosenByLabels(Task):
             return row["val_error"]
         return -row["val_f1"] if "val_f1" in row else super().score(model, row)
 
+    def breaks_tie(self, row, best):
+        "While F1 is 0, as long as no image is said to show a yes that it shows, the criterion decides."
+        return row.get("val_f1") == 0 and row["criterion"] < best["criterion"]
+
     def metrics(self, model, data):
         name, kind = model.kind.measure, model.kind
         test, val = (_predicted(model, data, split) for split in ("test", "val"))
@@ -128,7 +132,7 @@ def _predicted(model, data, split):
 
 # %% ../nbs/14c_few_labels.ipynb #140333
 class _MadeWithLabels(Task):
-    "The model above, from what is known of the labels."
+    "The model of the chapter before, from what is known of the labels."
 
     def about(self, data):
         y, kind = data.y_train.cpu()[self.labelled(data)], label_kind(data)

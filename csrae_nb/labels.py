@@ -272,10 +272,12 @@ def counts_of_answers(
     guess: Int[Tensor, "n L"],  # 1: yes, 0: no
     y: Int[Tensor, "n L"],  # -1: not known
     names: Iterable[str | int],  # of the answers
-) -> dict[str, int]:  # tp_…, fp_… and fn_… of each name
-    "True positives, false positives and false negatives of each answer."
+) -> dict[str, int]:  # tp_…, fp_…, fn_… and tn_… of each name
+    "True and false positives and negatives of each answer, of those that are known."
     guess, truth = guess * (y >= 0), (y == 1).long()
+    known = (y >= 0).long()
     parts = dict(tp=guess * truth, fp=guess * (1 - truth), fn=(1 - guess) * truth)
+    parts["tn"] = known - sum(parts.values())
     return {f"{k}_{name}": v for k, part in parts.items() for name, v in zip(names, part.sum(0).tolist())}
 
 # %% ../nbs/14_labels.ipynb #140710
@@ -284,7 +286,7 @@ def tuned_answers(
     test: tuple[Tensor, Tensor] | None,  # logits and labels; None without labels
     val: tuple[Tensor, Tensor] | None,
 ) -> dict[str, float | int | None]:
-    """Of each answer: tp_…, fp_… and fn_… at ½, threshold_…, and tuned_f1_… and counts at that threshold.
+    """Of each answer: tp_…, fp_…, fn_… and tn_… at ½, threshold_…, and tuned_f1_… and counts there.
 
     Nothing that needs labels which are not there."""
     out, best, names = {}, None, kind.asked

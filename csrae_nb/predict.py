@@ -47,7 +47,7 @@ from .frames import decoded_image
 from .models import rows_at_once
 from .reading import files_below, reason
 from .runs import Run
-from .labels import OneLabel
+from .labels import Intensities, OneLabel
 from .trained import Examples, check_output, open_run, read_examples, whole_blocks
 
 # %% ../nbs/23a_predict.ipynb #232005
@@ -60,6 +60,12 @@ def answers_of(run: Run) -> tuple[str, ...]:
         )
     return kind.names or tuple(map(str, range(kind.scores)))
 
+
+def _titles(run):
+    "What the columns of the answers are called: a number of an intensity is no probability."
+    names = answers_of(run)
+    return [f"{n} intensity" for n in names] if isinstance(run.model.kind, Intensities) else list(names)
+
 # %% ../nbs/23a_predict.ipynb #232105
 @torch.no_grad()
 def predict_examples(
@@ -68,7 +74,7 @@ def predict_examples(
     progress: bool = True,  # show a progress bar on stderr
 ) -> Iterator[dict[str, list]]:  # column: values, of a block of examples
     "name, of classes the most probable as `answer`, and how probable or intense each is, block by block."
-    names, kind, rows = answers_of(run), run.model.kind, rows_at_once(examples.x)
+    names, kind, rows = _titles(run), run.model.kind, rows_at_once(examples.x)
     with progress_bar(progress, total=len(examples), unit="example", desc="predicting") as bar:
         for i in range(0, len(examples), rows):
             logits = run.model.predict(examples.x[i : i + rows].to(run.device))
@@ -240,7 +246,8 @@ def _write_rows(job, clip, part, tools, progress):
     with open(part, "a" if done else "w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f, lineterminator="\n")
         if not done:
-            writer.writerow([*COLUMNS, *_columns(names, COLUMNS, names)])
+            titles = _titles(run)
+            writer.writerow([*COLUMNS, *_columns(titles, COLUMNS, titles)])
         frames = enumerate(seen_in(clip, detector, done, progress), done)
         for block in _blocks(_cut(run, item, shown(k)) for k, item in frames):
             answers = _answers(run, [picture for *_, picture in block]).tolist()

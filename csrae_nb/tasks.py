@@ -225,6 +225,10 @@ class Validation:
         weighed = (w * row[f"val_{k}"] for k, w in full.items())
         return row["val_reconstruction"] + sum(weighed)
 
+    def breaks_tie(self, row: dict, best: dict) -> bool:
+        "Whether an epoch is to be kept in place of the best whose score it has, by rows of the history."
+        return False
+
     def metrics(self, model: nn.Module, data: Dataset) -> dict:  # metric: value
         "What is measured besides that which is measured of every model."
         return {}

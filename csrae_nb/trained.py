@@ -48,13 +48,14 @@ from csrae_nb.data import (
     table_as,
 )
 from .clusters import cluster_codes
+from .detection import VIDEOS
 from .divergence import cs_divergence
 from .evaluation import at_temperature, run_codes
 from .files import generator, progress_bar, write_atomic
 from .formats import IMAGES, arrow_parquet, folder_images, read_arrays
 from .metrics import is_picture
 from .mixtures import GMM, FullGMM
-from .models import rows_at_once
+from .models import Autoencoder, rows_at_once
 from .pictures import plot_history, show_examples
 from .priors import MOST_MAPPED, component_map, cut_map, full_em, merged_labels, occupancy
 from .runs import Run, prepare_data
@@ -123,8 +124,7 @@ def read_examples(
     """Examples for a run: of a data set by name its test split, of an .npz its `x`, or a split that it has.
     ValueError for what cannot be read, or is not as the run was trained."""
     if isinstance(source, (str, Path)) and loader_of(source)[0]:
-        x = _test_split(run, str(source))
-        return Examples(x, tuple(f"test {i}" for i in range(len(x))))
+        return _test_split(run, str(source))
     path = Path(source).expanduser() if isinstance(source, (str, Path)) else None
     x, names, of_table = _read(path, run.columns) if path else _in_memory(source, run.columns)
     x = _one_array(x)
@@ -147,7 +147,8 @@ def _test_split(run, source):
     x = data.fixed("test")
     _check_shape(run, x, source)
     _check_scale(run, data.values, source)
-    return x
+    names = getattr(data, "frames", {}).get("test") or tuple(f"test {i}" for i in range(len(x)))
+    return Examples(x, names)
 
 
 def _check_scale(run, values, source):
@@ -166,6 +167,8 @@ def _read(path, columns):
     if path.is_dir() or kind in IMAGES:
         files, x = folder_images(path)
         return x, tuple(f.as_posix() for f in files), False
+    if kind in VIDEOS:
+        raise ValueError(f"{path} is a video, which csrae predict reads, of a run on faces with labels")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there, nor one of {', '.join(DATASETS)}")
     return (TABLES[kind](path, columns) if kind in TABLES else read_arrays(path))[0], None, kind in TABLES
@@ -541,15 +544,9 @@ def cluster_examples(run: Run, examples: Examples, clusters: int) -> list[dict]:
 @torch.no_grad()
 def report(run: Run) -> str:
     "An HTML page about a run that needs no other file."
-    p, figures, ink = run.model.prior(), {"Training": plot_history(run)}, is_ink(run.cfg.dataset)
-    figures["Samples"] = show_sheet(sample_examples(run, 64), 16, run.columns, ink)
-    if (K := len(p.logw)) > 1:
-        heaviest = p.logw.argsort(descending=True)[:12].tolist()
-        samples = torch.cat([sample_examples(run, 16, k, seed=k) for k in heaviest])
-        each = ", one row each" if is_picture(run.x_shape) else ""
-        figures[f"Samples of the heaviest components{each}"] = show_sheet(samples, 16, run.columns, ink)
-    if 3 <= K <= MOST_MAPPED:
-        figures["Components in the plane, by their distances, coloured by cluster"] = _map(run)
+    figures = {"Training": plot_history(run)}
+    if isinstance(run.model, Autoencoder):  # a classifier alone has no pictures
+        figures |= _pictures(run)
     made = dict(
         command=command(run.cfg), epochs=len(run.history), kept=run.best_epoch, seconds=round(run.seconds)
     )
@@ -560,6 +557,20 @@ def report(run: Run) -> str:
     parts += [f"<h2>{k}</h2>{_listed(rows)}" for k, rows in tables.items() if rows]
     head = f"<!DOCTYPE html><meta charset='utf-8'><title>{name}</title>{_STYLE}"
     return f"{head}<h1>{name}</h1>{''.join(parts)}"
+
+# %% ../nbs/23_after_training.ipynb #230628
+def _pictures(run):
+    "Samples, those of the heaviest components, and the components in the plane."
+    p, figures, ink = run.model.prior(), {}, is_ink(run.cfg.dataset)
+    figures["Samples"] = show_sheet(sample_examples(run, 64), 16, run.columns, ink)
+    if (K := len(p.logw)) > 1:
+        heaviest = p.logw.argsort(descending=True)[:12].tolist()
+        samples = torch.cat([sample_examples(run, 16, k, seed=k) for k in heaviest])
+        each = ", one row each" if is_picture(run.x_shape) else ""
+        figures[f"Samples of the heaviest components{each}"] = show_sheet(samples, 16, run.columns, ink)
+    if 3 <= K <= MOST_MAPPED:
+        figures["Components in the plane, by their distances, coloured by cluster"] = _map(run)
+    return figures
 
 # %% ../nbs/23_after_training.ipynb #230128
 _STYLE = (

@@ -302,7 +302,8 @@ class History:
                 f"divergence {row['val_divergence']:g}. {NonFiniteLoss.remedy}"
             )
         score = self.task.score(self.model, row)
-        if m["val_loss"] is None or score < m["val_loss"]:
+        tied = score == m["val_loss"] and self.task.breaks_tie(row, m["history"][m["best_epoch"] - 1])
+        if m["val_loss"] is None or score < m["val_loss"] or tied:
             m["val_loss"], m["best_epoch"] = score, epoch
             self.best = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         for w in learned.values():

@@ -230,7 +230,7 @@ def _clusters(o):
 # %% ../nbs/23b_csrae.ipynb #235107
 def _report(o):
     check_output(o.out, (".html",), o.force)
-    write_atomic(o.out, report(open_run(o.run, o.device)))
+    write_atomic(o.out, report(open_run(o.run, o.device, codes=False)))
     print(o.out)
 
 # %% ../nbs/23b_csrae.ipynb #235009

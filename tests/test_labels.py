@@ -10,7 +10,7 @@ import torch
 from csrae_nb.catalogue import load_data
 from csrae_nb.data import from_arrays, labelled_rows
 from csrae_nb.evaluation import complete_run, results_table
-from csrae_nb.labels import ManyLabels, OneLabel, how_many, label_kind, labelled_images
+from csrae_nb.labels import ManyLabels, OneLabel, counts_of_answers, how_many, label_kind, labelled_images
 from csrae_nb.config import Config, command, make_config, resolve, run_name
 from csrae_nb.files import runs_folder
 from csrae_nb.runs import fit, load_run
@@ -290,3 +290,21 @@ def test_a_batch_of_one_labelled_image_is_not_balanced():
     cfg = Config(dataset="arrays", model="CSRAE", labels=30, labelled_batch=1, batch_size=10, epochs=1)
     with pytest.raises(ValueError, match="labelled_batch=1 cannot be balanced"):
         fit(cfg, dict(x=x, y=y), False)
+
+
+def test_while_f1_is_0_the_criterion_decides():
+    "Of epochs alike in F1 the first was kept, the least trained of them."
+    task = task_of(resolve(Config(dataset="arrays", model="Supervised", labels=1.0)))
+    best = dict(val_f1=0.0, criterion=8.1)
+    assert task.breaks_tie(dict(val_f1=0.0, criterion=7.8), best)
+    assert not task.breaks_tie(dict(val_f1=0.0, criterion=8.2), best)
+    assert not task.breaks_tie(dict(val_f1=50.0, criterion=7.8), best | dict(val_f1=50.0))
+
+
+def test_counts_are_of_all_that_is_known():
+    g = torch.Generator().manual_seed(0)
+    guess, y = (torch.randint(low, 2, (40, 2), generator=g) for low in (0, -1))
+    of = counts_of_answers(guess, y, ("a", "b"))
+    for k, name in enumerate("ab"):
+        assert sum(of[f"{c}_{name}"] for c in ("tp", "fp", "fn", "tn")) == (y[:, k] >= 0).sum()
+        assert of[f"tn_{name}"] == ((y[:, k] == 0) & (guess[:, k] == 0)).sum()

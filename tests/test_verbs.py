@@ -66,6 +66,11 @@ def test_every_run_that_has_codes_encodes_scores_samples_and_reconstructs(runs, 
     assert (tmp_path / "page.html").read_text().count("<img src=") == (2 if kind == "gaussian" else 4)
 
 
+def test_a_classifier_alone_has_a_page_without_pictures_of_codes(runs, tmp_path):
+    assert main(["report", str(runs / "classifier"), "--out", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").read_text().count("<img src=") == 1
+
+
 def test_clusters_need_three_components_and_encoding_needs_codes(runs, tmp_path, capsys):
     out = str(tmp_path / "clusters.csv")
     assert main(["clusters", str(runs / "mixture"), "digits", "--clusters", "3", "--out", out]) == 0
@@ -127,6 +132,7 @@ def test_help_names_every_word(verb, capsys):
         (["reconstruct", "{mixture}", "digits", "-n", "0", "--out", "{out}.png"], "at least 1"),
         (["reconstruct", "{mixture}", "digits", "-n", "3", "--out", "{out}.npz"], "of pairs in a picture"),
         (["train"], "fields"),
+        (["encode", "{mixture}", "{video}", "--out", "{out}.csv"], "is a video, which csrae predict reads"),
         (["clusters", "{mixture}", "--clusters", "0", "--out", "{out}.csv"], "at least 1"),
         (["encode", "{mixture}", "digits", "--ll-samples", "-5", "--out", "{out}.csv"], "at least 0"),
         (["train", "dataset=digits", "seed=0,1"], "csrae train takes one"),
@@ -138,7 +144,8 @@ def test_help_names_every_word(verb, capsys):
 )
 def test_what_cannot_be_is_said_before_anything_is_written(runs, tmp_path, words, says, capsys):
     np.save(tmp_path / "wide.npy", np.zeros((3, 4, 9), np.uint8))
-    names = dict(mixture=runs / "mixture", out=tmp_path / "out", wide=tmp_path / "wide.npy")
+    (video := tmp_path / "clip.mp4").write_bytes(b"")
+    names = dict(mixture=runs / "mixture", out=tmp_path / "out", wide=tmp_path / "wide.npy", video=video)
     with pytest.raises(SystemExit) as e:
         main([w.format(**names) for w in words])
     assert e.value.code == 2 and says in capsys.readouterr().err and not list(tmp_path.glob("out*"))

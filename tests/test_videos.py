@@ -188,7 +188,11 @@ def test_names_of_files_numbers_as_tables_write_them_and_blank_lines(clips):
         ),
         ("line 2: 2 values for 3 columns", "", ["a.avi,0"]),
         ("has no rows below its first", "", []),
-        ("is of one subject, 'a.avi', and nobody is left to test on", "", ["a.avi,0,1", "a.avi,1,1"]),
+        (
+            "has answers of one subject, 'a.avi', and nobody is left to test on",
+            "",
+            ["a.avi,0,1", "a.avi,1,1"],
+        ),
         ("no column video and no column start and no column end", "video;frame;smile", []),
         ("no column end", "video,start,smile", []),
         ("no column of answers", "video,frame", []),
@@ -417,7 +421,7 @@ def test_intensities(clips, looked, own_runs, tmp_path):
     told = list(predict_examples(run, Examples(coded.x_test[:9], tuple("abcdefghi")), progress=False))
     q = run.model.kind.log_levels(run.model.predict(coded.x_test[:9])).exp()
     means = (q * torch.arange(6)).sum(-1)
-    np.testing.assert_allclose([told[0]["smile"], told[0]["open"]], means.T, rtol=1e-4)
+    np.testing.assert_allclose([told[0][f"{k} intensity"] for k in ("smile", "open")], means.T, rtol=1e-4)
     out = tmp_path / "answers.csv"
     write_predictions(run, clips, out, detector=somewhere, progress=False, overlay=tmp_path / "shown")
     rows = [row.split(",")[-2:] for row in out.read_text().splitlines()[1:]]
@@ -427,6 +431,36 @@ def test_intensities(clips, looked, own_runs, tmp_path):
         ValueError, match="labels.csv holds no intensity above 1; expected answers='presence'"
     ):
         load(clips, answers="intensity")
+
+
+def test_people_without_answers_are_in_training_and_pictures_have_names(clips):
+    "They became the test set, and nobody could be judged."
+    labels(clips, *(row if "more" not in row else row.rsplit(",", 2)[0] + ",," for row in by_frame()))
+    for fold in range(2):
+        for validation in faces.VALIDATION:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    data = load(clips, fold=fold, validation=validation)
+                except ValueError as e:  # of two subjects with answers none is left to validate
+                    assert validation == "subjects" and "has no frames to" in str(e)
+                    continue
+            assert (
+                data.subjects["test"] == (("a.avi", "b.avi")[fold],)
+                and "more/b.avi" in data.subjects["train"]
+            )
+            assert (data.y_val >= 0).any() and data.frames["test"][0] == f"{data.subjects['test'][0]}:2"
+
+
+def test_a_stray_intensity_is_said(clips):
+    rows = by_frame()
+    labels(clips, rows[0].rsplit(",", 2)[0] + ",2,0", *rows[1:])
+    with pytest.warns(
+        UserWarning, match="smile is read as an intensity, since 1 of its rows are above 1: its"
+    ):
+        load_data(clips, image_size=32)
+    with pytest.warns(UserWarning, match="holds no intensity above 1 of open, and from 2 on"):
+        load_data(clips, image_size=32, answers="intensity")
 
 
 # --- videos that end early
