@@ -137,7 +137,7 @@ def _nearest_distances(rows, *kinds):
 
 def _against(ours, theirs):
     pairs = [f"{a:.3g} against {b:.3g}" for a, b in zip(ours, theirs) if None not in (a, b)]
-    return ", with standard deviations times 0.7 ".join(pairs)
+    return ", with standard deviations times 0.7: ".join(pairs)
 
 # %% ../nbs/13e_answers.ipynb #1353230
 def _after_a_step(folder):
