@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AT_ONCE', 'COLUMNS', 'answers_of', 'predict_examples', 'sees_faces', 'predict_faces', 'Clip', 'find_clips', 'seen_in',
-           'LeftOut', 'write_predictions', 'show_prediction']
+           'LeftOut', 'thresholds', 'write_predictions', 'show_prediction']
 
 # %% ../nbs/23a_predict.ipynb #232002
 import csv
@@ -399,12 +399,57 @@ def _tell(said):
         warnings.warn(f"{len(problems)} of {len(said)} videos are left out: {'; '.join(problems)}", LeftOut)
 
 # %% ../nbs/23a_predict.ipynb #232122
-def _check_options(examples, jobs, every, usual):
-    "ValueError for numbers below 1, and for options of videos with examples, which look at none."
+def _checked(run, source, jobs, every, usual):
+    """Whether a source holds examples, not clips. ValueError without labels, for numbers below 1, and for
+    options of videos with examples, which look at none."""
+    answers_of(run)
     if jobs < 1 or every is not None and every < 1:
         raise ValueError(f"jobs={jobs}, every={every}; expected at least 1")
+    examples = _are_examples(run, source)
     if examples and not (usual and jobs == 1 and every is None):
         raise ValueError("detector, model, jobs, overlay and every are for faces in videos and pictures")
+    return examples
+
+# %% ../nbs/23a_predict.ipynb #232222
+def thresholds(run: Run) -> dict[str, float]:  # answer: the probability above which it is a yes
+    "What validation examples chose, from metrics.json; ValueError for a run that has none."
+    file, names = run.path / "metrics.json", answers_of(run)
+    if isinstance(run.model.kind, OneLabel | Intensities):
+        raise ValueError(f"{run.path.name} tells classes or intensities; thresholds are of answers yes or no")
+    known = json.loads(file.read_text())["metrics"] if file.exists() else {}
+    of = {name: known.get(f"threshold_{name}") for name in names}
+    if None in of.values():
+        raise ValueError(
+            f"{file} has no thresholds, which evaluation takes from labelled validation examples"
+        )
+    return of
+
+
+def _with_yes(table, out, above):
+    "A table with a column of 0 and 1 for each answer, besides; empty where the answer is."
+    with open(table, newline="", encoding="utf-8") as f:
+        head, *rows = csv.reader(f)
+    at = [(head.index(f"answer {k}" if f"answer {k}" in head else k), t) for k, t in above.items()]
+    writer = csv.writer(file := io.StringIO(), lineterminator="\n")
+    writer.writerow([*head, *(f"{k} yes" for k in above)])
+    writer.writerows([*r, *(r[i] and int(float(r[i]) > t) for i, t in at)] for r in rows)
+    write_atomic(out, file.getvalue())
+    table.unlink()
+
+# %% ../nbs/23a_predict.ipynb #232322
+@contextmanager
+def _answered(run, out, yes):
+    "The file that answers are written to inside a with; with `yes` it gets columns of 0 and 1 afterwards."
+    if not yes:
+        yield out
+        return
+    above, table = thresholds(run), out.with_name(f".{out.name}.answers")
+    table.unlink(missing_ok=True)
+    try:
+        yield table
+    finally:
+        if table.exists():
+            _with_yes(table, out, above)
 
 # %% ../nbs/23a_predict.ipynb #232022
 def write_predictions(
@@ -416,21 +461,21 @@ def write_predictions(
     jobs: int = 1,  # clips at a time, one process each
     overlay: Path | None = None,  # folder for pictures of what was seen; None: none
     every: int | None = None,  # frames from one such picture to the next; None: eight per clip
+    yes: bool = False,  # add columns of 0 and 1, by `thresholds`
     force: bool = False,  # overwrite what is there
     progress: bool = True,  # show a progress bar on stderr
 ) -> Path:
     """How probable each answer is, or its expected intensity, as a table: a row per frame or example.
     ValueError for what cannot be, or is there already; LeftOut, a warning at the end, of videos left out."""
     check_output(out := Path(out), (".csv",), force)
-    answers_of(run)
-    examples = _are_examples(run, source)
-    _check_options(examples, jobs, every, usual=(detector, model, overlay) == ("mtcnn", None, None))
-    if examples:
-        _write_examples(run, read_examples(run, source), out, progress)
-        return out
+    examples = _checked(run, source, jobs, every, (detector, model, overlay) == ("mtcnn", None, None))
     parts = out.with_name(f".{out.name}.parts")
-    job = _Job(run.path, str(run.device), detector, model, overlay, every, parts)
-    _write_frames(run, find_clips(source), out, job, jobs, progress)
+    with _answered(run, out, yes) as table:
+        if examples:
+            _write_examples(run, read_examples(run, source), table, progress)
+        else:
+            job = _Job(run.path, str(run.device), detector, model, overlay, every, parts)
+            _write_frames(run, find_clips(source), table, job, jobs, progress)
     return out
 
 # %% ../nbs/23a_predict.ipynb #232023

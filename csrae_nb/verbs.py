@@ -111,7 +111,7 @@ def _score(o):
 
 # %% ../nbs/23b_csrae.ipynb #235205
 def _predict(o):
-    how = dict(detector=o.detector, model=o.model, jobs=o.jobs, overlay=o.overlay, every=o.every)
+    how = dict(detector=o.detector, model=o.model, jobs=o.jobs, overlay=o.overlay, every=o.every, yes=o.yes)
     check_output(o.out, (".csv",), o.force)
     run, left_out = open_run(o.run, o.device, codes=False), None
     try:
@@ -300,6 +300,8 @@ def _add_predict(verbs):
         "Ends with status 1 if videos were left out, which are named, and the others are in the table."
     )
     _with_output(predict, "table, .csv")
+    by = "columns of 0 and 1, too, by the thresholds that validation examples chose"
+    predict.add_argument("--yes", action="store_true", help=by)
     predict.add_argument("--detector", choices=[*DETECTORS], default="mtcnn", help="of faces (mtcnn)")
     predict.add_argument("--model", type=Path, help="yunet's file (downloaded)")
     predict.add_argument("--jobs", type=int, default=1, help="videos at a time, a process each (1)")

@@ -18,6 +18,7 @@ from csrae_nb.catalogue import ARRAYS, load_data
 from csrae_nb.config import Config
 from csrae_nb.detection import Face
 from csrae_nb.drawings import DISFA_AUS, some_frames, write_disfa
+from csrae_nb.evaluation import complete_run
 from csrae_nb.predict import AT_ONCE, COLUMNS, LeftOut, _are_examples, find_clips, write_predictions
 from csrae_nb.runs import fit
 from csrae_nb.trained import open_run, read_examples
@@ -373,3 +374,23 @@ def test_help_tells_the_status(capsys):
     with pytest.raises(SystemExit):
         main(["predict", "--help"])
     assert "Ends with status 1 if videos were left out" in " ".join(capsys.readouterr().out.split())
+
+
+def test_answers_are_told_by_the_thresholds_of_validation(tmp_path, own_runs):
+    "0 and 1 besides the probabilities; without an evaluation there are no thresholds."
+    g = np.random.default_rng(0)
+    x = (g.random((300, 12)) < 0.5).astype(np.uint8)
+    y = np.stack([x[:, 0], x[:, 1] & x[:, 2] & x[:, 3]], 1).astype(int)
+    fields = dict(labels=1.0, balance="none", epochs=3, batch_size=20, latent_dim=2, ll_samples=0)
+    cfg = Config(dataset="arrays", model="Supervised", name="yes", **fields)
+    run = fit(cfg, dict(x=x, y=y), progress=False)
+    np.save(tmp_path / "new.npy", x[:40])
+    with pytest.raises(ValueError, match="has no thresholds, which evaluation takes"):
+        write_predictions(run, tmp_path / "new.npy", tmp_path / "no.csv", yes=True, progress=False)
+    metrics = complete_run(cfg, dict(x=x, y=y), progress=False)
+    write_predictions(run, tmp_path / "new.npy", tmp_path / "answers.csv", yes=True, progress=False)
+    rows = list(csv.DictReader(open(tmp_path / "answers.csv")))
+    for k in "01":
+        above = [int(float(r[k]) > metrics[f"threshold_{k}"]) for r in rows]
+        assert len(rows) == 40 and [int(r[f"{k} yes"]) for r in rows] == above
+    assert not [f for f in os.listdir(tmp_path) if f.startswith(".")]
