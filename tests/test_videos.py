@@ -456,7 +456,7 @@ def test_a_stray_intensity_is_said(clips):
     rows = by_frame()
     labels(clips, rows[0].rsplit(",", 2)[0] + ",2,0", *rows[1:])
     with pytest.warns(
-        UserWarning, match="smile is read as an intensity, since 1 of its rows are above 1: its"
+        UserWarning, match="smile is read as an intensity, since 1 of its rows are above 1; its"
     ):
         load_data(clips, image_size=32)
     with pytest.warns(UserWarning, match="holds no intensity above 1 of open, and from 2 on"):
