@@ -76,7 +76,8 @@ class Dataset:
     y_test: Int[Tensor, "t *L"] | None
     likelihood: str  # a key of `LIKELIHOODS`
     dynamic: bool  # x holds probabilities of pixels that are drawn anew in each epoch
-    sha256: dict[str, str]  # what was read: name of a file or an array -> its SHA-256
+    # what was read: name of a file or an array -> its SHA-256. Runs go by it: who changes arrays changes it
+    sha256: dict[str, str]
     classes: tuple[str, ...] = field(default=(), kw_only=True)  # names of the classes, by number
     units: Units | None = field(default=None, kw_only=True)  # of the networks; None: those of x
     levels: int = field(default=2, kw_only=True)  # of an answer: no and yes, or intensities 0, 1, …
