@@ -143,9 +143,8 @@ def _against(ours, theirs):
 def _after_a_step(folder):
     "Samples of a matched prior and of a VampPriorVAE, as large and trained as long, after steps of EM."
     rows = read_rows(Path(folder or results_folder()) / "refit.csv", ("source", "distance"))
-    ours, theirs = (
-        [r for r in rows if r["epochs"] == 100 and r["model"] == m] for m in ("MixtureCSRAE", "VampPriorVAE")
-    )
+    rows = where(rows, dataset="mnist", epochs=100)
+    ours, theirs = (where(rows, model=m) for m in ("MixtureCSRAE", "VampPriorVAE"))
     if not (ours and theirs):
         return []
     pairs = []

@@ -115,7 +115,7 @@ class _ChosenByLabels(Task):
         return -row["val_f1"] if "val_f1" in row else super().score(model, row)
 
     def breaks_tie(self, row, best):
-        "While F1 is 0, as long as no image is said to show a yes that it shows, the criterion decides."
+        "Of epochs whose F1 is 0 the one with the smallest criterion is kept."
         return row.get("val_f1") == 0 and row["criterion"] < best["criterion"]
 
     def metrics(self, model, data):

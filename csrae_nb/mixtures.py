@@ -79,7 +79,7 @@ def _check_shapes(g):
         )
 
 # %% ../nbs/01b_mixtures.ipynb #010404
-def _refuse_nan(name, t, kind="NaN", of=torch.isnan):
+def _refuse(name, t, kind="NaN", of=torch.isnan):
     if bad := of(t).sum().item():
         raise ValueError(
             f"{name} holds {bad:,} {kind} among {t.numel():,} numbers; look at what the network was given, "
@@ -89,8 +89,8 @@ def _refuse_nan(name, t, kind="NaN", of=torch.isnan):
 
 def _check_means(mu):
     "ValueError for means that are not finite."
-    _refuse_nan("mu", mu)
-    _refuse_nan("mu", mu, "infinities", torch.isinf)
+    _refuse("mu", mu)
+    _refuse("mu", mu, "infinities", torch.isinf)
 
 
 @torch.no_grad()
@@ -99,7 +99,7 @@ def _check_weights(logw):
     off = (logw.logsumexp(-1).exp() - 1).flatten()
     if (off.abs() <= 1e-3 + 4 * torch.finfo(off.dtype).eps).all():
         return
-    _refuse_nan("logw", logw)
+    _refuse("logw", logw)
     total = 1 + off[off.abs().argmax()]
     raise ValueError(
         f"logw are the logs of weights that sum to one, but exp(logw) sums to {total:.4g}; "
@@ -112,7 +112,7 @@ def _check_positive(var):
     "ValueError for variances that are not above 0, or not finite."
     if ((var > 0) & (var < math.inf)).all():
         return
-    _refuse_nan("var", var)
+    _refuse("var", var)
     least, largest = (v.item() for v in var.aminmax())
     odd = f"the least of these is {least:.4g}" if least <= 0 else f"the largest of these is {largest:.4g}"
     raise ValueError(f"var are variances σ², above 0 and finite; {odd}")
@@ -138,7 +138,7 @@ def _check_probabilities(weights):
         raise ValueError(f"GMM.mixture takes tensors: weights, mu and var; got a {type(weights).__name__}")
     if not _can_look(weights) or not weights.numel():
         return
-    _refuse_nan("weights", weights)
+    _refuse("weights", weights)
     off, eps = (weights.double().sum(-1) - 1).flatten(), 0.0
     if weights.is_floating_point():
         eps = torch.finfo(weights.dtype).eps
@@ -482,7 +482,7 @@ class FullGMM(Mixture):
         _check_means(self.mu)
         cov = self.cov.detach()
         if torch.linalg.cholesky_ex(cov).info.any() or not cov.isfinite().all():
-            _refuse_nan("cov", cov)
+            _refuse("cov", cov)
             raise ValueError("cov are covariance matrices, but some are infinite or not positive definite")
         if not torch.allclose(cov, cov.mT, rtol=1e-2, atol=1e-3 * cov.abs().max().item()):
             raise ValueError(

@@ -48,7 +48,7 @@ from .models import rows_at_once
 from .reading import files_below, reason
 from .runs import Run
 from .labels import Intensities, OneLabel
-from .trained import Examples, check_output, open_run, read_examples, whole_blocks
+from .trained import Examples, check_output, numbers_of, open_run, read_examples, whole_blocks
 
 # %% ../nbs/23a_predict.ipynb #232005
 def answers_of(run: Run) -> tuple[str, ...]:
@@ -413,15 +413,13 @@ def _checked(run, source, jobs, every, usual):
 # %% ../nbs/23a_predict.ipynb #232222
 def thresholds(run: Run) -> dict[str, float]:  # answer: the probability above which it is a yes
     "What validation examples chose, from metrics.json; ValueError for a run that has none."
-    file, names = run.path / "metrics.json", answers_of(run)
+    names, known = answers_of(run), numbers_of(run)
     if isinstance(run.model.kind, OneLabel | Intensities):
         raise ValueError(f"{run.path.name} tells classes or intensities; thresholds are of answers yes or no")
-    known = json.loads(file.read_text())["metrics"] if file.exists() else {}
     of = {name: known.get(f"threshold_{name}") for name in names}
     if None in of.values():
-        raise ValueError(
-            f"{file} has no thresholds, which evaluation takes from labelled validation examples"
-        )
+        none = "has no thresholds, which evaluation takes from labelled validation examples"
+        raise ValueError(f"{run.path.name} {none}")
     return of
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CODES', 'Examples', 'as_trained', 'read_examples', 'encode_examples', 'check_output', 'write_encoded', 'whole_blocks',
            'without_codes', 'most_unusual', 'write_scored', 'refitted_prior', 'sample_examples', 'show_sheet',
-           'cluster_table', 'cluster_examples', 'report']
+           'cluster_table', 'cluster_examples', 'report', 'numbers_of']
 
 # %% ../nbs/23_after_training.ipynb #230002
 import csv
@@ -551,7 +551,7 @@ def report(run: Run) -> str:
         command=command(run.cfg), epochs=len(run.history), kept=run.best_epoch, seconds=round(run.seconds)
     )
     made |= {f"SHA-256 of {k}": v for k, v in run.sha256.items()}
-    tables = {"How it was made": made, "Configuration": identity(run.cfg), "Numbers": _numbers(run)}
+    tables = {"How it was made": made, "Configuration": identity(run.cfg), "Numbers": numbers_of(run)}
     name = escape(run.path.name)
     parts = [f"<h2>{escape(k)}</h2>{_drawn(fig)}" for k, fig in figures.items()]
     parts += [f"<h2>{k}</h2>{_listed(rows)}" for k, rows in tables.items() if rows]
@@ -593,7 +593,7 @@ def _listed(rows):
     return f"<table>{''.join(cells)}</table>"
 
 
-def _numbers(run):
+def numbers_of(run: Run) -> dict:  # metric: value
     "What metrics.json says, without it nothing."
     file = run.path / "metrics.json"
     return json.loads(file.read_text())["metrics"] if file.exists() else {}
