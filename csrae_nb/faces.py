@@ -15,11 +15,10 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from multiprocessing import current_process, get_context
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -51,7 +50,7 @@ from csrae_nb.frames import (
     prepare_recording,
 )
 from .frames import NUMBERING, prepared_recording, read_disfa, read_fera2015
-from .process import cores
+from .process import cores, refuse_in_workers, worker_processes
 
 # %% ../nbs/15c_faces.ipynb #150015
 @dataclass(frozen=True)
@@ -181,11 +180,7 @@ def prepare_faces(
     """Align and compress all recordings, those that are not yet.
     FileNotFoundError if none is usable, OSError before it begins if they will not fit on the disk."""
     faces = _known(faces)
-    if getattr(current_process(), "_inheriting", False):
-        raise RuntimeError(
-            f"{faces.name} is prepared by processes that import your script: "
-            "put what the script does under if __name__ == \"__main__\":"
-        )
+    refuse_in_workers(f"{faces.name} is prepared")
     if eyes not in PLACES:
         raise ValueError(f"eyes={eyes!r}; expected one of {', '.join(PLACES)}")
     with writing(out, "CSRAE_CACHE"):
@@ -199,7 +194,7 @@ def _prepare_missing(faces, root, out, size, jobs, progress, eyes):
     "Prepare what is not yet, and write the index."
     to = EYES
     if eyes == "mean":
-        with _workers(jobs) as pool:
+        with worker_processes(jobs) as pool:
             to = mean_eyes(faces, root, pool.map)
     wanted = _sources(faces, root, {n: prepared_recording(out, n) or {} for n in faces.recordings()})
     done = {n: a for n, source in wanted.items() if (a := prepared_recording(out, n, to, source))}
@@ -244,24 +239,12 @@ _DIED = (
     "its process died: a file crashes its reader, or memory is too small (to try again, remove index.json)"
 )
 
-
-@contextmanager
-def _workers(jobs):
-    """A pool of processes that are all there before any has work; BrokenProcessPool if one cannot start.
-
-    If one died while another was being started, the pool would wait for that other without end."""
-    context = get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, context.Barrier(jobs).wait) as pool:
-        for started in [pool.submit(os.getpid) for _ in range(jobs)]:
-            started.result()
-        yield pool
-
 # %% ../nbs/15c_faces.ipynb #150037
 def _prepare_all(args, out, todo, jobs, bar):
     """What became of each recording.
     One whose process dies, of its file or for want of memory, is found by preparing the rest one by one."""
     done = {}
-    with _workers(jobs) as pool:
+    with worker_processes(jobs) as pool:
         work = {}
         with suppress(BrokenProcessPool):  # one may die before the last has been handed out
             for n in todo:
@@ -273,7 +256,7 @@ def _prepare_all(args, out, todo, jobs, bar):
     for n in todo:
         if n in done:
             continue
-        with _workers(1) as pool:
+        with worker_processes(1) as pool:
             try:
                 with writing(out, "CSRAE_CACHE"):
                     done[n] = pool.submit(prepare_recording, *args(n)).result()

@@ -13,19 +13,15 @@ import io
 import json
 import os
 import shutil
-import signal
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
-from multiprocessing import get_context, parent_process
 from pathlib import Path
-from _thread import interrupt_main
-from threading import Thread, current_thread, main_thread
 from typing import Any
 
 import numpy as np
@@ -45,6 +41,7 @@ from .files import progress_bar, run_lock, write_atomic
 from .formats import IMAGES
 from .frames import decoded_image
 from .models import rows_at_once
+from .process import refuse_in_workers, worker_processes
 from .reading import files_below, reason
 from .runs import Run
 from .labels import Intensities, OneLabel
@@ -292,56 +289,16 @@ def _predicted(job, clip, finished, tools, progress):
         part.unlink(missing_ok=True)
         return reason(e), True
 
-# %% ../nbs/23a_predict.ipynb #232019
-_shared = {}  # by a process with the one that began it
-
-
-def _end_with_parent():
-    parent_process().join()
-    os._exit(1)
-
-
-def _stop_when_told():
-    _shared["stop"].wait()
-    interrupt_main()
-
-
-def _begin_process(stop):
-    "One thread of computation, and two that wait for the end, or the word, of the process that began this."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # but while there is work
-    _shared["stop"] = stop
-    for wait in (_end_with_parent, _stop_when_told):
-        Thread(target=wait, daemon=True).start()
-    torch.set_num_threads(1)
-    face_library("cv2").setNumThreads(1)
-
 # %% ../nbs/23a_predict.ipynb #232119
 @cache
 def _tools(job):
+    "What a process makes once; its computation has one thread."
+    face_library("cv2").setNumThreads(1)
     return job.tools()
 
 
 def _in_process(job, clip, finished):
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        if _shared["stop"].is_set():
-            raise KeyboardInterrupt
-        return _predicted(job, clip, finished, _tools(job), False)
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-@contextmanager
-def _deaf():
-    "Processes that begin within do not hear Ctrl-C while they import."
-    if current_thread() is not main_thread():
-        yield  # only the main thread may say so
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+    return _predicted(job, clip, finished, _tools(job), False)
 
 # %% ../nbs/23a_predict.ipynb #232020
 def _all_predicted(job, work, jobs, tools, progress):
@@ -350,25 +307,20 @@ def _all_predicted(job, work, jobs, tools, progress):
         for k, (clip, finished) in enumerate(work):
             yield k, _predicted(job, clip, finished, tools, progress)
         return
-    stop = (context := get_context("spawn")).Event()
-    with (
-        progress_bar(progress, total=len(work), unit="video", desc="predicting") as bar,
-        ProcessPoolExecutor(min(jobs, len(work)), context, _begin_process, (stop,)) as pool,
-    ):
-        with _deaf():
+    try:
+        with (
+            progress_bar(progress, total=len(work), unit="video", desc="predicting") as bar,
+            worker_processes(min(jobs, len(work))) as pool,
+        ):
             waiting = {pool.submit(_in_process, job, *w): k for k, w in enumerate(work)}
-        try:
             for f in as_completed(waiting):
                 yield waiting[f], f.result()
                 bar.update()
-        except BrokenProcessPool as e:
-            raise OSError(
-                "a process died: memory is too small (try fewer jobs), or a video crashes its reader; "
-                "what is done stays, and the same command goes on"
-            ) from e
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
+    except BrokenProcessPool as e:
+        raise OSError(
+            "a process died: memory is too small (try fewer jobs), or a video crashes its reader; "
+            "what is done stays, and the same command goes on"
+        ) from e
 
 # %% ../nbs/23a_predict.ipynb #232021
 class LeftOut(UserWarning):
@@ -479,6 +431,7 @@ def write_predictions(
 # %% ../nbs/23a_predict.ipynb #232023
 def _write_frames(run, clips, out, job, jobs, progress):
     "The table of clips."
+    refuse_in_workers("a table is written")
     _check_places(run)
     detector = make_detector(job.detector, job.model) if isinstance(job.detector, str) else job.detector
     face_library("cv2").setNumThreads(1)

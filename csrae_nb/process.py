@@ -4,15 +4,21 @@
 
 # %% auto #0
 __all__ = ['DTYPE', 'product_precision', 'check_device', 'accelerator', 'is_main_process', 'cores', 'share_buffers',
-           'of_main_process', 'cpu_threads', 'torch_defaults']
+           'of_main_process', 'WorkerPool', 'worker_processes', 'refuse_in_workers', 'cpu_threads', 'torch_defaults']
 
 # %% ../nbs/09c_process.ipynb #093002
 import ctypes
 import os
+import signal
 import sys
+from _thread import interrupt_main
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
+from multiprocessing import current_process, get_context, parent_process
 from textwrap import shorten
+from threading import Thread, current_thread, main_thread
 from typing import Any
 
 import torch
@@ -118,6 +124,95 @@ def of_main_process(acc, value: Any) -> Any:  # acc: an accelerate.Accelerator
     if acc.num_processes > 1:
         torch.distributed.broadcast_object_list(values, 0)
     return values[0]
+
+# %% ../nbs/09c_process.ipynb #093402
+_here = dict(works=False, is_told=False)  # of a process that works for another
+
+
+def _on_interrupt(*_):
+    if _here["works"]:
+        raise KeyboardInterrupt
+
+
+def _listen(word):
+    "Stop the work when the pool has ended, and this process when the one that began it has."
+    with suppress(EOFError):
+        word.recv()
+    _here["is_told"] = True
+    interrupt_main()
+    parent_process().join()
+    os._exit(1)
+
+
+def _begin(word, all_there):
+    signal.signal(signal.SIGINT, _on_interrupt)
+    Thread(target=_listen, args=(word,), daemon=True).start()
+    torch.set_num_threads(1)
+    all_there.wait()
+
+
+def _until_told(do, *args):
+    try:
+        _here["works"] = True
+        if _here["is_told"]:
+            raise KeyboardInterrupt
+        return do(*args)
+    finally:
+        _here["works"] = False
+
+# %% ../nbs/09c_process.ipynb #093403
+@contextmanager
+def _deaf():
+    "Processes that begin within do not hear Ctrl-C while they import."
+    if current_thread() is not main_thread():
+        yield  # only the main thread may say so
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+
+
+class WorkerPool(ProcessPoolExecutor):
+    "Processes that can be told to stop what they do."
+
+    def submit(self, do: Callable, *args: Any) -> Future:
+        "Have a process call a function of a module, once one is free."
+        return super().submit(_until_told, do, *args)
+
+# %% ../nbs/09c_process.ipynb #093404
+@contextmanager
+def worker_processes(
+    jobs: int,  # how many
+) -> Iterator[WorkerPool]:
+    """Processes of one thread each, which end with this one, however it ends. When the with does, what they
+    do is interrupted and what waits is cancelled. BrokenProcessPool if one cannot begin, or died.
+
+    All are there before any has work: if one died while another began, the pool would wait without end."""
+    context = get_context("spawn")
+    word, end = context.Pipe(duplex=False)
+    with WorkerPool(jobs, context, _begin, (word, context.Barrier(jobs))) as pool:
+        try:
+            with _deaf():
+                begun = [pool.submit(os.getpid) for _ in range(jobs)]
+            for process in begun:
+                process.result()
+            yield pool
+        finally:
+            end.close()
+            pool.shutdown(cancel_futures=True)
+
+# %% ../nbs/09c_process.ipynb #093406
+def refuse_in_workers(
+    what: str,  # is begun
+) -> None:
+    "RuntimeError where a process imports the script that began it, which would begin the same again."
+    if getattr(current_process(), "_inheriting", False):
+        raise RuntimeError(
+            f"{what} by processes that import your script: "
+            "put what the script does under if __name__ == \"__main__\":"
+        )
 
 # %% ../nbs/09c_process.ipynb #093009
 @cache

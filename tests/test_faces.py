@@ -231,7 +231,7 @@ def test_what_faces_cannot_be(in_threads, drawn, tmp_path, monkeypatch, wrong, s
 @pytest.fixture
 def in_threads(monkeypatch):
     "Prepare without processes, which take seconds to start."
-    monkeypatch.setattr(faces, "_workers", ThreadPoolExecutor)
+    monkeypatch.setattr(faces, "worker_processes", ThreadPoolExecutor)
 
 
 # --- landmarks
@@ -517,7 +517,7 @@ def test_a_process_that_dies_while_work_is_handed_out_does_not_end_the_others(mo
             self.left -= 1
             return super().submit(*args)
 
-    monkeypatch.setattr(faces, "_workers", Broken)
+    monkeypatch.setattr(faces, "worker_processes", Broken)
     monkeypatch.setattr(faces, "prepare_recording", lambda n: dict(name=n))
     done = faces._prepare_all(lambda n: (n,), None, ["a", "b", "c"], 2, faces.progress_bar(False))
     assert done == {n: dict(name=n) for n in "abc"}
@@ -988,7 +988,7 @@ def test_one_process_per_core_that_this_one_may_use(three, tmp_path, monkeypatch
         begun.append(jobs)
         return ThreadPoolExecutor(jobs)
 
-    monkeypatch.setattr(faces, "_workers", workers)
+    monkeypatch.setattr(faces, "worker_processes", workers)
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5}, raising=False)
     prepare_faces("faces_demo", three, tmp_path / "out", size=32, progress=False)

@@ -280,7 +280,7 @@ def test_a_run_on_mean_eyes_is_refused(runs, videos, tmp_path, monkeypatch):
     "Its faces had their eyes elsewhere than those of new videos have, as its data's checksum says."
     monkeypatch.setenv("CSRAE_DATA", str(runs / "data"))
     monkeypatch.delenv("CSRAE_CACHE", raising=False)
-    monkeypatch.setattr(faces, "_workers", ThreadPoolExecutor)
+    monkeypatch.setattr(faces, "worker_processes", ThreadPoolExecutor)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         data = faces.load_faces("faces_demo", image_size=32, eyes="mean", progress=False)

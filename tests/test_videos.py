@@ -88,7 +88,7 @@ def looked(monkeypatch):
         seen.append(file.name)
         return frames_of(file, *args, **kwargs)
 
-    monkeypatch.setattr(faces, "_workers", ThreadPoolExecutor)
+    monkeypatch.setattr(faces, "worker_processes", ThreadPoolExecutor)
     monkeypatch.setattr(videos, "make_detector", lambda name: somewhere)
     monkeypatch.setattr(videos, "video_faces", noted)
     return seen
@@ -326,7 +326,7 @@ if __name__ == "__main__":
     subprocess.run([sys.executable, script], env=env, check=True, stderr=subprocess.DEVNULL)
     after = {f: f.stat().st_mtime_ns for f in cache.glob("eyes/*.npz")}
     assert len(after) == 3 and before.items() <= after.items()
-    monkeypatch.setattr(faces, "_workers", ThreadPoolExecutor)
+    monkeypatch.setattr(faces, "worker_processes", ThreadPoolExecutor)
     resumed = load(clips).sha256
     shutil.rmtree(next(cache.glob("clips-prepared-*")))
     assert load(clips).sha256 == resumed
