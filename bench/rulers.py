@@ -68,10 +68,8 @@ def main():
     p.add_argument("--seeds", type=int, default=3, help="classifiers (3)")
     o, runs, data = asked(p)
     real, rows = real_images(data), []
-    sources = [
-        {name: g for name, g in sample_sources(r, run_codes(r, data, "train")).items() if name in SETS}
-        for r in runs
-    ]
+    codes = [[run_codes(r, data, part) for part in ("train", "val")] for r in runs]
+    sources = [sample_sources(r, *of, SETS[1:]) for r, of in zip(runs, codes)]
     for features, right in rulers(real, o.seeds):
         for run, drawn in zip(runs, sources):
             found = frechet_distances(run, data, real, features, drawn, 10_000, progress=False)

@@ -84,13 +84,14 @@ def check_memory(
     pairs: int,  # of components, over the whole batch
     like: Tensor,  # of the numbers' type and device
     numbers: int = 1,  # numbers per pair
+    what: str = "pairs of components",  # as an error calls them
 ) -> None:
     "NotEnoughMemory if these, and what a log-sum-exp and its gradient add to them, will not fit."
     if (need := 3 * pairs * numbers * like.element_size()) < 2**30:
         return
     if need > (free := free_memory(like.device)):
         raise NotEnoughMemory(
-            f"{pairs:,} pairs of components need about {need / 2**30:,.0f} GiB, {free / 2**30:.1f} GiB "
+            f"{pairs:,} {what} need about {need / 2**30:,.0f} GiB, {free / 2**30:.1f} GiB "
             "are free; use fewer components or a smaller batch"
         )
 

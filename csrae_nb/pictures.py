@@ -226,9 +226,14 @@ def plot_reconstructions(
 SOURCES = {  # of samples: what a picture calls them
     "samples": "the prior as trained",
     "samples_refit": "the prior after one EM step",
-    "samples_refit15": "the prior after fifteen",
+    "samples_refit15": "the prior after fifteen EM steps",
+    "samples_full": "the prior after EM with full covariances",
     "samples_expost": "a mixture fitted afterwards",
 }
+
+
+def _sources(run, data, *names):
+    return sample_sources(run, *(run_codes(run, data, part) for part in ("train", "val")), names)
 
 
 def plot_samples(
@@ -236,14 +241,13 @@ def plot_samples(
     data: Dataset,
     n: int = 50,  # samples of each kind
 ) -> Figure:
-    "Samples from each source of codes, named; all four go through the same decoder."
-    n, sources = n if is_picture(data.x_shape) else 1000, sample_sources(run, run_codes(run, data, "train"))
+    "Samples from four sources of codes, named; all go through the same decoder."
+    n = n if is_picture(data.x_shape) else 1000
+    sources = _sources(run, data, "samples", "samples_refit15", "samples_full", "samples_expost")
     fig, axs = plt.subplots(2, 2, figsize=(9, 5.5), layout="constrained", sharex=True, sharey=True)
     for ax, (name, source) in zip(axs.flat, sources.items()):
-        g = generator(run.cfg.seed, "samples", device=run.device)
-        show_examples(
-            ax, run.model.sample(n, g, prior=source), names=run.columns, ink=is_ink(run.cfg.dataset)
-        )
+        xs = run.model.sample(n, generator(run.cfg.seed, "samples", device=run.device), prior=source)
+        show_examples(ax, xs, names=run.columns, ink=is_ink(run.cfg.dataset))
         ax.label_outer()
         ax.set_title(SOURCES[name], fontsize=10)
     return fig
@@ -278,7 +282,7 @@ def compare_samples(
         len(runs), 1, figsize=(9, 0.4 + 0.97 * len(runs)), layout="constrained", squeeze=False
     )
     for ax, (name, r) in zip(axs.flat, runs.items()):
-        codes = sample_sources(r, run_codes(r, data, "train"))[source]
+        codes = _sources(r, data, source)[source]
         g = generator(r.cfg.seed, "samples", device=r.device)
         xs, how = r.model.sample(n, g, prior=codes), dict(names=r.columns, ink=is_ink(r.cfg.dataset))
         show_examples(ax, xs, columns=(n + 1) // 2, **how)

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from .kernels import check_memory
 from .mixtures import GMM, FullGMM, as_gmm, as_mixture, pairwise_log_overlap, unchecked
 from .registry import Registry
 
@@ -431,6 +432,15 @@ def _scatter(x, m, w):
     return (d.T * w[some]) @ d
 
 
+def _regular(cov, dtype):
+    "Covariances whose least eigenvalue is raised to where a Cholesky factor of that precision exists."
+    if not cov.isfinite().all():
+        return cov  # which a mixture refuses
+    values, D = torch.linalg.eigvalsh(cov), cov.shape[-1]
+    lacking = (2 * D * torch.finfo(dtype).eps * values[:, -1] - values[:, 0]).clamp_min(0)
+    return cov + lacking[:, None, None] * torch.eye(D).to(cov)
+
+# %% ../nbs/03_priors.ipynb #030129
 @torch.no_grad()
 @unchecked()
 def full_em_step(
@@ -438,17 +448,21 @@ def full_em_step(
     codes: Float[Tensor, "n D"],  # draws from q(z|x)
     pseudo_counts: float = 10.0,  # c, above 0
 ) -> FullGMM:
-    "One step of EM with full covariances. ValueError for no codes, or pseudo-counts of 0 and less."
+    """One step of EM with full covariances, raised where codes lie in a plane of fewer dimensions. ValueError
+    for no codes, pseudo-counts of 0 and less, or covariances that memory is too small for."""
     _check_some(codes)
     if not pseudo_counts > 0:
         raise ValueError(f"pseudo_counts={pseudo_counts}; expected a number above 0")
     gmm, c, x = as_mixture(gmm), pseudo_counts, codes.double()
+    K, D = gmm.mu.shape
+    check_memory(K, x, D**2, f"covariances of {D} dimensions")
     old = FullGMM.of(gmm).cov.double().diagonal(dim1=-2, dim2=-1).diag_embed()
     r = torch.cat([gmm.responsibilities(z) for z in codes.split(1000)]).double()  # (n, K)
     n = r.sum(0)
     mu = torch.where(n[:, None] > 1e-3, (r.T @ x) / n[:, None].clamp_min(1e-3), gmm.mu)
     scatter = torch.stack([_scatter(x, m, w) for m, w in zip(mu, r.T)])  # n_k S_k, (K, D, D)
-    found = (n / len(x)).log(), mu, (scatter + c * old) / (n + c)[:, None, None]
+    cov = _regular((scatter + c * old) / (n + c)[:, None, None], codes.dtype)
+    found = (n / len(x)).log(), mu, cov
     return FullGMM(*(t.to(codes.dtype) for t in found))
 
 # %% ../nbs/03_priors.ipynb #030033

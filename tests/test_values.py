@@ -303,6 +303,7 @@ def test_what_one_row_cannot_tell_is_none_with_one_warning(hasty, rows):
                 "samples",
                 "samples_refit",
                 "samples_refit15",
+                "samples_full",
                 "samples_expost",
             )
         ),
