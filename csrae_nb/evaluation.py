@@ -356,6 +356,8 @@ METRICS = (
     *("effective_k", "log_prior", "log_prior_refit"),
     *(f"{kind}_{s}" for kind in FRECHET for s in SETS if s not in LATER),
 )
+
+# %% ../nbs/10b_evaluation.ipynb #100038c
 TEMPERATURES = (0.85, 0.7)  # parts of the standard deviations that samples are drawn with, too
 DRAWN = ("samples", "samples_full", "samples_expost")  # of which more is measured
 SHARES = ("precision", "recall", "density", "coverage")
@@ -368,11 +370,23 @@ DIAGNOSTICS = (
     *(f"frechet_classifier_{s}_t{round(100 * t)}" for s in DRAWN for t in TEMPERATURES),
     *(f"{share}_{s}" for s in DRAWN for share in SHARES),
 )
+
+# %% ../nbs/10b_evaluation.ipynb #100038d
 # of runs whose task measures them, and of each answer, with its name
 OF_TASKS = ("error", "error_val", "f1", "f1_val", "tuned_f1", "icc", "pcc", "mae")
 OF_TASKS += ("informed_f1", "informed_tuned_f1", "ap", "informed_ap", "to_patterns", "labels_to_patterns")
 _counts = ("tp", "fp", "fn", "tn")
-OF_ANSWERS = ("f1", "tuned_f1", "threshold", *_counts, *(f"tuned_{c}" for c in _counts), "icc", "pcc", "mae")
+OF_ANSWERS = (
+    "f1",
+    "tuned_f1",
+    "threshold",
+    *_counts,
+    *(f"tuned_{c}" for c in _counts),
+    "ap",
+    "icc",
+    "pcc",
+    "mae",
+)
 
 # %% ../nbs/10b_evaluation.ipynb #100238
 def _frechet(run, data, sources, progress):
@@ -460,8 +474,7 @@ def _evaluate(run, data, progress, known):
     if samples and found is None:
         found = mean_log_likelihood(run, test, samples, progress)
     return dict(
-        reconstruction=terms["reconstruction"],
-        divergence=terms["divergence"],
+        **{k: terms[k] for k in ("reconstruction", "divergence")},
         criterion=run.history[run.best_epoch - 1]["criterion"],
         log_likelihood=found,
         active_units=active_units(run.model, test),

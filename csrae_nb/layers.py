@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 # %% ../nbs/06f_layers.ipynb #066003
 from .mixtures import GMM, unchecked
-from .models import Autoencoder, Terms, Weight, in_eval_mode, rows_at_once, widened
+from .models import Autoencoder, Terms, Weight, in_eval_mode, in_parts, widened
 from .networks import NETWORKS, Decoder, Encoder, make_networks
 
 # %% ../nbs/06f_layers.ipynb #066008
@@ -107,7 +107,7 @@ class TwoLayersSeen(TwoLayers):
     def reconstruct(self, x: Float[Tensor, "B *X"]) -> Float[Tensor, "B *X"]:
         "E[x|z₁, z₂] at the means of q(z₂|x) and of q(z₁)."
         out = []
-        for xb in x.split(rows_at_once(x)):
+        for xb in in_parts(x):
             z = self.encode(xb).mean
             seen = self.lower.seen(self.encode_lower(xb, z).mean, z)
             out.append(self.likelihood.mean(self.decoder(seen)))

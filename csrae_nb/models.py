@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'DIVERGENCES', 'M', 'P', 'R', 'WIDTHS', 'Terms', 'warmed_up', 'Weight', 'BatchTerm', 'one_process',
-           'of_all_processes', 'in_eval_mode', 'rows_at_once', 'Pictures', 'widened', 'LogLikelihood', 'Objective',
-           'Autoencoder', 'VAE', 'MixtureVAE', 'VampPriorVAE', 'paper_eq21', 'CSRAE', 'MixtureCSRAE', 'IWAE']
+           'of_all_processes', 'in_eval_mode', 'rows_at_once', 'in_parts', 'Pictures', 'widened', 'LogLikelihood',
+           'Objective', 'Autoencoder', 'VAE', 'MixtureVAE', 'VampPriorVAE', 'paper_eq21', 'CSRAE', 'MixtureCSRAE',
+           'IWAE']
 
 # %% ../nbs/06_models.ipynb #060002
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import reduce, wraps
 from operator import add
@@ -22,7 +23,18 @@ from torch import Tensor, nn
 
 from .divergence import cs_divergence, kl_divergence
 from .likelihoods import LIKELIHOODS, Likelihood
-from .mixtures import GMM, Draws, FullGMM, as_gmm, matrix_log_prob, pairwise_log_overlap, unchecked
+from csrae_nb.mixtures import (
+    GMM,
+    Draws,
+    FullGMM,
+    as_gmm,
+    check_sizes,
+    check_tensor,
+    matrix_log_prob,
+    pairwise_log_overlap,
+    unchecked,
+)
+from .networks import TENSOR
 from .priors import Prior, StandardNormal, Unchecked, VampPrior
 from .registry import Registry
 
@@ -166,6 +178,15 @@ def rows_at_once(
     "How many examples to take at a time without training: a thousand, of large images fewer."
     return max(1, min(1000, 2**22 // math.prod(x.shape[1:])))
 
+
+def in_parts(
+    x,  # a tensor (n, *X), or what stands for one
+) -> Iterable[Tensor]:
+    "Some examples at a time. ValueError for what is no tensor."
+    if isinstance(x, str) or not hasattr(x, "split"):
+        check_tensor("x", x, TENSOR)
+    return x.split(rows_at_once(x))
+
 # %% ../nbs/06_models.ipynb #060109
 class Pictures(Unchecked):
     "What a model shows of data, and of itself."
@@ -173,7 +194,7 @@ class Pictures(Unchecked):
     @in_eval_mode
     def reconstruct(self, x: Float[Tensor, "B *X"]) -> Float[Tensor, "B *X"]:
         "E[x|z] at the mean of q(z|x)."
-        codes = (self.encode(xb).mean for xb in x.split(rows_at_once(x)))
+        codes = (self.encode(xb).mean for xb in in_parts(x))
         return torch.cat([self.likelihood.mean(self.decode(z)) for z in codes])
 
     @in_eval_mode
@@ -241,8 +262,8 @@ class LogLikelihood(Unchecked):
     ) -> Float[Tensor, "B"]:  # nats; an estimate from below
         """log p(x) by importance sampling, Eq. (28), with proposals as wide as q(z|x) and wider. ValueError
         for a model that has none."""
-        if samples < 1:
-            raise ValueError(f"samples={samples}; expected at least 1")
+        check_tensor("x", x, TENSOR)
+        check_sizes(samples=samples)
         if not self.has_likelihood:
             raise ValueError(f"{type(self).__name__} has points for codes, and no log p(x)")
         log_prior, s, out = matrix_log_prob(prior or self.prior()), min(samples, rows), []

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRIORS', 'LOG_VAR', 'FAR', 'MOST_MAPPED', 'Unchecked', 'Prior', 'single', 'StandardNormal', 'variance', 'within',
-           'MoGPrior', 'kmeans', 'VampPrior', 'occupancy', 'effective_components', 'overlap_matrix',
+           'MoGPrior', 'check_codes', 'kmeans', 'VampPrior', 'occupancy', 'effective_components', 'overlap_matrix',
            'distinct_components', 'component_map', 'component_graph', 'eigengap', 'cut_map', 'merge_components',
            'merged_labels', 'em_step', 'full_em_step', 'full_em']
 
@@ -12,6 +12,7 @@ __all__ = ['PRIORS', 'LOG_VAR', 'FAR', 'MOST_MAPPED', 'Unchecked', 'Prior', 'sin
 import math
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -19,7 +20,16 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from .kernels import check_memory
-from .mixtures import GMM, FullGMM, as_gmm, as_mixture, pairwise_log_overlap, unchecked
+from csrae_nb.mixtures import (
+    GMM,
+    FullGMM,
+    as_gmm,
+    as_mixture,
+    check_sizes,
+    check_tensor,
+    pairwise_log_overlap,
+    unchecked,
+)
 from .registry import Registry
 
 # %% ../nbs/03_priors.ipynb #030131
@@ -88,8 +98,7 @@ class StandardNormal(Prior):
 
     def __init__(self, latent_dim: int):
         super().__init__()
-        if latent_dim < 1:
-            raise ValueError(f"latent_dim={latent_dim}; expected at least 1")
+        check_sizes(latent_dim=latent_dim)
         self.register_buffer("mu", torch.zeros(1, latent_dim), persistent=False)
 
     def forward(self) -> GMM:
@@ -124,8 +133,7 @@ class MoGPrior(Prior):
         generator: torch.Generator | None = None,  # draws the free means from N(0, 1)
     ):
         super().__init__()
-        if components < 1 or latent_dim < 1:
-            raise ValueError(f"components={components}, latent_dim={latent_dim}; expected at least 1 each")
+        check_sizes(components=components, latent_dim=latent_dim)
         K, D = components, latent_dim
         self.network = network
         if network is None:
@@ -156,7 +164,8 @@ class MoGPrior(Prior):
         or for codes of another D."""
         if self.network is not None:
             raise ValueError("a MoGPrior with a network has no free parameters to set from codes")
-        if codes.ndim != 2 or codes.shape[1] != self.mu.shape[1]:
+        check_codes(codes)
+        if codes.shape[1] != self.mu.shape[1]:
             got, D = tuple(codes.shape), self.mu.shape[1]
             raise ValueError(f"codes have shape {got}; expected (n, {D}), D of the prior being {D}")
         n, mu, var = kmeans(codes, len(self.mu), seed)
@@ -207,6 +216,15 @@ def _spread(codes):  # (n, D)
     "The variances of codes; of a single one, which has none, 0."
     return codes.var(0) if len(codes) > 1 else torch.zeros_like(codes[0])
 
+# %% ../nbs/03_priors.ipynb #030112c
+def check_codes(codes: Any) -> None:
+    "ValueError for what are no codes (n, D)."
+    check_tensor("codes", codes, "(n, D), such as draws q.rsample() of q(z|x)")
+    if not codes.is_floating_point():
+        raise ValueError(f"codes are of type {codes.dtype}; expected floats")
+    if codes.ndim != 2 or not len(codes):
+        raise ValueError(f"codes have shape {tuple(codes.shape)}; expected (n, D), n of at least 1")
+
 # %% ../nbs/03_priors.ipynb #030012
 def kmeans(
     codes: Float[Tensor, "n D"],  # draws from q(z|x)
@@ -215,6 +233,7 @@ def kmeans(
 ) -> tuple[Float[Tensor, "K"], Float[Tensor, "K D"], Float[Tensor, "K D"]]:  # counts, means, variances
     """Clusters by k-means: scikit-learn's, on one thread, or the same on the codes' GPU; ValueError for fewer
     codes than clusters."""
+    check_codes(codes)
     codes = codes.detach()
     if len(codes) < K:
         raise ValueError(
@@ -251,6 +270,7 @@ class VampPrior(Prior):
         pseudo_inputs: Float[Tensor, "K *X"],  # where the pseudo-inputs start: training examples
     ):
         super().__init__()
+        check_tensor("pseudo_inputs", pseudo_inputs, "(K, *X), such as some training examples")
         if len(pseudo_inputs) < 1:
             raise ValueError("a VampPrior needs at least one pseudo-input")
         self._encoder = (encoder,)  # in a tuple, so that it is not registered again
@@ -274,18 +294,13 @@ class VampPrior(Prior):
         return _rows(both, slice(len(x))), posterior(_rows(both, slice(len(x), None))).aggregate()
 
 # %% ../nbs/03_priors.ipynb #030019
-def _check_some(codes):
-    if not len(codes):
-        raise ValueError("there are no codes, (0, D); expected one at least")
-
-
 @torch.no_grad()
 def occupancy(
     gmm: GMM,  # unbatched mixture of K components
     codes: Float[Tensor, "n D"],  # draws from q(z|x)
 ) -> Float[Tensor, "K"]:  # sums to one
     "Share of the codes that each component is responsible for. ValueError for no codes."
-    _check_some(codes)
+    check_codes(codes)
     return gmm.responsibilities(codes).mean(0)
 
 # %% ../nbs/03_priors.ipynb #030020
@@ -413,7 +428,7 @@ def em_step(
 ) -> GMM:
     """One step of EM of a diagonal mixture on codes: their mean log-likelihood does not fall. ValueError for
     no codes, or full covariances."""
-    _check_some(codes)
+    check_codes(codes)
     gmm = as_gmm(gmm)
     r, x = gmm.responsibilities(codes).double(), codes.double()  # (n, K), (n, D): a variance is a difference
     n, centre = r.sum(0)[:, None], x.mean(0)
@@ -450,7 +465,7 @@ def full_em_step(
 ) -> FullGMM:
     """One step of EM with full covariances, raised where codes lie in a plane of fewer dimensions. ValueError
     for no codes, pseudo-counts of 0 and less, or covariances that memory is too small for."""
-    _check_some(codes)
+    check_codes(codes)
     if not pseudo_counts > 0:
         raise ValueError(f"pseudo_counts={pseudo_counts}; expected a number above 0")
     gmm, c, x = as_mixture(gmm), pseudo_counts, codes.double()
@@ -475,6 +490,7 @@ def full_em(
 ) -> GMM | FullGMM:
     """The mixture after steps of EM with full covariances, as many as raise the mean log density of held-out
     codes, by a thousandth of a nat each; itself if none does. ValueError as of `full_em_step`."""
+    check_codes(held_out)
     density = lambda p: torch.cat([p.log_prob(z) for z in held_out.split(1000)]).mean()
     reached = density(gmm)
     for _ in range(steps):

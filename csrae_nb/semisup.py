@@ -19,9 +19,9 @@ from .data import LazyImages
 from .kernels import transformed
 from .labels import ManyLabels, OneLabel, classification
 from .likelihoods import Likelihood
-from .mixtures import GMM, Draws
-from .models import Autoencoder, Terms, in_eval_mode, of_all_processes, rows_at_once, warmed_up
-from .networks import as_weights, face_features, face_images, glorot_, mlp, resnet18_features
+from .mixtures import GMM, Draws, FullGMM, check_tensor
+from .models import Autoencoder, Terms, in_eval_mode, of_all_processes, in_parts, warmed_up
+from .networks import TENSOR, as_weights, face_features, face_images, glorot_, mlp, resnet18_features
 from .patterns import Patterns, patterns_divergence
 from .priors import single, variance, within
 
@@ -291,7 +291,7 @@ class _Classifying:
     @in_eval_mode
     def predict(self, x: Float[Tensor, "B *X"] | LazyImages) -> Float[Tensor, "B C"]:
         "Logits of q(y|x)."
-        return torch.cat([self.encoder.classify(self._features(xb)) for xb in x.split(rows_at_once(x))])
+        return torch.cat([self.encoder.classify(self._features(xb)) for xb in in_parts(x)])
 
 # %% ../nbs/14b_semi_supervised.ipynb #140021
 class _Picturing(_Classifying, Autoencoder):
@@ -301,7 +301,7 @@ class _Picturing(_Classifying, Autoencoder):
     def reconstruct(self, x: Float[Tensor, "B *X"]) -> Float[Tensor, "B *X"]:
         "E[x|z, y] at the mean of q(z|x, y), with the mean code of q(y|x)."
         out = []
-        for xb in x.split(rows_at_once(x)):
+        for xb in in_parts(x):
             h = self._features(xb)
             code = self.kind.mean(self.encoder.classify(h))
             out.append(self.likelihood.mean(self.decoder(self.encoder.posterior(h, code).mean, code)))
@@ -313,7 +313,7 @@ class _Picturing(_Classifying, Autoencoder):
         n: int,  # number of samples
         generator: torch.Generator | None = None,
         component: int | None = None,  # of p(z); None: all
-        prior: GMM | None = None,  # in place of p(z)
+        prior: GMM | FullGMM | None = None,  # in place of p(z)
         rows: int = 1000,  # images at a time
     ) -> Float[Tensor, "n *X"]:
         "E[x|z, y] at codes drawn from p(z) and labels drawn from p(y)."
@@ -350,9 +350,10 @@ class _LabelByLabel(Autoencoder):
         samples: int = 5000,  # S, draws of z for each x and y
         generator: torch.Generator | None = None,
         rows: int = 1000,  # decoder rows at a time
-        prior: GMM | None = None,  # in place of p(z)
+        prior: GMM | FullGMM | None = None,  # in place of p(z)
     ) -> Float[Tensor, "B"]:  # nats; an estimate from below
         "log p(x), summed over y, each log p(x|y) by importance sampling."
+        check_tensor("x", x, TENSOR)
         every = self.kind.every(x.device).to(x)
         by_label = [_Given(self, code).log_likelihood(x, samples, generator, rows, prior) for code in every]
         return (torch.stack(by_label, 1) + self.kind.log_prob(self.label_prior[None])).logsumexp(1)

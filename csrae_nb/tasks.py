@@ -24,7 +24,7 @@ from .files import generator
 from .layers import Lower, layered_networks, two_layers
 from .likelihoods import Likelihood, Units, make_likelihood
 from .mixtures import GMM, Draws
-from .models import MODELS, Autoencoder, BatchTerm, Weight, in_eval_mode, rows_at_once
+from .models import MODELS, Autoencoder, BatchTerm, Weight, in_eval_mode, in_parts
 from .networks import load_resnet18, make_networks, prior_network
 from .priors import PRIORS, MoGPrior, Prior, StandardNormal, VampPrior
 
@@ -129,7 +129,7 @@ def terms_on(
     generator: torch.Generator | Draws | None = None,
 ) -> dict[str, Tensor]:  # reconstruction −E log p(x|z), divergence …, in nats per example; each ()
     "The terms of the loss by name: means over x, one draw of z each, or of all x together."
-    terms = [model.loss(xb, generator=generator) for xb in x.split(rows_at_once(x))]
+    terms = [model.loss(xb, generator=generator) for xb in in_parts(x)]
     each = {k: torch.cat([t.each[k] for t in terms]).cpu().double().mean() for k in terms[0].each}
     if not terms[0].whole:
         return each
@@ -151,7 +151,7 @@ def draw_codes(
 ) -> Tensor:  # (n, D)
     "One code z ~ q(z|x) for each example."
     encode = encode or model.encode
-    return torch.cat([encode(xb).rsample(generator) for xb in x.split(rows_at_once(x))])
+    return torch.cat([encode(xb).rsample(generator) for xb in in_parts(x)])
 
 
 @in_eval_mode
@@ -162,7 +162,7 @@ def mean_codes(
 ) -> Tensor:  # (n, D)
     "The mean of q(z|x) for each example."
     encode = encode or model.encode
-    return torch.cat([encode(xb).mean for xb in x.split(rows_at_once(x))])
+    return torch.cat([encode(xb).mean for xb in in_parts(x)])
 
 # %% ../nbs/09b_tasks.ipynb #092013
 def active_units(
@@ -181,7 +181,7 @@ def posterior_used(
     x: Tensor | LazyImages,  # (n, *X), as the model sees it
 ) -> Tensor:  # (), between 1 and N
     "exp of the entropy of the weights of q(z|x), a mean over x: how many of its components are in use."
-    weights = torch.cat([model.encode(xb).logw.exp() for xb in x.split(rows_at_once(x))])
+    weights = torch.cat([model.encode(xb).logw.exp() for xb in in_parts(x)])
     return torch.special.entr(weights).sum(-1).exp().mean()
 
 # %% ../nbs/09b_tasks.ipynb #092014

@@ -1,6 +1,7 @@
 "Draws with gradients from mixtures: batches, dtypes, torch's distributions, transforms, values far apart."
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
@@ -10,9 +11,9 @@ from torch.func import grad, jacfwd, jacrev, jvp, vmap
 from csrae_nb.aggregate import Aggregate
 from csrae_nb.likelihoods import Bernoulli
 from csrae_nb.mixtures import GMM, FullGMM, Share, _moved, rsample
-from csrae_nb.models import CSRAE
+from csrae_nb.models import CSRAE, VAE
 from csrae_nb.networks import Decoder, Encoder
-from csrae_nb.priors import Prior
+from csrae_nb.priors import MoGPrior, Prior, StandardNormal, VampPrior, full_em, kmeans
 
 torch.set_num_threads(1)
 
@@ -195,6 +196,47 @@ def test_what_is_no_tensor_is_refused_and_trees_are_taken(shapes_unchecked):
 class Full(Prior):
     def forward(self):
         return FullGMM(torch.zeros(1), torch.zeros(1, 2), torch.eye(2)[None])
+
+
+ROWS = [[0.0] * 6] * 3
+
+
+def small_model():
+    return VAE(
+        Encoder((6,), nn.Linear(6, 4)), Decoder(nn.Linear(2, 6), (1, 6)), StandardNormal(2), Bernoulli()
+    )
+
+
+@pytest.mark.parametrize(
+    "do, says",
+    [
+        (lambda: MoGPrior(2.5, 3), "components=2.5, latent_dim=3; expected whole numbers from 1"),
+        (lambda: StandardNormal(0), "latent_dim=0; expected a whole number from 1"),
+        (lambda: VampPrior(nn.Identity(), (4,)), "pseudo_inputs is of type tuple; expected a tensor"),
+        (
+            lambda: MoGPrior(2, 2).init_from_codes(mixture(*parts(9))),
+            "codes is of type GMM; expected a tensor",
+        ),
+        (
+            lambda: MoGPrior(2, 2).init_from_codes(torch.ones(9)),
+            r"codes have shape \(9,\); expected \(n, D\)",
+        ),
+        (lambda: kmeans(torch.ones(9, 2).long(), 2, 0), "codes are of type torch.int64; expected floats"),
+        (lambda: full_em(mixture(*parts()), torch.ones(9, 2), np.ones((3, 2))), "codes is of type ndarray"),
+        (lambda: mixture(*parts()).log_prob(np.ones((3, 2))), "z is of type ndarray; expected a tensor"),
+        *(
+            (
+                lambda name=name, x=x: getattr(small_model(), name)(x),
+                f"x is of type {type(x).__name__}; expected",
+            )
+            for name in ("encode", "decode", "loss", "reconstruct", "log_likelihood")
+            for x in (ROWS, np.array(ROWS), None)
+        ),
+    ],
+)
+def test_what_is_given_is_named_where_it_is_refused(shapes_unchecked, do, says):
+    with pytest.raises(ValueError, match=says):
+        do()
 
 
 def test_a_prior_with_full_covariances(shapes_unchecked):
