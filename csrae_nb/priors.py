@@ -440,13 +440,28 @@ def em_step(
     return GMM(logw, torch.where(used, mu, gmm.mu), torch.where(used, var, gmm.var))
 
 # %% ../nbs/03_priors.ipynb #030029
-def _scatter(x, m, w):
-    "Σᵢ wᵢ (xᵢ − m)(xᵢ − m)ᵀ, of the rows that count."
-    some = w > 1e-12
-    d = x[some] - m
-    return (d.T * w[some]) @ d
+def _scatters(x, mu, r):
+    "Σᵢ rᵢₖ (xᵢ − μₖ)(xᵢ − μₖ)ᵀ of each component, (K, D, D), from the rows that count."
+    if x.is_cuda:  # which would wait whenever rows are picked
+        return _scatters_of_all(x, mu, r)
+
+    def scatter(m, w):
+        some = w > 1e-12
+        d = x[some] - m
+        return (d.T * w[some]) @ d
+
+    return torch.stack([scatter(m, w) for m, w in zip(mu, r.T)])
 
 
+def _scatters_of_all(x, mu, r):
+    "The same from all rows, of all components at once."
+    (K, D), z, m = mu.shape, x - x.mean(0), mu - x.mean(0)
+    blocks = zip(r.split(1000), z.split(1000))
+    square = sum(some.T @ (zb[:, :, None] * zb[:, None]).flatten(1) for some, zb in blocks).view(K, D, D)
+    cross = (r.T @ z)[:, :, None] * m[:, None]
+    return square - cross - cross.mT + r.sum(0)[:, None, None] * m[:, :, None] * m[:, None]
+
+# %% ../nbs/03_priors.ipynb #030079
 def _regular(cov, dtype):
     "Covariances whose least eigenvalue is raised to where a Cholesky factor of that precision exists."
     if not cov.isfinite().all():
@@ -475,8 +490,7 @@ def full_em_step(
     r = torch.cat([gmm.responsibilities(z) for z in codes.split(1000)]).double()  # (n, K)
     n = r.sum(0)
     mu = torch.where(n[:, None] > 1e-3, (r.T @ x) / n[:, None].clamp_min(1e-3), gmm.mu)
-    scatter = torch.stack([_scatter(x, m, w) for m, w in zip(mu, r.T)])  # n_k S_k, (K, D, D)
-    cov = _regular((scatter + c * old) / (n + c)[:, None, None], codes.dtype)
+    cov = _regular((_scatters(x, mu, r) + c * old) / (n + c)[:, None, None], codes.dtype)
     found = (n / len(x)).log(), mu, cov
     return FullGMM(*(t.to(codes.dtype) for t in found))
 

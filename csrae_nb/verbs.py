@@ -318,7 +318,7 @@ def _add_sample(verbs):
     sample.add_argument(
         "--temperature", type=float, default=1.0, help="factor of its standard deviations (1)"
     )
-    refit = "from the prior after EM on codes of the training data, of which samples then cover more"
+    refit = "from the prior after EM on codes of the training data, of which samples then mostly cover more"
     sample.add_argument("--refit", action="store_true", help=refit)
     moved = "with --refit: where those are now, if not where they were at training"
     sample.add_argument("--data", help=moved)
