@@ -161,7 +161,7 @@ def sample_sources(
     held_out: Float[Tensor, "m D"],  # of validation data
     names: Iterable[str] = SAMPLES,  # which are wanted
 ) -> dict[str, GMM | FullGMM]:  # name: where codes are drawn from
-    "The mixtures that samples of a run are drawn from."
+    "The mixtures that samples of a run are drawn from, without one that memory is too small for: a warning."
     prior, K = run.model.prior, min(run.cfg.expost_components, len(codes))
     made = dict(
         samples=prior,
@@ -170,7 +170,13 @@ def sample_sources(
         samples_full=lambda: full_em(prior(), codes, held_out),
         samples_expost=lambda: expost_mixture(codes, K, run.cfg.seed),
     )
-    return {name: made[name]() for name in names}
+    out = {}
+    for name in names:
+        try:
+            out[name] = made[name]()
+        except NotEnoughMemory as e:
+            warnings.warn(f"no {name}: {e}")
+    return out
 
 # %% ../nbs/10b_evaluation.ipynb #100035
 def frechet_distances(
@@ -361,7 +367,7 @@ METRICS = (
 TEMPERATURES = (0.85, 0.7)  # parts of the standard deviations that samples are drawn with, too
 DRAWN = ("samples", "samples_full", "samples_expost")  # of which more is measured
 SHARES = ("precision", "recall", "density", "coverage")
-# of codes; all but the first four of runs with a mixture prior or two layers; and of samples
+# of codes, some of them of mixture priors or two layers only; and of samples
 DIAGNOSTICS = (
     *("active_units", *(f"knn{k}_means" for k in (3, 5, 10)), "distinct_k", "log_prior_full", *_OF_LOWER),
     *("cluster_accuracy", "cluster_purity", "cluster_nmi", "cluster_ari"),
@@ -451,15 +457,6 @@ def _too_few(data):
     if few := [f"x_{s} has one example: no {w}" for s, w in what.items() if len(getattr(data, f"x_{s}")) < 2]:
         warnings.warn("; ".join(few))
 
-# %% ../nbs/10b_evaluation.ipynb #100239
-def _sources_that_fit(run, codes, held_out):
-    "Where samples are drawn from, full covariances if memory is large enough."
-    try:
-        return sample_sources(run, codes, held_out)
-    except NotEnoughMemory as e:
-        warnings.warn(f"no samples_full: {e}")
-        return sample_sources(run, codes, held_out, [s for s in SAMPLES if s not in LATER])
-
 # %% ../nbs/10b_evaluation.ipynb #100139
 def _evaluate(run, data, progress, known):
     of_task = run.task.metrics(run.model, data)
@@ -467,7 +464,7 @@ def _evaluate(run, data, progress, known):
         return {**dict.fromkeys(METRICS), **of_task}  # a classifier has no codes and no images
     _too_few(data)
     test, codes = data.fixed("test"), run_codes(run, data, "train")
-    sources = _sources_that_fit(run, codes, run_codes(run, data, "val"))
+    sources = sample_sources(run, codes, run_codes(run, data, "val"))
     terms = mean_terms(run.model, test, generator(run.cfg.seed, "test", device=run.device))
     samples = run.cfg.ll_samples if run.model.has_likelihood else 0
     found = known.get("log_likelihood")

@@ -70,12 +70,15 @@ def _log_z_gradients(mu, var, nu, tau2, g, same):
 def free_memory(
     device: torch.device,  # the CPU or a GPU
 ) -> int:  # bytes
-    "Memory that is free on a torch device."
+    "Memory that is free on a torch device, or held by torch for what comes next."
     from psutil import virtual_memory
 
-    return virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu":
+        return virtual_memory().available
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
 
-
+# %% ../nbs/01a_kernels.ipynb #010217m
 class NotEnoughMemory(ValueError):
     "What is asked for does not fit into the memory that is free."
 
@@ -85,6 +88,7 @@ def check_memory(
     like: Tensor,  # of the numbers' type and device
     numbers: int = 1,  # numbers per pair
     what: str = "pairs of components",  # as an error calls them
+    advice: str = "fewer components or a smaller batch",  # what to use
 ) -> None:
     "NotEnoughMemory if these, and what a log-sum-exp and its gradient add to them, will not fit."
     if (need := 3 * pairs * numbers * like.element_size()) < 2**30:
@@ -92,7 +96,7 @@ def check_memory(
     if need > (free := free_memory(like.device)):
         raise NotEnoughMemory(
             f"{pairs:,} {what} need about {need / 2**30:,.0f} GiB, {free / 2**30:.1f} GiB "
-            "are free; use fewer components or a smaller batch"
+            f"are free; use {advice}"
         )
 
 # %% ../nbs/01a_kernels.ipynb #010116

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_LABELS', 'MEASURES', 'OneLabel', 'ManyLabels', 'every_answer', 'f1_of_answers', 'best_threshold',
-           'counts_of_answers', 'ranks_of_answers', 'tuned_answers', 'by_answer', 'cycled', 'balanced', 'Cutpoints',
+           'counts_of_answers', 'ranks_of_answers', 'tuned_answers', 'each_answer', 'cycled', 'balanced', 'Cutpoints',
            'Intensities', 'agreement', 'class_weights', 'classification', 'label_kind', 'kind_from', 'how_many',
            'labelled_images']
 
@@ -283,16 +283,22 @@ def counts_of_answers(
     return {f"{k}_{name}": v for k, part in parts.items() for name, v in zip(names, part.sum(0).tolist())}
 
 # %% ../nbs/14_labels.ipynb #140660
+def _is_ranked(score, y):
+    return len(y.unique()) > 1 and bool(score.isfinite().all())
+
+
 def ranks_of_answers(
     score: Float[Tensor, "n L"],  # the larger the likelier yes
     y: Int[Tensor, "n L"],  # 1: yes, 0: no, -1: not known
     names: Iterable[str | int],  # of the answers
-) -> dict[str, float | None]:  # ap, the mean, and ap_… of each; None where all say the same
+) -> dict[
+    str, float | None
+]:  # ap, the mean, and ap_… of each; None where all say the same, or scores are NaN
     "Average precision in percent: how well a yes is ranked before a no, whatever the threshold."
     from sklearn.metrics import average_precision_score
 
     pairs = [(b[b >= 0].cpu(), a[b >= 0].cpu()) for a, b in zip(score.T, y.T)]
-    found = [100 * average_precision_score(b, a) if len(b.unique()) > 1 else None for b, a in pairs]
+    found = [100 * average_precision_score(b, a) if _is_ranked(a, b) else None for b, a in pairs]
     known = [v for v in found if v is not None]
     return dict(ap=sum(known) / len(known) if known else None, **{f"ap_{k}": v for k, v in zip(names, found)})
 
@@ -323,15 +329,16 @@ def tuned_answers(
 MEASURES = ("f1", "threshold", "tuned_f1", "ap", "icc", "pcc", "mae")  # of an answer, where they are known
 
 
-def by_answer(
+def each_answer(
     metrics: dict[str, Any],  # of a run, as in metrics.json
 ) -> dict[str, dict[str, float | int | None]]:  # {} without answers
-    "What was measured of each answer, by its name: how many are known, how many of them are yes, F1, …"
+    "What was measured of each answer, by its name: how many are yes, of how many that are known, F1, …"
 
     def of(name):
-        tp, fp, fn, tn = (metrics[f"{c}_{name}"] for c in ("tp", "fp", "fn", "tn"))
+        counts = [metrics.get(f"{c}_{name}") for c in ("tp", "fn", "fp", "tn")]
+        known = None if None in counts else sum(counts)  # earlier runs have no tn
         measures = {m: metrics[f"{m}_{name}"] for m in MEASURES if f"{m}_{name}" in metrics}
-        return dict(known=tp + fp + fn + tn, yes=tp + fn, **measures)
+        return dict(yes=sum(counts[:2]), known=known, **measures)
 
     return {name: of(name) for name in (k.removeprefix("tp_") for k in metrics if k.startswith("tp_"))}
 

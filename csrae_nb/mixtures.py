@@ -88,7 +88,7 @@ def check_tensor(name: str, value: Any, expected: str) -> None:
 
 def check_sizes(**sizes: int) -> None:
     "ValueError for sizes that are not whole numbers, from 1."
-    if not all(isinstance(n, Integral) and n >= 1 for n in sizes.values()):
+    if not all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 1 for n in sizes.values()):
         got = ", ".join(f"{k}={n!r}" for k, n in sizes.items())
         raise ValueError(f"{got}; expected {'a whole number' if len(sizes) == 1 else 'whole numbers'} from 1")
 
@@ -297,7 +297,7 @@ class Mixture(Batched):
         "n independent draws from a single mixture; ValueError for a batched one or an unknown component."
         if len(self.batch_shape):
             raise ValueError(f"sample wants one mixture, not a batch of shape {tuple(self.batch_shape)}")
-        if n < 0:
+        if not isinstance(n, Integral) or n < 0:
             raise ValueError(f"n={n}; expected the number of draws, 0 or more")
         N = self.logw.shape[-1]
         if component is None and n:  # torch has no multinomial of none

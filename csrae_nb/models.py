@@ -28,6 +28,7 @@ from csrae_nb.mixtures import (
     Draws,
     FullGMM,
     as_gmm,
+    as_mixture,
     check_sizes,
     check_tensor,
     matrix_log_prob,
@@ -180,10 +181,10 @@ def rows_at_once(
 
 
 def in_parts(
-    x,  # a tensor (n, *X), or what stands for one
+    x,  # as above
 ) -> Iterable[Tensor]:
-    "Some examples at a time. ValueError for what is no tensor."
-    if isinstance(x, str) or not hasattr(x, "split"):
+    "Some examples at a time. ValueError for what is no tensor, and does not stand for one."
+    if not (hasattr(x, "shape") and hasattr(x, "split")):
         check_tensor("x", x, TENSOR)
     return x.split(rows_at_once(x))
 
@@ -263,10 +264,10 @@ class LogLikelihood(Unchecked):
         """log p(x) by importance sampling, Eq. (28), with proposals as wide as q(z|x) and wider. ValueError
         for a model that has none."""
         check_tensor("x", x, TENSOR)
-        check_sizes(samples=samples)
+        check_sizes(samples=samples, rows=rows)
         if not self.has_likelihood:
             raise ValueError(f"{type(self).__name__} has points for codes, and no log p(x)")
-        log_prior, s, out = matrix_log_prob(prior or self.prior()), min(samples, rows), []
+        log_prior, s, out = matrix_log_prob(as_mixture(prior or self.prior())), min(samples, rows), []
         for xb in x.split(max(1, rows // s)):
             q = self.encode(xb)
             some = (min(s, samples - i) for i in range(0, samples, s))

@@ -282,9 +282,11 @@ def compare_samples(
         len(runs), 1, figsize=(9, 0.4 + 0.97 * len(runs)), layout="constrained", squeeze=False
     )
     for ax, (name, r) in zip(axs.flat, runs.items()):
-        codes = _sources(r, data, source)[source]
+        codes = _sources(r, data, source)
+        if source not in codes:
+            raise ValueError(f"memory is too small for {SOURCES[source]} of {name}")
         g = generator(r.cfg.seed, "samples", device=r.device)
-        xs, how = r.model.sample(n, g, prior=codes), dict(names=r.columns, ink=is_ink(r.cfg.dataset))
+        xs, how = r.model.sample(n, g, prior=codes[source]), dict(names=r.columns, ink=is_ink(r.cfg.dataset))
         show_examples(ax, xs, columns=(n + 1) // 2, **how)
         ax.label_outer()
         ax.set_title(name, fontsize=9, loc="left", pad=2)

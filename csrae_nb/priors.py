@@ -217,13 +217,13 @@ def _spread(codes):  # (n, D)
     return codes.var(0) if len(codes) > 1 else torch.zeros_like(codes[0])
 
 # %% ../nbs/03_priors.ipynb #030112c
-def check_codes(codes: Any) -> None:
+def check_codes(codes: Any, name: str = "codes") -> None:  # as an error calls them
     "ValueError for what are no codes (n, D)."
-    check_tensor("codes", codes, "(n, D), such as draws q.rsample() of q(z|x)")
+    check_tensor(name, codes, "(n, D), such as draws q.rsample() of q(z|x)")
     if not codes.is_floating_point():
-        raise ValueError(f"codes are of type {codes.dtype}; expected floats")
+        raise ValueError(f"{name} are of type {codes.dtype}; expected floats")
     if codes.ndim != 2 or not len(codes):
-        raise ValueError(f"codes have shape {tuple(codes.shape)}; expected (n, D), n of at least 1")
+        raise ValueError(f"{name} have shape {tuple(codes.shape)}; expected (n, D), n of at least 1")
 
 # %% ../nbs/03_priors.ipynb #030012
 def kmeans(
@@ -234,6 +234,7 @@ def kmeans(
     """Clusters by k-means: scikit-learn's, on one thread, or the same on the codes' GPU; ValueError for fewer
     codes than clusters."""
     check_codes(codes)
+    check_sizes(K=K)
     codes = codes.detach()
     if len(codes) < K:
         raise ValueError(
@@ -463,12 +464,16 @@ def _scatters_of_all(x, mu, r):
 
 # %% ../nbs/03_priors.ipynb #030079
 def _regular(cov, dtype):
-    "Covariances whose least eigenvalue is raised to where a Cholesky factor of that precision exists."
+    """Covariances that have Cholesky factors of that precision: the least eigenvalue of the correlations, to
+    which the axes' scales do not matter, is raised to what these need."""
     if not cov.isfinite().all():
         return cov  # which a mixture refuses
-    values, D = torch.linalg.eigvalsh(cov), cov.shape[-1]
-    lacking = (2 * D * torch.finfo(dtype).eps * values[:, -1] - values[:, 0]).clamp_min(0)
-    return cov + lacking[:, None, None] * torch.eye(D).to(cov)
+    var = cov.diagonal(dim1=-2, dim2=-1).clone()
+    scale, enough = var.rsqrt(), 2 * cov.shape[-1] * torch.finfo(dtype).eps
+    values = torch.linalg.eigvalsh(scale[:, :, None] * cov * scale[:, None])
+    lacking = (enough * values[:, -1] - values[:, 0]).clamp_min(0)
+    cov.diagonal(dim1=-2, dim2=-1).add_(lacking[:, None] * var)
+    return cov
 
 # %% ../nbs/03_priors.ipynb #030129
 @torch.no_grad()
@@ -485,7 +490,7 @@ def full_em_step(
         raise ValueError(f"pseudo_counts={pseudo_counts}; expected a number above 0")
     gmm, c, x = as_mixture(gmm), pseudo_counts, codes.double()
     K, D = gmm.mu.shape
-    check_memory(K, x, D**2, f"covariances of {D} dimensions")
+    check_memory(K, x, 2 * D**2, f"covariances of {D} dimensions", "fewer components")
     old = FullGMM.of(gmm).cov.double().diagonal(dim1=-2, dim2=-1).diag_embed()
     r = torch.cat([gmm.responsibilities(z) for z in codes.split(1000)]).double()  # (n, K)
     n = r.sum(0)
@@ -504,12 +509,13 @@ def full_em(
 ) -> GMM | FullGMM:
     """The mixture after steps of EM with full covariances, as many as raise the mean log density of held-out
     codes, by a thousandth of a nat each; itself if none does. ValueError as of `full_em_step`."""
-    check_codes(held_out)
+    check_codes(held_out, "held_out")
     density = lambda p: torch.cat([p.log_prob(z) for z in held_out.split(1000)]).mean()
     reached = density(gmm)
     for _ in range(steps):
         after = full_em_step(gmm, codes)
-        if (found := density(after)) < reached + 1e-3:
+        found = density(after)
+        if not found >= reached + 1e-3:  # NaN, too
             break
         gmm, reached = after, found
     return gmm

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DTYPE', 'product_precision', 'check_device', 'accelerator', 'is_main_process', 'cores', 'share_buffers',
-           'of_main_process', 'WorkerPool', 'worker_processes', 'refuse_in_workers', 'cpu_threads', 'torch_defaults']
+           'of_main_process', 'WorkerPool', 'worker_processes', 'is_importing', 'refuse_in_workers', 'cpu_threads',
+           'torch_defaults']
 
 # %% ../nbs/09c_process.ipynb #093002
 import ctypes
@@ -18,7 +19,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from multiprocessing import current_process, get_context, parent_process
 from textwrap import shorten
-from threading import Thread, current_thread, main_thread
+from threading import Thread
 from typing import Any
 
 import torch
@@ -130,7 +131,9 @@ _here = dict(works=False, is_told=False)  # of a process that works for another
 
 
 def _on_interrupt(*_):
+    _here["is_told"] = True
     if _here["works"]:
+        _here["works"] = False  # what it clears up is not interrupted again
         raise KeyboardInterrupt
 
 
@@ -138,14 +141,14 @@ def _listen(word):
     "Stop the work when the pool has ended, and this process when the one that began it has."
     with suppress(EOFError):
         word.recv()
-    _here["is_told"] = True
     interrupt_main()
     parent_process().join()
     os._exit(1)
 
-
+# %% ../nbs/09c_process.ipynb #093412
 def _begin(word, all_there):
     signal.signal(signal.SIGINT, _on_interrupt)
+    _hear(True)
     Thread(target=_listen, args=(word,), daemon=True).start()
     torch.set_num_threads(1)
     all_there.wait()
@@ -161,17 +164,12 @@ def _until_told(do, *args):
         _here["works"] = False
 
 # %% ../nbs/09c_process.ipynb #093403
-@contextmanager
-def _deaf():
-    "Processes that begin within do not hear Ctrl-C while they import."
-    if current_thread() is not main_thread():
-        yield  # only the main thread may say so
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+def _hear(said):
+    "Whether this thread hears Ctrl-C now, or later, once it does again; whether it did."
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        return True
+    how = signal.SIG_UNBLOCK if said else signal.SIG_BLOCK
+    return signal.SIGINT not in signal.pthread_sigmask(how, {signal.SIGINT})
 
 
 class WorkerPool(ProcessPoolExecutor):
@@ -186,16 +184,19 @@ class WorkerPool(ProcessPoolExecutor):
 def worker_processes(
     jobs: int,  # how many
 ) -> Iterator[WorkerPool]:
-    """Processes of one thread each, which end with this one, however it ends. When the with does, what they
-    do is interrupted and what waits is cancelled. BrokenProcessPool if one cannot begin, or died.
+    """Processes, with one thread of torch each, which end with this one, however it ends. When the with does,
+    what they do is interrupted and what waits is cancelled. BrokenProcessPool if one cannot begin, or died.
 
     All are there before any has work: if one died while another began, the pool would wait without end."""
     context = get_context("spawn")
     word, end = context.Pipe(duplex=False)
     with WorkerPool(jobs, context, _begin, (word, context.Barrier(jobs))) as pool:
         try:
-            with _deaf():
+            heard = _hear(False)  # nor do processes that begin now, until they have imported all
+            try:
                 begun = [pool.submit(os.getpid) for _ in range(jobs)]
+            finally:
+                _hear(heard)
             for process in begun:
                 process.result()
             yield pool
@@ -204,11 +205,16 @@ def worker_processes(
             pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/09c_process.ipynb #093406
+def is_importing() -> bool:
+    "Whether this process is a worker that imports, before it begins, the script that began it."
+    return getattr(current_process(), "_inheriting", False)
+
+
 def refuse_in_workers(
     what: str,  # is begun
 ) -> None:
     "RuntimeError where a process imports the script that began it, which would begin the same again."
-    if getattr(current_process(), "_inheriting", False):
+    if is_importing():
         raise RuntimeError(
             f"{what} by processes that import your script: "
             "put what the script does under if __name__ == \"__main__\":"

@@ -50,7 +50,7 @@ from csrae_nb.grids import (
     trained_epochs,
     without_effect,
 )
-from .process import cores
+from .process import cores, is_importing
 from .reading import read_text
 from .runs import prepare_data
 from .training import is_trained
@@ -324,7 +324,7 @@ def run_sweep(
     that have changed since.
 
     A run that fails, or that another process is training, leaves the others alone."""
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
+    if is_importing():
         os._exit(UNGUARDED)  # imported by a run's process
     configs = distinct(configs)
     runs_folder().mkdir(parents=True, exist_ok=True)

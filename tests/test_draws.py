@@ -222,7 +222,10 @@ def small_model():
             r"codes have shape \(9,\); expected \(n, D\)",
         ),
         (lambda: kmeans(torch.ones(9, 2).long(), 2, 0), "codes are of type torch.int64; expected floats"),
-        (lambda: full_em(mixture(*parts()), torch.ones(9, 2), np.ones((3, 2))), "codes is of type ndarray"),
+        (
+            lambda: full_em(mixture(*parts()), torch.ones(9, 2), np.ones((3, 2))),
+            "held_out is of type ndarray",
+        ),
         (lambda: mixture(*parts()).log_prob(np.ones((3, 2))), "z is of type ndarray; expected a tensor"),
         *(
             (

@@ -5,7 +5,7 @@ import torch
 
 from csrae_nb.evaluation import evaluate, run_codes, sample_sources
 from csrae_nb.kernels import NotEnoughMemory
-from csrae_nb.mixtures import GMM
+from csrae_nb.mixtures import GMM, FullGMM
 from csrae_nb.priors import full_em, full_em_step
 from csrae_nb.runs import prepare_data
 from csrae_nb.trained import refitted_prior
@@ -24,17 +24,31 @@ def test_codes_in_a_plane_of_fewer_dimensions_have_a_density(dtype, scale, D, K)
     codes = torch.randn(3000, plane, generator=g) @ torch.randn(plane, D, generator=g)
     codes = codes.to(dtype) * scale
     mu = codes[:K].clone()
-    start = GMM(torch.zeros(K, dtype=dtype).log_softmax(0), mu, torch.full_like(mu, scale**2))
+    start = GMM(torch.zeros(K, dtype=dtype).log_softmax(0), mu, torch.full_like(mu, 1e-10 * scale**2))
     found = full_em(start, codes[:2000], codes[2000:])
+    assert isinstance(found, FullGMM)
     assert found.log_prob(codes).isfinite().all() and found.rsample(g).isfinite().all()
 
 
-def test_other_covariances_stay_as_they_are():
-    codes = torch.randn(2000, 5, generator=torch.Generator().manual_seed(0)).double()
-    one = GMM(torch.zeros(1).double(), torch.zeros(1, 5).double(), torch.ones(1, 5).double())
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-3), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("widest", [1.0, 1e2, 1e4])
+def test_other_covariances_stay_as_they_are(dtype, close, widest):
+    "Also those of axes of different scales, whose factors exist."
+    g, D = torch.Generator().manual_seed(0), 20
+    codes = (
+        torch.randn(3000, D, generator=g) @ (torch.eye(D) + 0.1 * torch.randn(D, D, generator=g))
+    ).double()
+    codes[:, 0] *= widest
+    one = GMM(torch.zeros(1), torch.zeros(1, D), codes.var(0)[None])
+    one = GMM(*(t.to(dtype) for t in (one.logw, one.mu, one.var)))
     d = codes - codes.mean(0)
-    plain = (d.T @ d + 10 * torch.eye(5).double()) / 2010
-    torch.testing.assert_close(full_em_step(one, codes).cov[0], plain, rtol=1e-12, atol=1e-12)
+    plain = (d.T @ d + 10 * codes.var(0).diag()) / 3010
+    scale = plain.diagonal().sqrt()
+    found = full_em_step(one, codes.to(dtype)).cov[0].double()
+    torch.testing.assert_close(
+        found / scale / scale[:, None], plain / scale / scale[:, None], rtol=0, atol=close
+    )
+    assert isinstance(full_em(one, codes[:2000].to(dtype), codes[2000:].to(dtype)), FullGMM)
 
 
 @pytest.fixture
@@ -55,7 +69,9 @@ def test_covariances_that_do_not_fit_into_memory_are_left_out(run, monkeypatch):
     monkeypatch.setattr("csrae_nb.kernels.free_memory", lambda device: 2**20)
     D = 20_000
     wide = GMM(torch.zeros(2).log_softmax(-1), torch.zeros(2, D), torch.ones(2, D))
-    with pytest.raises(NotEnoughMemory, match="2 covariances of 20000 dimensions need about 18 GiB"):
+    with pytest.raises(
+        NotEnoughMemory, match="2 covariances of 20000 dimensions need about 36 GiB.*; use fewer components"
+    ):
         full_em_step(wide, torch.zeros(3, D))
 
     def too_small(*_):
