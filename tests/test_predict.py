@@ -372,6 +372,8 @@ def test_a_table_that_is_interrupted_says_so_in_one_line(runs, videos, tmp_path,
     time.sleep(0 if begun else 1)  # its processes import
     os.killpg(p.pid, signal.SIGINT)
     said = p.communicate(timeout=120)[1].replace("\r", "\n").splitlines()
+    # seen once in sixty: Python's tracker of semaphores, a process of its own, had the last word
+    said = [line for line in said if "resource_tracker" not in line]
     assert p.returncode == 130 and said[-1].startswith("csrae predict: stopped")
     assert ("the same command goes on" in said[-1]) == begun and not [
         line for line in said[:-1] if line.strip() and "%|" not in line
