@@ -382,17 +382,8 @@ DIAGNOSTICS = (
 OF_TASKS = ("error", "error_val", "f1", "f1_val", "tuned_f1", "icc", "pcc", "mae")
 OF_TASKS += ("informed_f1", "informed_tuned_f1", "ap", "informed_ap", "to_patterns", "labels_to_patterns")
 _counts = ("tp", "fp", "fn", "tn")
-OF_ANSWERS = (
-    "f1",
-    "tuned_f1",
-    "threshold",
-    *_counts,
-    *(f"tuned_{c}" for c in _counts),
-    "ap",
-    "icc",
-    "pcc",
-    "mae",
-)
+OF_ANSWERS = "f1", "tuned_f1", "threshold", *_counts, *(f"tuned_{c}" for c in _counts)
+OF_ANSWERS += "ap", "icc", "pcc", "mae"
 
 # %% ../nbs/10b_evaluation.ipynb #100238
 def _frechet(run, data, sources, progress):

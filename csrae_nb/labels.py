@@ -291,10 +291,9 @@ def ranks_of_answers(
     score: Float[Tensor, "n L"],  # the larger the likelier yes
     y: Int[Tensor, "n L"],  # 1: yes, 0: no, -1: not known
     names: Iterable[str | int],  # of the answers
-) -> dict[
-    str, float | None
-]:  # ap, the mean, and ap_… of each; None where all say the same, or scores are NaN
-    "Average precision in percent: how well a yes is ranked before a no, whatever the threshold."
+) -> dict[str, float | None]:  # ap, the mean, and ap_… of each
+    """Average precision in percent: how well a yes is ranked before a no, whatever the threshold. None for an
+    answer that is always the same, or has scores that are not finite."""
     from sklearn.metrics import average_precision_score
 
     pairs = [(b[b >= 0].cpu(), a[b >= 0].cpu()) for a, b in zip(score.T, y.T)]
