@@ -109,12 +109,11 @@ def _plain_gradients(mu, var, nu, tau2, g):
     return -(r * left).sum(2), (h * left).sum(2), (r * right).sum(1), (h * right).sum(1)
 
 # %% ../nbs/01a_kernels.ipynb #010017
-SKIP = 1e-12  # share of a row's largest gradient below which a pair is skipped
+SKIP = 1e-12  # of the mean size of a row's gradients: a pair below it is skipped
 
 # %% ../nbs/01a_kernels.ipynb #010217
-def _add_four(mu, var, nu, tau2, d, first, least, square, product):
+def _add_four(mu, var, nu, tau2, d, first, square, product):
     "Add r²/s of the dimensions d to d + 3 of a row to square, and multiply product by their s."
-    most, inf = square.dtype.type(1 / least), square.dtype.type(np.inf)
     a0, b0, x0, y0 = mu[d], var[d], nu[d, first:], tau2[d, first:]
     a1, b1, x1, y1 = mu[d + 1], var[d + 1], nu[d + 1, first:], tau2[d + 1, first:]
     a2, b2, x2, y2 = mu[d + 2], var[d + 2], nu[d + 2, first:], tau2[d + 2, first:]
@@ -125,9 +124,8 @@ def _add_four(mu, var, nu, tau2, d, first, least, square, product):
         r2, s2 = a2 - x2[m], b2 + y2[m]
         r3, s3 = a3 - x3[m], b3 + y3[m]
         s01, s23 = s0 * s1, s2 * s3
-        bad = (s0 < 0) | (s2 < 0) | (s01 < least) | (s23 < least) | (s01 > most) | (s23 > most)
         r01, r23 = r0 * r0 * s1 + r1 * r1 * s0, r2 * r2 * s3 + r3 * r3 * s2
-        square[m] += inf if bad else (r01 * s23 + r23 * s01) / (s01 * s23)
+        square[m] += (r01 * s23 + r23 * s01) / (s01 * s23)
         product[m] *= s01 * s23
 
 # %% ../nbs/01a_kernels.ipynb #010244
@@ -158,21 +156,21 @@ def _plain_row(mu, var, nu, tau2, first, square, constant, row):
         row[m] = constant - total / 2
 
 # %% ../nbs/01a_kernels.ipynb #010245
-def _log_z_loops(mu, var, nu, tau2, constant, bits, out, same):
-    "D a multiple of 4; nu and tau2 (P, D, M), so that the inner loops run along a row."
+def _log_z_loops(mu, var, nu, tau2, dims, constant, bits, out, same):
+    "D and dims multiples of 4; nu and tau2 (P, D, M), so that the inner loops run along a row."
     (P, N, D), M, whole = mu.shape, nu.shape[2], bits.dtype.type
     squares, products, powers = np.empty(M, mu.dtype), bits.view(mu.dtype), np.empty_like(bits)
     fraction = whole(23) if mu.itemsize == 4 else whole(52)  # bits after the leading one
-    least = mu.dtype.type(1e-15 if mu.itemsize == 4 else 1e-140)  # that a product of two may be
     products[:] = 1
     one, rest = bits[0], whole((1 << fraction) - 1)
     for p in range(P):
         for n in range(N):
             first = n if same else 0
             square, product, bit, power = squares[first:], products[first:], bits[first:], powers[first:]
-            square[:], product[:], power[:] = 0, 1, 0
-            for d in range(0, D, 4):
-                _add_four(mu[p, n], var[p, n], nu[p], tau2[p], d, first, least, square, product)
+            square[:], product[:], power[:] = 0 if dims[p] else np.inf, 1, 0
+            for begin in range(0, D if dims[p] else 0, max(4, dims[p])):
+                for d in range(begin, min(D, begin + dims[p]), 4):
+                    _add_four(mu[p, n], var[p, n], nu[p], tau2[p], d, first, square, product)
                 for m in range(len(bit)):  # the product is in [1, 2) again
                     power[m] += (bit[m] - one) >> fraction
                     bit[m] = bit[m] & rest | one
@@ -184,81 +182,99 @@ def _log_z_loops(mu, var, nu, tau2, constant, bits, out, same):
                     out[p, first + m, n] = row[m]
 
 # %% ../nbs/01a_kernels.ipynb #010117
-def _used_pairs(g, p, n, first, same, w, used):
-    "How many pairs of a row count, which are put into used; the gradients of its log z are put into w."
-    least = np.zeros(len(g), w.dtype)
+def _two_rows(g, p, n, same, w):
+    "The gradients of log z of rows n and n + 1 into w; if same, of a pair in both orders, in the first row."
+    w[:] = 0
+    N, M = g.shape[2:]
     for side in range(len(g)):
-        v, top = w[side], w.dtype.type(0)
-        for m in range(len(v)):
-            mirrored = g[side, p, first + m, n] if same and m else v.dtype.type(0)
-            v[m] = g[side, p, n, first + m] + mirrored
-            if not abs(v[m]) <= top:
-                top = abs(v[m])  # NaN, too
-        least[side] = SKIP * top if top < np.inf else 0
-    count, left, right = 0, w[0], w[-1]
-    for m in range(len(left)):
-        if abs(left[m]) <= least[0] and abs(right[m]) <= least[-1]:
-            left[m] = right[m] = 0  # rather than some tiny number, which would be slow
-        else:
-            used[count] = m
-            count += 1
+        for j in range(min(2, N - n)):
+            own = n + j if same else 0
+            w[j, side, own:] = g[side, p, n + j, own:]
+        if same and n + 1 < N:
+            w[0, side, n + 1] += g[side, p, n + 1, n]
+            below, w0, w1 = g[side, p, n + 2 :, n : n + 2], w[0, side, n + 2 :], w[1, side, n + 2 :]
+            for m in range(M - n - 2):
+                w0[m] += below[m, 0]
+                w1[m] += below[m, 1]
+
+# %% ../nbs/01a_kernels.ipynb #010317
+def _sift(v):
+    "Set what does not count in a row of gradients to 0; how many are left."
+    zero = v.dtype.type(0)
+    total, count = zero, 0
+    for m in range(len(v)):
+        total += abs(v[m])
+    least = v.dtype.type(SKIP) * total / len(v) if total < np.inf else zero
+    for m in range(len(v)):
+        nil = abs(v[m]) <= least  # NaN counts
+        v[m] = zero if nil else v[m]  # and not some tiny number, which would be slow
+        count += not nil
     return count
 
 # %% ../nbs/01a_kernels.ipynb #010246
-def _gradients_of_few(mu, var, nu, tau2, first, w, used, gmu, gvar, gnu, gtau2):
-    "Pair by pair."
-    # of the arrays' precision: a plain 1 would make all doubles
-    one, half = w.dtype.type(1), w.dtype.type(0.5)
-    for m in used:
-        left, right = w[0, m], w[-1, m]
-        for d in range(len(mu)):
-            u = one / (var[d] + tau2[d, first + m])
-            r = (mu[d] - nu[d, first + m]) * u
-            h = (r * r - u) * half
-            gmu[d] -= r * left
-            gvar[d] += h * left
-            gnu[d, first + m] += r * right
-            gtau2[d, first + m] += h * right
+def _gradients_of_few(left, right, p, n, first, w):
+    "Pair by pair of row n, along the dimensions; gradients of the variances come out twice as large."
+    a, b, ga, gb = left[0][p, n], left[1][p, n], left[2][p, n], left[3][p, n]
+    nu, tau2, gnu, gtau2 = right[0][p, first:], right[1][p, first:], right[2][p, first:], right[3][p, first:]
+    one, v, w = w.dtype.type(1), w[0, first:], w[-1, first:]  # a plain 1 would make all doubles
+    for m in range(len(v)):
+        if v[m] == 0 and w[m] == 0:
+            continue
+        x, y, gx, gy = nu[m], tau2[m], gnu[m], gtau2[m]
+        for d in range(len(a)):
+            u = one / (b[d] + y[d])
+            r = (a[d] - x[d]) * u
+            h = r * r - u
+            ga[d] -= r * v[m]
+            gb[d] += h * v[m]
+            gx[d] += r * w[m]
+            gy[d] += h * w[m]
 
 # %% ../nbs/01a_kernels.ipynb #010948
-def _gradients_of_all(mu, var, nu, tau2, first, w, gmu, gvar, gnu, gtau2):
-    "All pairs of a row, along it."
-    one, half, left, right = w.dtype.type(1), w.dtype.type(0.5), w[0], w[-1]
-    for d in range(len(mu)):
-        a, b, nu_d, tau2_d = mu[d], var[d], nu[d, first:], tau2[d, first:]
-        gnu_d, gtau2_d = gnu[d, first:], gtau2[d, first:]
-        sum_r = sum_h = w.dtype.type(0)
-        for m in range(len(left)):
-            u = one / (b + tau2_d[m])
-            r = (a - nu_d[m]) * u
-            h = (r * r - u) * half
-            gnu_d[m] += r * right[m]
-            gtau2_d[m] += h * right[m]
-            sum_r += r * left[m]
-            sum_h += h * left[m]
-        gmu[d] -= sum_r
-        gvar[d] += sum_h
+def _gradients_of_two(left, right, p, n, first, w):
+    "All pairs of rows n and n + 1, along both."
+    mu, var, gmu, gvar = left[0][p, n:], left[1][p, n:], left[2][p, n:], left[3][p, n:]
+    nu, tau2, gnu, gtau2 = right[0][p], right[1][p], right[2][p], right[3][p]
+    one, k = w.dtype.type(1), min(1, len(mu) - 1)  # k: the second row, or the only one, whose w[1] is 0
+    v0, w0, v1, w1 = w[0, 0, first:], w[0, -1, first:], w[1, 0, first:], w[1, -1, first:]
+    for d in range(len(nu)):
+        x, y, gx, gy = nu[d, first:], tau2[d, first:], gnu[d, first:], gtau2[d, first:]
+        a0, b0, a1, b1 = mu[0, d], var[0, d], mu[k, d], var[k, d]
+        r_of_0 = r_of_1 = h_of_0 = h_of_1 = w.dtype.type(0)
+        for m in range(len(x)):
+            u0, u1 = one / (b0 + y[m]), one / (b1 + y[m])
+            r0, r1 = (a0 - x[m]) * u0, (a1 - x[m]) * u1
+            h0, h1 = r0 * r0 - u0, r1 * r1 - u1
+            gx[m] += r0 * w0[m] + r1 * w1[m]
+            gy[m] += h0 * w0[m] + h1 * w1[m]
+            r_of_0, h_of_0 = r_of_0 + r0 * v0[m], h_of_0 + h0 * v0[m]
+            r_of_1, h_of_1 = r_of_1 + r1 * v1[m], h_of_1 + h1 * v1[m]
+        gmu[0, d] -= r_of_0
+        gmu[k, d] -= r_of_1
+        gvar[0, d] += h_of_0
+        gvar[k, d] += h_of_1
 
 # %% ../nbs/01a_kernels.ipynb #010247
-def _gradient_loops(mu, var, nu, tau2, g, gmu, gvar, gnu, gtau2, same):
-    "nu, tau2 and their gradients (P, D, M), as above."
-    (P, N), M = mu.shape[:2], nu.shape[2]
-    weights, used = np.empty((len(g), M), mu.dtype), np.empty(M, np.int64)
+def _gradient_loops(left, right, across, g, same):
+    "Means, variances and their gradients: (P, N, D), (P, M, D), and those of the right as (P, D, M), too."
+    (P, N, M), sides = g.shape[1:], range(len(g))
+    w = np.empty((2, len(g), M), g.dtype)
     for p in range(P):
-        for n in range(N):
-            first = n if same else 0
-            w = weights[:, first:]
-            count = _used_pairs(g, p, n, first, same, w, used)
-            a, b, x, y = mu[p, n], var[p, n], nu[p], tau2[p]
-            ga, gb, gx, gy = gmu[p, n], gvar[p, n], gnu[p], gtau2[p]
-            if 16 * count < M - first:
-                _gradients_of_few(a, b, x, y, first, w, used[:count], ga, gb, gx, gy)
+        for n in range(0, N, 2):
+            rows, first, count = min(2, N - n), n if same else 0, 0
+            _two_rows(g, p, n, same, w)
+            for j in range(rows):
+                for side in sides:
+                    count += _sift(w[j, side, first:])
+            if 4 * count < rows * len(g) * (M - first):
+                for j in range(rows):
+                    _gradients_of_few(left, right, p, n + j, first, w[j])
             else:
-                _gradients_of_all(a, b, x, y, first, w, ga, gb, gx, gy)
+                _gradients_of_two(left, across, p, n, first, w)
 
 # %% ../nbs/01a_kernels.ipynb #010248
 _OPTIONS = dict(error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp"})
-_PARTS = _add_four, _log_row, _plain_row, _used_pairs, _gradients_of_few, _gradients_of_all
+_PARTS = _add_four, _log_row, _plain_row, _two_rows, _sift, _gradients_of_few, _gradients_of_two
 
 
 @cache
@@ -277,8 +293,8 @@ SMALL = 2**16  # numbers (pairs × dimensions) that are done before numba has st
 def _first_calls(log_z, gradient, kind):
     "Call both loops on a single pair: only then does numba read its cache, or compile."
     row, column, one = np.ones((1, 1, 4), kind), np.ones((1, 4, 1), kind), np.ones((1, 1, 1), kind)
-    log_z(row, row, column, column, 0.0, np.ones(1, f"i{one.itemsize}"), one, False)
-    gradient(row, row, column, column, one[None], row, row, column, column, False)
+    log_z(row, row, column, column, np.full(1, 4), 0.0, np.ones(1, f"i{one.itemsize}"), one, False)
+    gradient((row,) * 4, (row,) * 4, (column,) * 4, one[None], False)
 
 
 def _loops(kind, cached):
@@ -326,27 +342,39 @@ def _arrays(*tensors):
     return [t.detach().contiguous().numpy() for t in tensors]
 
 # %% ../nbs/01a_kernels.ipynb #010205
+def _dims_at_once(var, tau2):
+    "Of each element of a batch: how many sums of variances have products far from 0 and from infinity."
+    low, high = (f(var, (1, 2)) + f(tau2, (1, 2)) for f in (np.min, np.max))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        powers = np.maximum(np.maximum(-np.log2(low), np.log2(high)), 1)  # of two, in one sum
+    return np.nan_to_num((100 if var.itemsize == 4 else 900) / powers).astype(int) // 4 * 4
+
+
 def _log_z_by_loops(mu, var, nu, tau2, same):
     "What _log_z does, by the loops if there are any."
     if not (loops := _compiled(f"f{mu.itemsize}")):
         return _log_z(mu, var, nu, tau2, same)
     (P, N, D), M = mu.shape, nu.shape[1]
-    means = [pad(t, (0, -D % 4)) for t in (mu, nu)]  # a dimension of r = 0, s = 1 adds nothing
-    variances = [pad(t, (0, -D % 4), value=0.5) for t in (var, tau2)]
     out, bits = mu.new_empty(P, N, M), np.empty(M, f"i{mu.itemsize}")
-    sides = _arrays(means[0], variances[0], means[1].mT, variances[1].mT)
-    loops[0](*sides, -D / 2 * math.log(2 * math.pi), bits, out.numpy(), same)
+    if more := -D % 4:  # a dimension of r = 0, s = 1 adds nothing
+        mu, nu = (pad(t, (0, more)) for t in (mu, nu))
+        var, tau2 = (pad(t, (0, more), value=0.5) for t in (var, tau2))
+    sides = _arrays(mu, var, nu.mT, tau2.mT)
+    dims = _dims_at_once(sides[1], sides[3])
+    loops[0](*sides, dims, -D / 2 * math.log(2 * math.pi), bits, out.numpy(), same)
     return out
 
-
+# %% ../nbs/01a_kernels.ipynb #010206
 def _gradients_by_loops(mu, var, nu, tau2, g, same):
     "What _log_z_gradients does, by the loops if there are any."
     if not (loops := _compiled(f"f{mu.itemsize}")):
         return _log_z_gradients(mu, var, nu, tau2, g, same)
-    rows = mu, var, nu.mT, tau2.mT
-    gmu, gvar, gnu, gtau2 = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in rows)
-    loops[1](*_arrays(*rows, g), *_arrays(gmu, gvar, gnu, gtau2), same)
-    return gmu, gvar, gnu.mT, gtau2.mT
+    sides = [_arrays(*side) for side in ((mu, var), (nu, tau2), (nu.mT, tau2.mT))]
+    left, right, across = sides = [(*side, *map(np.zeros_like, side)) for side in sides]
+    loops[1](*sides, *_arrays(g), same)
+    gmu, gvar = left[2:]
+    gnu, gtau2 = (one + other.swapaxes(1, 2) for one, other in zip(right[2:], across[2:]))
+    return tuple(map(torch.from_numpy, (gmu, gvar / 2, gnu, gtau2 / 2)))
 
 
 def _untraced(f):

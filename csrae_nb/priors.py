@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.nn.functional import hardtanh
 
 from .kernels import check_memory
 from csrae_nb.mixtures import (
@@ -118,7 +119,7 @@ def variance(logvar: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
 def within(x: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
     "The numbers, those beyond ±10¹⁰ brought back to it, or to the largest of half precision."
     far = torch.finfo(x.dtype).max if x.dtype == torch.float16 else FAR
-    return x.clamp(-far, far)
+    return hardtanh(x, -far, far)  # clamp, with a gradient in one pass, not four
 
 # %% ../nbs/03_priors.ipynb #030010
 class MoGPrior(Prior):

@@ -4,6 +4,8 @@ import math
 import re
 import sys
 import warnings
+from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -220,6 +222,28 @@ def test_what_loops_do_again_in_the_plain_way(form):
     out = pairwise_log_overlap(even(mu, q.var[:2]), p)
     (grad,) = torch.autograd.grad(out, mu, torch.tensor([[math.inf, 1.0, 1.0, 1.0, 1.0], [1.0] * 5]))
     assert not grad[0].isfinite().any() and grad[1].isfinite().all()
+
+
+def test_loops_of_rows_are_the_blocks(form):
+    "One row, pairs of rows and an odd one; few and many pairs that count, and others of each side."
+    if form == "blocks":
+        pytest.skip("these are what the loops are compared with")
+    r = torch.Generator().manual_seed(0)
+    normal = lambda *s: torch.randn(*s, generator=r, dtype=torch.float64)
+    some = lambda share, *s: normal(*s) * (torch.rand(*s, generator=r) < share)
+    close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
+    for (N, M), share in product([(1, 1), (1, 40), (2, 3), (3, 40), (5, 5), (40, 41)], (0.01, 0.2, 1)):
+        left, right = ((normal(2, n, 6), normal(2, n, 6).exp()) for n in (N, M))
+        right[1][1] *= 1e60  # of the batch's second element only
+        args = *left, *right
+        close(kernels._log_z_by_loops(*args, False), kernels._log_z(*args, False))
+        for sides in (1, 2):
+            g = some(share, sides, 2, N, M)
+            close(kernels._gradients_by_loops(*args, g, False), kernels._log_z_gradients(*args, g, False))
+        args = *left, *left, some(share, 1, 2, N, N), True
+        loops, blocks = kernels._gradients_by_loops(*args), kernels._log_z_gradients(*args)
+        for i in (0, 1):  # of means and of variances, which are both sides'
+            close(loops[i] + loops[i + 2], blocks[i] + blocks[i + 2])
 
 
 def test_variances_whose_product_leaves_double_precision(form):
