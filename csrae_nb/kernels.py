@@ -344,10 +344,11 @@ def _arrays(*tensors):
 # %% ../nbs/01a_kernels.ipynb #010205
 def _dims_at_once(var, tau2):
     "Of each element of a batch: how many sums of variances have products far from 0 and from infinity."
-    low, high = (f(var, (1, 2)) + f(tau2, (1, 2)) for f in (np.min, np.max))
+    low, high = var.min((1, 2)) + tau2.min((1, 2)), var.max((1, 2)) + tau2.max((1, 2))
+    most = 100 if var.itemsize == 4 else 900  # powers of two
     with np.errstate(divide="ignore", invalid="ignore"):
-        powers = np.maximum(np.maximum(-np.log2(low), np.log2(high)), 1)  # of two, in one sum
-    return np.nan_to_num((100 if var.itemsize == 4 else 900) / powers).astype(int) // 4 * 4
+        powers = np.maximum(np.maximum(-np.log2(low), np.log2(high)), 1)  # in one sum; none for NaN
+    return np.where(powers < most, most / powers, 0).astype(int) // 4 * 4
 
 
 def _log_z_by_loops(mu, var, nu, tau2, same):
