@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .frames import UNKNOWN
 from .claims import LEVEL, Estimate, p_value
-from .results import holm, markdown_table, read_paper, shown, where
+from .results import holm, markdown_table, n_seeds, read_paper, shown, where
 from .config import SUPERVISED
 
 # %% ../nbs/16_action_units.ipynb #160007
@@ -167,7 +167,7 @@ def f1_table(
         ["a yes to everything", "0 %", "", *map(cell, chance), cell(mean(v for v in chance if v is not None))]
     ]
     for r in sorted(rows, key=lambda r: (r["model"] == SUPERVISED, face_model(r), r["labels"])):
-        runs = f"{r['folds']} × {len(r['seeds'].split())}"
+        runs = f"{r['folds']} × {n_seeds(r)}"
         each = [cell(r.get(f"f1_{a}_mean")) for a in answers]
         lines.append([face_model(r), share_of(r), runs, *each, f"**{cell(r['f1_mean'], r['f1_se'])}**"])
     return markdown_table(["model", "labels", "folds × seeds", *answers, "mean"], lines)
@@ -196,7 +196,7 @@ def _f1_p(a, b):
     "Of Welch's test that two rows' F1 is the same; 1 where folds, seeds or an error are not alike."
     if None in (a["f1_se"], b["f1_se"]) or any(a[k] != b[k] for k in ("folds", "seeds")):
         return 1.0
-    return p_value(*(Estimate(r["f1_mean"], r["f1_se"], len(r["seeds"].split())) for r in (a, b)))
+    return p_value(*(Estimate(r["f1_mean"], r["f1_se"], n_seeds(r)) for r in (a, b)))
 
 # %% ../nbs/16_action_units.ipynb #160019
 def plot_f1(

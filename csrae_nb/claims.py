@@ -208,12 +208,11 @@ OWN = {"samples": "as trained", "samples_refit": "1 EM step", "samples_refit15":
 # %% ../nbs/13b_claims.ipynb #130461
 def contenders(
     rows: list[dict],  # of one data set and z
-    K: int = 100,  # components of the learned mixtures
 ) -> list[tuple[str, dict, str, str]]:  # label, row, metric, side
-    """The ways to sample that are compared.
+    """The ways to sample that are compared, of one Gaussian or a hundred.
 
     Their sides: own (MixtureCSRAE with its prior), neither (a mixture fitted to its codes), baseline."""
-    kind, rows = distance_kind(rows), [r for r in rows if r["components"] in (1, K)]
+    kind, rows = distance_kind(rows), [r for r in rows if r["components"] in (1, 100)]
     own, after = [], []
     for r in sorted(rows, key=lambda r: (r["model"] != MIX, r["name"])):
         sides = ("own", "neither") if r["model"] == MIX else ("baseline", "baseline")

@@ -512,14 +512,18 @@ def _responsibilities(est, X):  # (n, K), or (n, clusters)
     return r.new_zeros(len(r), int(cluster.max()) + 1).index_add_(1, cluster, r).numpy().astype(dtype)
 
 # %% ../nbs/20_estimator.ipynb #200035
+def _log_scale(est):
+    "log of the volume that standardising divides by."
+    return np.log(est.scaler_.scale_).sum() if est.scaler_ else 0.0
+
+
 def _score(est, X):
     x, _ = _known_rows(est, X)
-    log_scale = np.log(est.scaler_.scale_).sum() if est.scaler_ else 0.0
     terms = mean_terms(est.model_, x, generator(est.config_.seed, "score"))
     divergences = 0.0
     if est.model_.has_likelihood:
         divergences = sum(v for k, v in terms.items() if k.startswith("divergence"))  # of two layers, two
-    return float(-terms["reconstruction"] - divergences - log_scale)
+    return float(-terms["reconstruction"] - divergences - _log_scale(est))
 
 # %% ../nbs/20_estimator.ipynb #200238
 class SharedPoints(Draws):
@@ -556,8 +560,7 @@ def _log_likelihoods(est, X, S):
         m.log_likelihood(xb, S, SharedPoints(columns, cfg.seed), S * len(xb), _prior(est))
         for xb in x.split(rows)
     ]
-    log_scale = np.log(est.scaler_.scale_).sum() if est.scaler_ else 0.0
-    return (torch.cat(found).numpy() - log_scale).astype(dtype)
+    return (torch.cat(found).numpy() - _log_scale(est)).astype(dtype)
 
 # %% ../nbs/20_estimator.ipynb #200038
 def _chosen(est, component, cluster):  # (K,): whether each component is to be drawn from

@@ -37,6 +37,7 @@ from .metrics import is_picture
 from .models import Autoencoder
 from .pictures import plot_codes, plot_components, plot_history, show_examples
 from .priors import MOST_MAPPED, component_map, cut_map, occupancy
+from .reading import reason
 
 # %% ../nbs/22_explorers.ipynb #220102
 from .config import Config, divergence_weight, resolve, run_name
@@ -87,9 +88,8 @@ def quiet(
 # %% ../nbs/22_explorers.ipynb #220007
 def message_of(error: Exception) -> str:  # HTML
     "What a panel says of an error: its text, with the kind where it is none of the package's own."
-    kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
     style = "color:#a40000; max-width:900px; overflow-wrap:anywhere"
-    return f'<div class="csrae-message" style="{style}">{escape(f"{kind}{error}")}</div>'
+    return f'<div class="csrae-message" style="{style}">{escape(reason(error))}</div>'
 
 
 def guarded(
@@ -498,7 +498,8 @@ def pinwheel_explorer(
     "A panel: a slider of λ or ε over trained checkpoints, and a button that trains those that are missing."
     configs = configs or pinwheel_configs(by)
     parts = _pinwheel_parts(configs)
-    panel, at = _Pinwheel(configs, parts), SimpleNamespace(**parts)
+    panel = _Pinwheel(configs, parts)
+    at = panel.at
     at.step.observe(guarded(at.message, panel.draw), "value")
     at.again.on_click(guarded(at.message, panel.look))
     at.train.on_click(guarded(at.message, panel.start))
@@ -514,8 +515,6 @@ class Explored:
     run: Run
     data: Dataset
     x: Float[Tensor, "n *X"]  # test examples, as the model sees them
-    z: Float[Tensor, "n D"]  # one code each
-    centre: Float[Tensor, "D"]  # mean code
     axes: Float[Tensor, "A D"]  # principal axes of the codes, the leading one first
     sd: Float[Tensor, "A"]  # standard deviation of the codes along each
     used: Float[Tensor, "K"]  # occupancy of the prior's components by all test codes
@@ -552,7 +551,7 @@ def explore(
     _, s, axes = torch.linalg.svd(z - z.mean(0), full_matrices=False)
     prior = run.model.prior()
     sd, used = s / max(1, len(z) - 1) ** 0.5, occupancy(prior, codes)
-    return Explored(run, data, x, z, z.mean(0), axes, sd, used, *_joined(prior, data.y_test))
+    return Explored(run, data, x, axes, sd, used, *_joined(prior, data.y_test))
 
 # %% ../nbs/22_explorers.ipynb #220136
 def _joined(prior, y):

@@ -612,12 +612,12 @@ _videos = PAPER | _labels | dict(image_size=224, epochs=50, pretrain=50, warmup=
 _drawn_faces = dict(image_size=96, latent_dim=20, epochs=40, pretrain=40, warmup=10)
 
 
-def _loader(name):
-    "A data set of faces as the table of data sets wants it."
+def _loader(faces):
+    "A data set of faces, by its name or as a FaceSet, as the table of data sets wants it."
 
     def load(likelihood=None, split_seed=0, fold=0, image_size=None, **at) -> FaceData:
         likelihood = likelihood or "discretized_logistic"
-        return load_faces(name, fold, image_size or 224, split_seed, likelihood, **at)
+        return load_faces(faces, fold, image_size or 224, split_seed, likelihood, **at)
 
     return load
 
@@ -625,10 +625,8 @@ def _loader(name):
 _uses = ("fold", "image_size", "validation", "answers", "mirror")
 for _name in FACES:
     _preset = SMALL | _labels | _drawn_faces if _name == "faces_demo" else _videos
-    _fields = dict(uses=_uses)
     _choices = dict(fold=tuple(range(len(FACES[_name].folds))), validation=VALIDATION, answers=ANSWERS)
-    _fields |= dict(choices=_choices)
-    DATASETS.add(_name, _loader(_name), preset=_preset, **_fields)
+    DATASETS.add(_name, _loader(_name), preset=_preset, uses=_uses, choices=_choices)
 
 # %% ../nbs/15c_faces.ipynb #150499
 def _check_faces(faces, likelihood, answers):
@@ -690,12 +688,11 @@ def known_layout(folder: Path) -> str | None:  # a key of FACES
     return next((name for name, n in found.items() if n >= 2), None)
 
 
-def _load_layout(path, likelihood=None, split_seed=0, fold=0, image_size=None, **at) -> FaceData:
+def _load_layout(path, likelihood=None, split_seed=0, **at) -> FaceData:
     "A fold of DISFA or FERA2015 by its path."
     root = Path(os.path.abspath(path))
     faces = replace(FACES[known_layout(root)], name=dataset_name(root), root=root)
-    likelihood = likelihood or "discretized_logistic"
-    return load_faces(faces, fold, image_size or 224, split_seed, likelihood, **at)
+    return _loader(faces)(likelihood, split_seed, **at)
 
 
 FOLDERS.add(

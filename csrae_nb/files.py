@@ -128,9 +128,9 @@ def writing(path, variable="CSRAE_RUNS"):
         ) from e
 
 # %% ../nbs/07b_files.ipynb #072018
-def project_root(start: Path | str = ".") -> Path | None:  # None outside of this project
-    "The folder at or above `start` whose settings.ini says lib_name = csrae_nb."
-    for folder in (p := Path(start).resolve(), *p.parents):
+def project_root() -> Path | None:  # None outside of this project
+    "The current folder, or one above it, whose settings.ini says lib_name = csrae_nb."
+    for folder in (p := Path.cwd(), *p.parents):
         ini = ConfigParser(interpolation=None)
         try:
             ini.read(folder / "settings.ini", encoding="utf-8")

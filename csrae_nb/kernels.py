@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'GPU_BLOCK', 'SKIP', 'SMALL', 'TILE', 'GRADIENT_TILE', 'transformed', 'free_memory', 'NotEnoughMemory',
-           'check_memory', 'transforming', 'members_first', 'broadcast_shapes', 'log_z', 'log_z_by_side', 'log_sum_exp']
+           'check_memory', 'beyond_vmap', 'members_first', 'broadcast_shapes', 'log_z', 'log_z_by_side', 'log_sum_exp']
 
 # %% ../nbs/01a_kernels.ipynb #010002
 import math
@@ -492,7 +492,7 @@ def _for_tiles(mu):
 transformed = torch._C._are_functorch_transforms_active  # inside of torch.func's grad, vmap, jvp, …
 
 
-def transforming() -> bool:
+def beyond_vmap() -> bool:
     "Whether a transform of torch.func other than vmap is at work: grad, jvp, …"
     if not transformed():
         return False
@@ -528,7 +528,7 @@ def _forms(mu, nu):
 
 def _gradients(sides, g, same):
     "Gradients of the four tensors of both sides."
-    if torch.is_grad_enabled() or transforming():
+    if torch.is_grad_enabled() or beyond_vmap():
         return _plain_gradients(*sides, g)  # for a second derivative
     return _forms(sides[0], sides[2])[1](*sides, g, same)
 
@@ -577,7 +577,7 @@ class _LogZBySide(torch.autograd.Function):
     def backward(ctx, g, h):
         left, right = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
         grads, given = [None] * 4, [t for t in (g, h) if t is not None]
-        if torch.is_grad_enabled() or transforming():  # each output's other side is fixed here, too
+        if torch.is_grad_enabled() or beyond_vmap():  # each output's other side is fixed here, too
             fixed = [t.detach() for t in ctx.saved_tensors]
             of_left = None if g is None else _plain_gradients(*left, *fixed[2:], g[None])
             of_right = None if h is None else _plain_gradients(*fixed[:2], *right, h[None])
@@ -626,7 +626,7 @@ def _log_z_of_two(mu, var, nu, tau2, same):
         return naive_log_z(mu, var, nu, tau2)
     (Bq, Bp), (N, M) = (_batch(mu, var), _batch(nu, tau2)), (mu.shape[-2], nu.shape[-2])
     B = broadcast_shapes(Bq, Bp)
-    if transforming():
+    if beyond_vmap():
         check_memory(math.prod(B) * N * M, mu, mu.shape[-1])
         return naive_log_z(mu, var, nu, tau2).expand(*B, N, M)
     k = _outer_axes(Bp, len(B))
@@ -660,7 +660,7 @@ def log_z_by_side(
     tau2: Float[Tensor, "*#B M D"],
 ) -> tuple[Float[Tensor, "*B N M"], Float[Tensor, "*B N M"]]:
     "log_z twice, computed once: mu and var alone learn from the first, nu and tau2 alone from the second."
-    if transforming() or _recorded():
+    if beyond_vmap() or _recorded():
         fixed = [t.detach() for t in (mu, var, nu, tau2)]
         return log_z(mu, var, *fixed[2:]), log_z(*fixed[:2], nu, tau2)
     B = broadcast_shapes(_batch(mu, var), _batch(nu, tau2))
@@ -704,4 +704,4 @@ def log_sum_exp(x: Float[Tensor, "*B M"]) -> Float[Tensor, "*B"]:
     least e⁻⁷⁰ of the largest."""
     if x.shape[-1] == 1:
         return x.squeeze(-1)
-    return x.logsumexp(-1) if transforming() or _recorded() else _LogSumExp.apply(x)[0]
+    return x.logsumexp(-1) if beyond_vmap() or _recorded() else _LogSumExp.apply(x)[0]

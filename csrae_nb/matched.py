@@ -75,7 +75,7 @@ def plot_matched(panels: dict[str, list[dict]]) -> Figure:  # title: rows
     "Distance of samples against the reconstruction error: a panel per K, a line per recipe."
     size = dict(figsize=(5.5 * len(panels), 4), layout="constrained")
     fig, axs = plt.subplots(1, len(panels), squeeze=False, sharey=True, **size)
-    shown = {}
+    bars = {}
     for ax, (title, rows) in zip(axs[0], panels.items()):
         for label, (*which, kind, colour, style) in LINES.items():
             metric = f"frechet_classifier_{kind}"
@@ -88,12 +88,12 @@ def plot_matched(panels: dict[str, list[dict]]) -> Figure:  # title: rows
             )
             look = dict(color=colour, mfc="white" if "fitted" in label else colour)
             if line:
-                shown[label] = ax.errorbar(x, y, e, fmt=style, ms=4, lw=1, **look)
+                bars[label] = ax.errorbar(x, y, e, fmt=style, ms=4, lw=1, **look)
         ax.set(title=title, xlabel="reconstruction error, nats")
         ax.set_yscale("log")
         plain_log(ax.yaxis)
     axs[0, 0].set_ylabel("Fréchet distance of samples")
-    fig.legend(shown.values(), shown, fontsize=8, loc="outside right center")
+    fig.legend(bars.values(), bars, fontsize=8, loc="outside right center")
     return fig
 
 # %% ../nbs/13d_matched.ipynb #134012
@@ -259,7 +259,7 @@ def shares_kept(
     return {s: verdicts(some) for s, some in found.items() if some}
 
 # %% ../nbs/13d_matched.ipynb #134651
-FITTED = ("model", "prior", "components", "objective", "queue", "weight", "source", "fitted")
+FITTED = ("model", "prior", "components", "objective", "queue", "weight", "epochs", "source", "fitted")
 
 
 def full_covariances(

@@ -285,11 +285,8 @@ def _check_encoder(encoder, prior):
         )
 
 
-def _check_parts(prior, likelihood):
-    "ValueError for what is no prior, or no likelihood."
-    if not isinstance(prior, Prior):
-        remedy = "a Prior, such as MoGPrior(components, latent_dim), not the mixture that it gives"
-        raise ValueError(f"prior is a {type(prior).__name__}; expected {remedy}")
+def _check_likelihood(likelihood):
+    "ValueError for what is no likelihood."
     if not isinstance(likelihood, Likelihood):
         known = ", ".join(f"{kind.__name__}()" for kind in LIKELIHOODS.values())
         what = likelihood.__name__ if isinstance(likelihood, type) else f"{likelihood!r}"
@@ -363,11 +360,18 @@ class Autoencoder(Objective, Pictures, LogLikelihood):
         lam: float | Weight = 1.0,  # weight of the divergence: λ, or β for the KL
     ):
         super().__init__()
-        _check_parts(prior, likelihood)
+        self.check_prior(prior)
         _check_encoder(encoder, prior)
+        _check_likelihood(likelihood)
         self.encoder, self.decoder, self.prior, self.likelihood = encoder, decoder, prior, likelihood
         self.weights = nn.ModuleDict(dict(divergence=lam if isinstance(lam, Weight) else Weight(lam)))
         self.batch_terms = nn.ModuleDict()
+
+    def check_prior(self, prior: Prior) -> None:
+        "ValueError for what is no prior, or not one for this model."
+        if not isinstance(prior, Prior):
+            remedy = "a Prior, such as MoGPrior(components, latent_dim), not the mixture that it gives"
+            raise ValueError(f"prior is a {type(prior).__name__}; expected {remedy}")
 
     def divergence(
         self, q: GMM, p: GMM, z: Float[Tensor, "B D"], generator: torch.Generator | Draws | None = None
@@ -434,12 +438,15 @@ class MixtureVAE(VAE):
         lam: float | Weight = 1.0,
         kl_samples: int = 1,  # S, draws of z in the KL
     ):
-        if isinstance(prior, StandardNormal):
-            raise ValueError("a MixtureVAE needs a mixture prior, got StandardNormal; use VAE for it")
         if kl_samples < 1:
             raise ValueError(f"kl_samples={kl_samples}; the KL to a mixture needs at least 1 draw")
         super().__init__(encoder, decoder, prior, likelihood, lam)
         self.kl_samples = kl_samples
+
+    def check_prior(self, prior):
+        super().check_prior(prior)
+        if isinstance(prior, StandardNormal):
+            raise ValueError("a MixtureVAE needs a mixture prior, got StandardNormal; use VAE for it")
 
     def divergence(self, q, p, z, generator=None):
         draws = [z, *(q.rsample(generator) for _ in range(self.kl_samples - 1))]
@@ -450,10 +457,9 @@ class MixtureVAE(VAE):
 class VampPriorVAE(MixtureVAE):
     "MixtureVAE with the mixture of posteriors of Eq. (23) as its prior; `lam` is β."
 
-    def __init__(self, encoder, decoder, prior: VampPrior, likelihood, lam=1.0, kl_samples=1):
+    def check_prior(self, prior):
         if not isinstance(prior, VampPrior):
             raise ValueError(f"a VampPriorVAE needs a VampPrior, got {type(prior).__name__}")
-        super().__init__(encoder, decoder, prior, likelihood, lam, kl_samples)
 
 # %% ../nbs/06_models.ipynb #060016
 DIVERGENCES.add("cs", cs_divergence)  # Eq. (2)
@@ -509,10 +515,10 @@ class CSRAE(Autoencoder):
 class MixtureCSRAE(CSRAE):
     "CSRAE with a mixture prior: a MoGPrior, Eq. (22), or a VampPrior, Eq. (23)."
 
-    def __init__(self, encoder, decoder, prior: Prior, likelihood, lam=1.0, objective="cs"):
+    def check_prior(self, prior):
+        super().check_prior(prior)
         if isinstance(prior, StandardNormal):
             raise ValueError("a MixtureCSRAE needs a mixture prior, got StandardNormal; use CSRAE for it")
-        super().__init__(encoder, decoder, prior, likelihood, lam, objective)
 
 # %% ../nbs/06_models.ipynb #060032
 @MODELS.register(weight="beta", prior="normal", options=dict(samples="importance_samples"))

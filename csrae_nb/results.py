@@ -300,11 +300,10 @@ def distance_title(rows: Iterable[dict]) -> str:
 # %% ../nbs/13_results.ipynb #130131
 def best_of_cells(
     rows: list[dict],  # of one data set
-    metric: str = "criterion",  # that selects the weight
 ) -> dict[tuple, dict]:  # cell_key: row
-    "One row for each cell: of its longest training, the weight with the lowest metric."
+    "One row for each cell: of its longest training, the weight with the lowest criterion."
     keys = dict.fromkeys(map(cell_key, rows))
-    chosen = {k: choose([r for r in rows if cell_key(r) == k], metric) for k in keys}
+    chosen = {k: choose([r for r in rows if cell_key(r) == k], "criterion") for k in keys}
     return {k: r for k, r in chosen.items() if r}
 
 # %% ../nbs/13_results.ipynb #130032
@@ -614,7 +613,8 @@ def rank_over_weights(rows: list[dict], x: str, y: str, sign: int = 1) -> float 
 
 # %% ../nbs/13_results.ipynb #130155
 _FIGURE3 = {
-    **{s: f"Fréchet distance of {title}" for s, title in SHOWN.items()},
+    "reconstructions": "Fréchet distance of reconstructions",
+    "samples": "Fréchet distance of samples",
     "samples_refit15": "Fréchet distance of samples after 15 EM steps",
     "samples_full": "Fréchet distance of samples after EM with full covariances",
     "samples_expost": "Fréchet distance of samples, fitted afterwards",
