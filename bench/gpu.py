@@ -170,13 +170,13 @@ def loads_on_a_processor():
     return f"trained on {run.device}, {(a - b).abs().max():.1e} apart on cpu"
 
 
-def together(kind, **fields):
+def together(kind, data=None, **fields):
     def check():
         label = "-".join([*kind.split(), *map(str, fields.values())])
         configs = [digits(seed=s, name=f"fleet-{label}-{s}", **KINDS[kind] | fields) for s in range(4)]
-        runs = fit_fleet(configs, progress=False)
+        runs = fit_fleet(configs, data, progress=False)
         lone = [
-            fit(digits(seed=s, name=f"lone-{label}-{s}", **KINDS[kind] | fields), progress=False)
+            fit(digits(seed=s, name=f"lone-{label}-{s}", **KINDS[kind] | fields), data, progress=False)
             for s in range(4)
         ]
         a, b = (sum(r.history[-1]["criterion"] for r in some) / 4 for some in (runs, lone))
@@ -184,6 +184,12 @@ def together(kind, **fields):
         return f"criterion {a:.3f} together, {b:.3f} alone"
 
     return check
+
+
+def table():
+    "Rows whose columns are far from 1: the likelihood holds their units."
+    x = 50 + 20 * torch.randn(600, 6, generator=torch.Generator().manual_seed(0))
+    return dict(zip(("x_train", "x_val", "x_test"), x.split(200)))
 
 
 def replayed(**fields):
@@ -234,6 +240,10 @@ FLEETS_OF = {
     "mixture posterior": dict(posterior_components=2, objective="cs_each"),
     "labels, vamp": dict(labels=200, prior="vamp"),
     "classifier": dict(labels=200, model="Supervised"),
+    "matched, with a queue": dict(prior_objective="aggregate", queue=50),
+    "a bound": dict(constraint="divergence<=5"),
+    "WAE": dict(model="WAE"),
+    "RAE": dict(model="RAE"),
 }
 
 
@@ -262,6 +272,9 @@ def smoke(job, small):
         "graph, labels": replayed(labels=200),
         "fleet in tf32": together("CSRAE", precision="tf32"),
         "fleet in bf16": together("CSRAE", precision="bf16"),
+        "fleet of a table": together(
+            "CSRAE", table(), dataset="arrays", network="pinwheel", likelihood="gaussian"
+        ),
     }
     checks |= {f"fleet of {k}": together(k) for k in KINDS}
     checks |= {f"fleet, {k}": together("MixtureCSRAE mog", **fields) for k, fields in FLEETS_OF.items()}

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .data import Dataset, names_of_labels
 from .files import generator
 from .metrics import icc31, pearson
+from .priors import single
 
 # %% ../nbs/14_labels.ipynb #140006
 class _Softmax:
@@ -56,9 +57,11 @@ class _Sigmoids:
     "What L logits say of the answers."
 
     def log_prob(self, logits: Float[Tensor, "n L"]) -> Float[Tensor, "n R"]:
-        "log q(y) of every label that there is."
+        "log q(y) of every label that there is, in single precision at least."
+        logits = single(logits)
         yes = self.every(logits.device).to(logits)
-        return F.logsigmoid(logits) @ yes.T + F.logsigmoid(-logits) @ (1 - yes).T
+        with torch.autocast(logits.device.type, enabled=False):  # which leaves a probability two digits
+            return F.logsigmoid(logits) @ yes.T + F.logsigmoid(-logits) @ (1 - yes).T
 
     def mean(self, logits: Float[Tensor, "n L"]) -> Float[Tensor, "n L"]:
         return logits.sigmoid()

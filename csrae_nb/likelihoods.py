@@ -7,7 +7,7 @@ __all__ = ['LIKELIHOODS', 'Likelihood', 'Bernoulli', 'Units', 'Gaussian', 'Discr
 
 # %% ../nbs/04_likelihoods.ipynb #040002
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -30,6 +30,10 @@ class Likelihood:
     def inputs(self, x: Float[Tensor, "B *X"]) -> Float[Tensor, "B *X"]:
         "x as the networks are given it."
         return x
+
+    def on(self, device: torch.device | str) -> "Likelihood":
+        "The same with what it holds on a device: in a training step nothing is copied there."
+        return self
 
     def check(self, x: Tensor, name: str = "x") -> None:
         "ValueError if x holds NaN or values outside the likelihood's range: the range seen, and what to do."
@@ -88,6 +92,10 @@ class Units:
     def outward(self, x: Float[Tensor, "B *X"]) -> Float[Tensor, "B *X"]:
         return self.mean.to(x) + self.scale.to(x) * x
 
+    def on(self, device: torch.device | str) -> "Units":
+        "The same on a device."
+        return Units(self.mean.to(device), self.scale.to(device))
+
     def record(self) -> dict[str, list[float]]:
         "For a file of JSON; `Units.read` reads it."
         return dict(mean=self.mean.tolist(), scale=self.scale.tolist())
@@ -114,6 +122,9 @@ class Gaussian(Likelihood):
     min_var: float = 1e-4  # smallest variance, in units squared
     units: Units | None = None  # of the networks; None: those of the data
     n_params = 2
+
+    def on(self, device: torch.device | str) -> "Gaussian":
+        return replace(self, units=self.units and self.units.on(device))
 
     def inputs(self, x: Float[Tensor, "B *X"]) -> Float[Tensor, "B *X"]:
         "x as the networks are given it."

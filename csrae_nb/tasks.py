@@ -134,7 +134,7 @@ def terms_on(
     if not terms[0].whole:
         return each
     q = GMM(*(torch.cat(parts) for parts in zip(*(t.q.broadcast() for t in terms))))
-    return each | model.of_batch(q, terms[0].p)
+    return each | {k: v.cpu() for k, v in model.of_batch(q, terms[0].p).items()}  # a fleet adds both
 
 
 def mean_terms(model: Autoencoder, x: Tensor | LazyImages, generator=None) -> dict[str, float]:

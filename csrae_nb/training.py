@@ -277,6 +277,8 @@ def untrained(task: Task, data: Dataset, device) -> tuple[nn.Module, torch.optim
     if len(first) == cfg.components:
         pseudo_inputs = data.draw(data.x_train[first], generator(cfg.seed, "pseudo-inputs", device=device))
     model = task.make_model(task.about(data), pseudo_inputs).to(device)
+    if likelihood := getattr(model, "likelihood", None):
+        model.likelihood = likelihood.on(device)
     return model, torch.optim.Adam(model.parameters(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 # %% ../nbs/09d_training.ipynb #094120
