@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'SMALL', 'OTHER', 'DATASETS', 'FOLDERS', 'TABLES', 'ARRAYS', 'OWN_DATA', 'add_arrays', 'is_ink', 'is_source',
-           'dataset_name', 'folder_kind', 'about_data', 'preset', 'loader_of', 'load_data']
+           'dataset_name', 'folder_kind', 'about_data', 'preset', 'loader_of', 'load_data', 'unknown_source']
 
 # %% ../nbs/08c_catalogue.ipynb #083002
 import os
@@ -199,6 +199,15 @@ def _check_fields(dataset, takes, fields):
         )
 
 # %% ../nbs/08c_catalogue.ipynb #083014
+def unknown_source(dataset: str | Path) -> str:
+    "What is wrong with the name of a data set that is none."
+    path = Path(dataset).expanduser()
+    if not path.exists() and (path.suffix or set(str(dataset)) & set("/\\")):
+        return f"there is no file or folder {str(dataset)!r}"
+    known = ", ".join(DATASETS)
+    return f"unknown dataset {str(dataset)!r}; expected one of {known}, or an existing {OWN_DATA}"
+
+
 def _read_path(dataset):
     "The arrays of a file or a folder of images, their sums, and the names of a table's columns."
     path = Path(dataset).expanduser()
@@ -209,6 +218,4 @@ def _read_path(dataset):
         return *read_arrays(path), ()
     if str(dataset) and path.is_dir():
         return *read_folder(Path(os.path.abspath(path))), ()
-    raise ValueError(
-        f"unknown dataset {str(dataset)!r}; expected one of {', '.join(DATASETS)}, or an existing {OWN_DATA}"
-    )
+    raise ValueError(unknown_source(dataset))

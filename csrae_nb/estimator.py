@@ -222,10 +222,10 @@ def _columns_of(X, likelihood, standardize):  # float64
     """The likelihood and the columns' means and scales, by the rows.
     ValueError for an unknown likelihood, or columns too wide."""
     likelihood, span = likelihood or default_likelihood([X]), f"X ranges from {X.min():g} to {X.max():g}"
-    make_likelihood(likelihood)
+    kind = make_likelihood(likelihood)
     if not isinstance(standardize, bool | np.bool_):
         raise ValueError(f"standardize={standardize!r}; expected True or False")
-    if likelihood != "gaussian":
+    if math.isfinite(kind.low) or math.isfinite(kind.high):  # of zeros and ones, of grey levels
         return likelihood, None
     if not standardize:
         if column_units(torch.from_numpy(X)):

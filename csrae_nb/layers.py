@@ -114,10 +114,10 @@ class TwoLayersSeen(TwoLayers):
         return torch.cat(out)
 
     @in_eval_mode
-    def sample(self, n, generator=None, component=None, prior=None, rows=1000):
-        "E[x|z₁, z₂] at n upper codes drawn from the prior, or a mixture in its place, and lower ones below."
+    def sample(self, n, generator=None, component=None, prior=None, rows=1000, noise=False):
+        "E[x|z₁, z₂], or draws of x, at n upper codes drawn from the prior, or another, and lower ones below."
         z = (prior or self.prior()).sample(n, generator, component)
-        return torch.cat([self.likelihood.mean(self.drawn(zb, generator)) for zb in z.split(rows)])
+        return torch.cat([self.shown(self.drawn(zb, generator), generator, noise) for zb in z.split(rows)])
 
     @unchecked()
     def log_weights(self, x, q, log_prior, samples, generator=None, widths=(1.0,)):

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from .mixtures import of_generator
+from .mixtures import check_tensor, of_generator
 from .priors import LOG_VAR, variance, within
 from .registry import Registry
 
@@ -87,6 +87,7 @@ class Units:
     scale: Float[Tensor, "d"]  # above 0
 
     def inward(self, x: Float[Tensor, "B *X"]) -> Float[Tensor, "B *X"]:
+        check_tensor("x", x, "(B, *X)")
         return (x - self.mean.to(x)) / self.scale.to(x)
 
     def outward(self, x: Float[Tensor, "B *X"]) -> Float[Tensor, "B *X"]:

@@ -182,9 +182,12 @@ def _standard_normal(like, generator):  # a torch.Generator, Draws or None
     "Draws from N(0, 1) in the shape of `like`."
     if isinstance(generator, Draws):
         return generator.standard_normal(like)
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        several = "a draw for each mixture of a batch; several of each: csrae_nb.mixtures.rsample(q, (S,))"
+        raise ValueError(f"generator={generator!r}; expected a torch.Generator. This gives {several}")
     return torch.randn(like.shape, dtype=like.dtype, device=like.device, **of_generator(generator))
 
-
+# %% ../nbs/01b_mixtures.ipynb #010034s
 @dataclass(frozen=True)
 class Share(Draws):
     "In place of a generator: its draws for a whole batch, of which one of n processes takes every n-th row."

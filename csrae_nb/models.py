@@ -206,10 +206,15 @@ class Pictures(Unchecked):
         component: int | None = None,  # of the prior; None: all
         prior: GMM | FullGMM | None = None,  # a mixture in place of the model's own, a refitted one say
         rows: int = 1000,  # images at a time
+        noise: bool = False,  # draws of x in place of its means, which vary less than data do
     ) -> Float[Tensor, "n *X"]:
-        "E[x|z] at n codes drawn from the prior."
+        "E[x|z], or draws from p(x|z), at n codes drawn from the prior."
         z = (prior or self.prior()).sample(n, generator, component)
-        return torch.cat([self.likelihood.mean(self.decode(zb)) for zb in z.split(rows)])
+        return torch.cat([self.shown(self.decode(zb), generator, noise) for zb in z.split(rows)])
+
+    def shown(self, out: Float[Tensor, "B P *X"], generator, noise: bool) -> Float[Tensor, "B *X"]:
+        "The means of p(x|z), or draws from it."
+        return self.likelihood.sample(out, generator) if noise else self.likelihood.mean(out)
 
 # %% ../nbs/06_models.ipynb #060310w
 WIDTHS = 1.0, 1.5, 2.0, 3.0, 4.5  # of the proposals for log p(x), in standard deviations of q(z|x)
@@ -285,8 +290,9 @@ def _check_encoder(encoder, prior):
         )
 
 
-def _check_likelihood(likelihood):
-    "ValueError for what is no likelihood."
+def _check_parts(encoder, prior, likelihood):
+    "ValueError for a VampPrior of another encoder, or what is no likelihood."
+    _check_encoder(encoder, prior)
     if not isinstance(likelihood, Likelihood):
         known = ", ".join(f"{kind.__name__}()" for kind in LIKELIHOODS.values())
         what = likelihood.__name__ if isinstance(likelihood, type) else f"{likelihood!r}"
@@ -361,8 +367,7 @@ class Autoencoder(Objective, Pictures, LogLikelihood):
     ):
         super().__init__()
         self.check_prior(prior)
-        _check_encoder(encoder, prior)
-        _check_likelihood(likelihood)
+        _check_parts(encoder, prior, likelihood)
         self.encoder, self.decoder, self.prior, self.likelihood = encoder, decoder, prior, likelihood
         self.weights = nn.ModuleDict(dict(divergence=lam if isinstance(lam, Weight) else Weight(lam)))
         self.batch_terms = nn.ModuleDict()
@@ -370,8 +375,9 @@ class Autoencoder(Objective, Pictures, LogLikelihood):
     def check_prior(self, prior: Prior) -> None:
         "ValueError for what is no prior, or not one for this model."
         if not isinstance(prior, Prior):
-            remedy = "a Prior, such as MoGPrior(components, latent_dim), not the mixture that it gives"
-            raise ValueError(f"prior is a {type(prior).__name__}; expected {remedy}")
+            raise ValueError(
+                f"prior is a {type(prior).__name__}; expected a Prior, not the mixture that it gives"
+            )
 
     def divergence(
         self, q: GMM, p: GMM, z: Float[Tensor, "B D"], generator: torch.Generator | Draws | None = None

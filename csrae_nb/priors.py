@@ -392,6 +392,8 @@ def cut_map(
     K = len(places)
     if not 1 <= (clusters or 2) <= K:
         raise ValueError(f"clusters={clusters}; expected 1 to {K}, the number of components")
+    if clusters == K:
+        return torch.arange(K, device=places.device)
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Graph is not fully connected")
         graph = component_graph(places, neighbours)

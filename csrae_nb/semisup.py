@@ -315,11 +315,13 @@ class _Picturing(_Classifying, Autoencoder):
         component: int | None = None,  # of p(z); None: all
         prior: GMM | FullGMM | None = None,  # in place of p(z)
         rows: int = 1000,  # images at a time
+        noise: bool = False,  # draws of x in place of its means
     ) -> Float[Tensor, "n *X"]:
-        "E[x|z, y] at codes drawn from p(z) and labels drawn from p(y)."
+        "E[x|z, y], or draws of x, at codes drawn from p(z) and labels drawn from p(y)."
         z = (prior or self.prior()).sample(n, generator, component).split(rows)
         code = self.kind.draw(self.label_prior, n, generator).split(rows)
-        return torch.cat([self.likelihood.mean(self.decoder(zb, cb)) for zb, cb in zip(z, code)])
+        decoded = (self.decoder(zb, cb) for zb, cb in zip(z, code))
+        return torch.cat([self.shown(out, generator, noise) for out in decoded])
 
 # %% ../nbs/14b_semi_supervised.ipynb #140019
 class _Given(Autoencoder):

@@ -28,7 +28,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 # %% ../nbs/12b_sweeps.ipynb #120102
-from .catalogue import DATASETS, OWN_DATA, is_source, loader_of
+from .catalogue import is_source, loader_of, unknown_source
 from .config import EVALUATION, Config, command, run_name
 from .evaluation import finished_metrics, results_table, write_table
 from .files import progress_bar, runs_folder
@@ -532,9 +532,7 @@ def _check_sources(configs):
     "ValueError for a data set that is none, before anything runs."
     for name in dict.fromkeys(c.dataset for c in configs):
         if not is_source(name):
-            raise ValueError(
-                f"unknown dataset {name!r}; expected one of {', '.join(DATASETS)}, or a path to an {OWN_DATA}"
-            )
+            raise ValueError(unknown_source(name))
 
 # %% ../nbs/12b_sweeps.ipynb #120050
 @contextmanager

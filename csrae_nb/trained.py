@@ -258,6 +258,8 @@ def check_output(
         raise ValueError(f"{out} is there already; force (--force) overwrites it, or choose another name")
     if not out.parent.is_dir():
         raise ValueError(f"{out}: there is no folder {out.parent}")
+    if not os.access(out.parent, os.W_OK):
+        raise ValueError(f"{out}: nothing may be written into {out.parent}; choose another folder")
 
 # %% ../nbs/23_after_training.ipynb #230315
 CODES = (".csv", ".npz", ".parquet")  # endings of a table of codes
@@ -471,8 +473,10 @@ def sample_examples(
     temperature: float = 1.0,  # factor of the components' standard deviations
     seed: int = 0,
     prior: GMM | FullGMM | None = None,  # in place of the run's own
+    noise: bool = False,  # draws of x in place of its means, which vary less than data do
 ) -> Float[Tensor, "n *X"]:
-    "E[x|z] at n codes from the prior. ValueError for no such component, or a temperature that cannot be."
+    """E[x|z], or draws of x, at n codes from the prior. ValueError for no such component, or a temperature
+    that cannot be."""
     p = prior or run.model.prior()
     if n < 1 or not temperature > 0:
         raise ValueError(f"n={n}, temperature={temperature}; expected n of at least 1, a temperature above 0")
@@ -482,7 +486,7 @@ def sample_examples(
         p, component = p.only(list(component)), None
     elif component is not None:
         _check_components(run, p, [component])
-    return run.model.sample(n, g, component, p).cpu()
+    return run.model.sample(n, g, component, p, noise=noise).cpu()
 
 # %% ../nbs/23_after_training.ipynb #230020b
 def _check_components(run, p, components):

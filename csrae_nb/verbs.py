@@ -142,7 +142,7 @@ def _sample(o):
     _check_table(o.out, run)
     component = o.component if o.cluster is None else _components_of(run, o.cluster, o.clusters)
     prior = refitted_prior(run, data=o.data) if o.refit else None
-    _write_examples(o.out, sample_examples(run, o.n, component, o.temperature, o.seed, prior), run)
+    _write_examples(o.out, sample_examples(run, o.n, component, o.temperature, o.seed, prior, o.noise), run)
 
 
 def _components_of(run, cluster, clusters):
@@ -322,6 +322,8 @@ def _add_sample(verbs):
     sample.add_argument("--refit", action="store_true", help=refit)
     moved = "with --refit: where those are now, if not where they were at training"
     sample.add_argument("--data", help=moved)
+    noise = "draws of x in place of its means: a table's rows vary as the data's do"
+    sample.add_argument("--noise", action="store_true", help=noise)
     sample.add_argument("--seed", type=int, default=0, help="other samples (0)")
     _with_output(sample, "picture, .npz, or of a table .csv")
 

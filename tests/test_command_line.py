@@ -287,7 +287,7 @@ def test_a_parameter_file_that_cannot_be_read_is_named(raw, says, runs, tmp_path
         (["-p", "lam", "-1"], "lam=-1.0; expected at least 0"),
         (["-p", "dataset", "mnits"], "expected one of digits"),
         (["-p", "model", "GAN"], "expected one of VAE"),
-        (["-p", "dataset", "none.npz"], "existing .npz, .npy, .csv or .parquet"),
+        (["-p", "dataset", "none.npz"], "there is no file or folder 'none.npz'"),
         (["-p", "dataset", "nan.npz"], "NaN"),
         (["-p", "batch_size", "5000"], "larger than the"),
         (["-p", "dataset", "arrays"], "arrays"),

@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
 from csrae_nb.aggregate import Aggregate
-from csrae_nb.likelihoods import Bernoulli
+from csrae_nb.likelihoods import Bernoulli, Gaussian, Units
 from csrae_nb.mixtures import GMM, FullGMM, Share, _moved, rsample
 from csrae_nb.models import CSRAE, VAE
 from csrae_nb.networks import Decoder, Encoder
@@ -253,3 +253,26 @@ def test_a_prior_with_full_covariances(shapes_unchecked):
         model.batch_terms["aggregate"] = term
         with pytest.raises(ValueError, match="a FullGMM has full covariances; expected diagonal ones"):
             model(x)
+
+
+@pytest.mark.parametrize(
+    "q",
+    [
+        GMM.gaussian(torch.zeros(3), torch.ones(3)),
+        FullGMM(torch.zeros(1), torch.zeros(1, 3), torch.eye(3)[None]),
+    ],
+)
+def test_a_shape_in_place_of_a_generator_is_told_where_it_belongs(q, shapes_unchecked):
+    "As torch's distributions take it."
+    with pytest.raises(ValueError, match=r"generator=\(5,\); expected a torch.Generator.*mixtures.rsample"):
+        q.rsample((5,))
+    assert rsample(q.to_distribution(), (5,)).shape == (5, 3)
+
+
+def test_numbers_of_numpy_are_told_what_a_model_takes(shapes_unchecked):
+    units = Units(torch.ones(3), torch.ones(3))
+    for likelihood in Gaussian(), Gaussian(units=units):
+        decoder = Decoder(nn.Linear(2, 6), (2, 3))
+        model = CSRAE(Encoder((3,), nn.Linear(3, 4)), decoder, StandardNormal(2), likelihood)
+        with pytest.raises(ValueError, match="x is of type ndarray; expected a tensor"):
+            model.encode(np.zeros((2, 3)))

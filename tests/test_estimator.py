@@ -23,6 +23,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from csrae_nb.estimator import CSRAEEmbedding
 from csrae_nb.config import Config
 from csrae_nb.evaluation import complete_run
+from csrae_nb.likelihoods import LIKELIHOODS, Gaussian
 from csrae_nb.mixtures import FullGMM
 from csrae_nb.priors import PRIORS, Prior
 from csrae_nb.runs import fit
@@ -320,6 +321,21 @@ def test_grey_levels_under_bernoulli():
     assert 0 <= est.inverse_transform(est.transform(x)).min()
     assert np.isfinite(est.score(x))
     assert set(np.unique(est.sample(50, noise=True)[0])) <= {0, 1}
+
+
+class Own(Gaussian):
+    "A likelihood of somebody else's, of any numbers."
+
+
+def test_columns_are_standardised_under_any_likelihood_without_bounds(monkeypatch):
+    monkeypatch.setitem(LIKELIHOODS, "own", Own)
+    wide = X * [1, 100, 10_000, 1] + 50
+    est = quick(likelihood="own").fit(wide)
+    assert est.scaler_ is not None and np.allclose(est.scaler_.mean_, wide.mean(0))
+    plain = quick(likelihood="own").fit((wide - wide.mean(0)) / wide.std(0))
+    assert np.isclose(
+        est.score(wide), plain.score((wide - wide.mean(0)) / wide.std(0)) - np.log(wide.std(0)).sum()
+    )
 
 
 def test_noise_has_the_likelihoods_spread():

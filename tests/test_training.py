@@ -238,6 +238,8 @@ def test_a_folder_where_nothing_was_trained_may_be_removed(tmp_path):
     (tmp_path / "checkpoint.safetensors").touch()
     with pytest.raises(ValueError, match="give this one another name$"):
         runs.claim_folder(Config(**SHORT, seed=1), tmp_path)
+    with pytest.raises(ValueError, match="give this one another name; a run keeps its number of epochs$"):
+        runs.claim_folder(Config(**SHORT | dict(epochs=9)), tmp_path)
 
 
 def test_what_is_given_in_place_of_arrays_by_name():

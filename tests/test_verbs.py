@@ -60,6 +60,9 @@ def test_every_run_that_has_codes_encodes_scores_samples_and_reconstructs(runs, 
     assert odd == sorted(odd, reverse=True) and len(odd) == 179
     assert main(["sample", run, "-n", "5", "--temperature", "0.7", "--out", str(tmp_path / "x.npz")]) == 0
     assert np.load(tmp_path / "x.npz")["x"].shape == (5, 8, 8)
+    assert main(["sample", run, "-n", "5", "--noise", "--out", str(tmp_path / "drawn.npz")]) == 0
+    drawn = np.load(tmp_path / "drawn.npz")["x"]
+    assert drawn.shape == (5, 8, 8) and set(np.unique(drawn)) == {0, 1}  # and not probabilities
     assert main(["reconstruct", run, "digits", "-n", "4", "--out", str(tmp_path / "x.png")]) == 0
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
     assert main(["report", run, "--out", str(tmp_path / "page.html")]) == 0
@@ -203,6 +206,13 @@ def test_no_folder_is_made_for_an_output(runs, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["report", str(runs / "mixture"), "--out", str(tmp_path / "new" / "page.html")])
     assert "there is no folder" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_may_not_be_written_to_is_said_at_once(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
+    with pytest.raises(SystemExit):
+        main(["report", str(runs / "mixture"), "--out", str(tmp_path / "page.html")])
+    assert f"nothing may be written into {tmp_path}" in capsys.readouterr().err
 
 
 def test_rows_of_other_examples_or_weights_are_not_gone_on_with(runs, tmp_path):
@@ -458,7 +468,9 @@ def test_a_refit_takes_the_training_data_wherever_they_are_and_no_others(
             main(words)
         return capsys.readouterr().err
 
-    assert "what of_table was trained on, 't.csv', is needed and was not found (unknown" in said(sample)
+    assert "what of_table was trained on, 't.csv', is needed and was not found (there is no file" in said(
+        sample
+    )
     assert main([*sample, "--data", "moved.csv"]) == 0 and rows(tmp_path / "new.csv") == as_was
     for columns in "abc", "ab":
         table(tmp_path / "t.csv", 5.0, columns)
