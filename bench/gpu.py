@@ -32,8 +32,7 @@ from csrae_nb.fleet import _Graph, _Steps, Fleet, fit_fleet, fleets, train_fleet
 from csrae_nb.grids import attempt, distinct, read_sweep
 from csrae_nb.sweeps import rows_there, seedless, sweep_table
 from csrae_nb.config import Config, command, resolve, run_name
-from csrae_nb.files import runs_folder
-from csrae_nb.runs import fit, load_run
+from csrae_nb.runs import fit, load_run, run_folder
 from csrae_nb.tasks import make_model, task_of
 from csrae_nb.training import Training, is_trained
 
@@ -535,7 +534,7 @@ def tables(files, out, until, jobs, size, trainers):
                 if len(under_way) >= jobs:
                     break
                 alone = run_name(c) not in together or not any(p.is_alive() for p in training)
-                ready = alone or is_trained(runs_folder() / run_name(c))
+                ready = alone or is_trained(run_folder(c))
                 if not ready:
                     continue
                 del waiting[c]

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from csrae_nb.config import Config, resolve
 from csrae_nb.evaluation import complete_run, write_table
 from csrae_nb.files import runs_folder
-from csrae_nb.grids import run_folder, run_state
+from csrae_nb.grids import run_state
+from csrae_nb.runs import run_folder
 from csrae_nb.sweeps import sweep_table
 from csrae_nb.tasks import make_model
 

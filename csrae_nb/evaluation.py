@@ -75,9 +75,9 @@ from csrae_nb.config import (
     resolve,
     run_name,
 )
-from .files import generator, progress_bar, project_root, run_lock, runs_folder, write_atomic
+from .files import generator, progress_bar, project_root, run_lock, write_atomic
 from .process import is_main_process, torch_defaults
-from .runs import Run, fit, prepare_data
+from .runs import Run, fit, prepare_data, run_folder
 from .tasks import active_units, draw_codes, mean_codes, mean_terms
 
 # %% ../nbs/10b_evaluation.ipynb #100010
@@ -531,7 +531,7 @@ def finished_metrics(
 ) -> dict | None:  # None: not trained, or not evaluated with these settings or on these data
     "Metrics of a run that is trained and evaluated, from its folder."
     cfg = resolve(cfg)
-    folder = runs_folder() / run_name(cfg)
+    folder = run_folder(cfg)
     there, metrics, of = _written(folder)
     needed = {m for m in METRICS if cfg.ll_samples or m != "log_likelihood"}  # 0.1.0 has another one, ll
     if not _is_as_asked(there, cfg) or not needed <= metrics.keys() or sha256 not in (None, of):

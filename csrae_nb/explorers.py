@@ -40,11 +40,11 @@ from .priors import MOST_MAPPED, component_map, cut_map, occupancy
 from .reading import reason
 
 # %% ../nbs/22_explorers.ipynb #220102
-from .config import Config, divergence_weight, resolve, run_name
+from .config import Config, divergence_weight, resolve
 from .constraint import Constraint
 from .files import generator, runs_folder
 from .grids import run_folders
-from .runs import Run, fit, load_run, prepare_data
+from .runs import Run, fit, load_run, prepare_data, run_folder
 
 # %% ../nbs/22_explorers.ipynb #220005
 blue, orange, grey = "#0072B2", "#D55E00", "#777777"  # told apart with any colour vision
@@ -348,7 +348,7 @@ def pinwheel_runs(
     "Those of some runs that are finished."
     runs, wrong = {}, []
     for cfg in configs:
-        path = runs_folder() / run_name(cfg)
+        path = run_folder(cfg)
         try:
             runs |= {_step_of(cfg)[1]: load_run(path)} if (path / "model.safetensors").exists() else {}
         except ValueError as e:

@@ -30,11 +30,11 @@ from tqdm import tqdm
 from .constraint import Constraint
 from .config import Config, identity, resolve, run_name, unused_fields
 from .data import Dataset
-from .files import RunLocked, generator, progress_bar, run_lock, runs_folder
+from .files import RunLocked, generator, progress_bar, run_lock
 from .kernels import NotEnoughMemory, free_memory, members_first
 from .mixtures import Draws
 from .process import accelerator, cores, torch_defaults
-from .runs import Run, load_run, claim_folder, prepare_data
+from .runs import Run, load_run, claim_folder, prepare_data, run_folder
 from .tasks import Task, task_of
 from csrae_nb.training import (
     NonFiniteLoss,
@@ -460,7 +460,7 @@ def _agree(paths):
 
 # %% ../nbs/09f_fleet.ipynb #170019
 def _to_train(configs):
-    return [c for c in configs if not is_trained(runs_folder() / run_name(c))]
+    return [c for c in configs if not is_trained(run_folder(c))]
 
 
 def _check_room(configs, data, device):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'OUTCOMES', 'sweep_fields', 'expand', 'distinct', 'without_effect', 'read_sweep', 'parse_field',
-           'read_words', 'shard', 'run_folder', 'is_finished', 'epochs_in', 'trained_epochs', 'is_locked', 'state_in',
-           'run_state', 'run_folders', 'about_run', 'attempt', 'record_failure', 'failure', 'surroundings',
-           'run_logged', 'run_in_process']
+           'read_words', 'shard', 'is_finished', 'epochs_in', 'trained_epochs', 'is_locked', 'state_in', 'run_state',
+           'run_folders', 'about_run', 'attempt', 'record_failure', 'failure', 'surroundings', 'run_logged',
+           'run_in_process']
 
 # %% ../nbs/12_grids.ipynb #124002
 import dataclasses
@@ -42,6 +42,7 @@ from .evaluation import complete_run, finished_metrics
 from .files import RunLocked, load_metadata, runs_folder, write_atomic
 from .fleet import train_fleets
 from .reading import read_text
+from .runs import run_folder
 from .training import is_trained
 
 # %% ../nbs/12_grids.ipynb #120005
@@ -185,11 +186,6 @@ def shard(
     return configs[i - 1 :: n]
 
 # %% ../nbs/12_grids.ipynb #120021
-def run_folder(cfg: Config) -> Path:
-    "Where a run is kept, or will be."
-    return runs_folder() / run_name(cfg)
-
-
 def is_finished(cfg: Config) -> bool:
     "Whether a run is trained, and evaluated as its configuration asks."
     return finished_metrics(cfg) is not None

@@ -40,7 +40,6 @@ from csrae_nb.grids import (
     is_finished,
     read_words,
     record_failure,
-    run_folder,
     run_in_process,
     run_logged,
     run_state,
@@ -52,7 +51,7 @@ from csrae_nb.grids import (
 )
 from .process import cores, is_importing
 from .reading import read_text
-from .runs import prepare_data
+from .runs import prepare_data, run_folder
 from .training import is_trained
 
 # %% ../nbs/12b_sweeps.ipynb #120030

@@ -26,8 +26,9 @@ from .catalogue import ARRAYS, is_ink
 from .evaluation import complete_run, write_table
 from .files import RunLocked, runs_folder, write_atomic
 from .detection import DETECTORS
-from .grids import about_run, read_words, run_folder, run_folders, sweep_fields
+from .grids import about_run, read_words, run_folders, sweep_fields
 from .predict import LeftOut, write_predictions
+from .runs import run_folder
 from csrae_nb.trained import (
     CODES,
     check_output,

@@ -23,7 +23,6 @@ from csrae_nb.grids import (
     expand,
     failure,
     read_sweep,
-    run_folder,
     run_state,
     shard,
     sweep_fields,
@@ -31,6 +30,7 @@ from csrae_nb.grids import (
     without_effect,
 )
 from csrae_nb import fleet, sweeps
+from csrae_nb.runs import run_folder
 from csrae_nb.sweeps import main, ray_engine, run_sweep
 from csrae_nb.config import Config, run_name
 from csrae_nb.evaluation import complete_run
