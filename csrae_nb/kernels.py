@@ -183,7 +183,7 @@ def _log_z_loops(mu, var, nu, tau2, dims, constant, bits, out, same):
 
 # %% ../nbs/01a_kernels.ipynb #010117
 def _two_rows(g, p, n, same, w):
-    "The gradients of log z of rows n and n + 1 into w; if same, of a pair in both orders, in the first row."
+    "The gradients of log z of rows n and n + 1 into w; if same, both orders of a pair, in its earlier row."
     w[:] = 0
     N, M = g.shape[2:]
     for side in range(len(g)):
