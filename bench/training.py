@@ -75,25 +75,26 @@ def epoch_of_pythae(model, x, epochs, tuned):
     return run
 
 
-def matrix_products(model):
-    "The products of matrices that a step cannot do without: forward, and gradients of weights and of inputs."
-    sizes = [
-        (m.in_features, m.out_features)
-        for net in (model.encoder, model.decoder)
-        for m in net.modules()
-        if isinstance(m, Linear)
-    ]
+def matrix_products(model, K=0):
+    """The products of matrices that a step cannot do without, forward, and for gradients of weights and of
+    inputs; K: pseudo-inputs."""
+    nets = [(model.encoder, B, True), (model.decoder, B, False), (model.encoder, K, False)]
     triples = [
-        (torch.randn(B, i), torch.randn(i, o), torch.randn(B, o), n == 0) for n, (i, o) in enumerate(sizes)
+        (torch.randn(rows, i), torch.randn(i, o), torch.randn(rows, o), of_images and n == 0)
+        for net, rows, of_images in nets
+        for n, (i, o) in enumerate(
+            (m.in_features, m.out_features) for m in net.modules() if isinstance(m, Linear)
+        )
+        if rows
     ]
 
     def run():
         for _ in range(STEPS):
-            for x, w, g, first in triples:
+            for x, w, g, of_images in triples:
                 x @ w
                 x.T @ g
-                if not first:
-                    g @ w.T  # nobody asks for the gradient of the images
+                if not of_images:  # whose gradient nobody asks for
+                    g @ w.T
 
     return run
 
@@ -127,7 +128,8 @@ def works():
         yield Work(
             f"{STEPS} training steps, {when}: MixtureCSRAE vamp K=400",
             vamp,
-            others("pythae's VAMP", untrained, 2.2, "MixtureCSRAE", prior="vamp"),
+            others("pythae's VAMP", untrained, 2.2, "MixtureCSRAE", prior="vamp")
+            | {"matrix products alone": (matrix_products(untrained, 400), None)},
             rounds=7,
         )
         mog, _ = prepared("MixtureCSRAE")
