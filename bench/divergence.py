@@ -87,6 +87,7 @@ def works():
             {"broadcasting": (with_gradients(broadcast, leaves), aim)},
             rounds,
             dict(B=B, K=K, D=D),
+            warm=True,
         )
 
     yield both(100, 400, 40, aim=5.0)
@@ -95,17 +96,20 @@ def works():
         "D_CS and gradients, B=100 K=400 D=40, by torch.distributions",
         with_gradients(ours, leaves),
         {"torch.distributions": (with_gradients(distributions, leaves), None)},
+        warm=True,
     )
     yield Work(
         "D_CS and gradients, B=100 K=400 D=40, ours without numba",
         without_numba(with_gradients(ours, leaves)),
         {"broadcasting": (with_gradients(broadcast, leaves), 1.6)},
+        warm=True,
     )
     yield both(100, 1000, 128, aim=25.0, rounds=3)
     yield Work(
         "log-sum-exp and gradients, 400 × 400, terms far apart",
         sums(log_sum_exp),
         {"torch.logsumexp": (sums(lambda x: x.logsumexp(-1)), None)},
+        warm=True,
     )
     for K in (50, 100, 200, 800):
         yield both(100, K, 40, rounds=5)

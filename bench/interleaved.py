@@ -22,6 +22,9 @@ class Work:
     ]  # name: function, and the ratio that we aim at
     rounds: int = 15  # of all of them in turn, after one that does not count
     size: dict[str, int] = field(default_factory=dict)  # B, K, D
+    warm: bool = (
+        False  # each twice in its turn, the second timed: the first pays for pages that the other lost
+    )
 
 
 class Elsewhere:
@@ -69,6 +72,8 @@ def compare(work: Work) -> list[dict]:
     times = {k: [] for k in functions}
     for _ in range(work.rounds):
         for k, f in functions.items():
+            if work.warm:
+                f()
             times[k].append(timed(f))
     ours = median(times["ours"])
     return [
