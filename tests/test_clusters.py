@@ -68,3 +68,8 @@ def test_table_of_clusters(monkeypatch, tmp_path):
 
 def test_two_components_are_two_clusters():
     assert cut_map(torch.tensor([[0.0, 0.0], [9.0, 1.0]])).unique().tolist() == [0, 1]
+
+
+def test_as_many_clusters_as_components_are_the_components(recwarn):
+    places = torch.randn(7, 2, generator=torch.Generator().manual_seed(0))
+    assert cut_map(places, 7).tolist() == list(range(7)) and not recwarn
