@@ -109,7 +109,7 @@ def _plain_gradients(mu, var, nu, tau2, g):
     return -(r * left).sum(2), (h * left).sum(2), (r * right).sum(1), (h * right).sum(1)
 
 # %% ../nbs/01a_kernels.ipynb #010017
-SKIP = 1e-12  # of the mean size of a row's gradients: a pair below it is skipped
+SKIP = 1e-12  # of the mean size of a row's gradients: what is smaller counts as nothing
 
 # %% ../nbs/01a_kernels.ipynb #010217
 def _add_four(mu, var, nu, tau2, d, first, square, product):
@@ -216,19 +216,19 @@ def _gradients_of_few(left, right, p, n, first, w):
     "Pair by pair of row n, along the dimensions; gradients of the variances come out twice as large."
     a, b, ga, gb = left[0][p, n], left[1][p, n], left[2][p, n], left[3][p, n]
     nu, tau2, gnu, gtau2 = right[0][p, first:], right[1][p, first:], right[2][p, first:], right[3][p, first:]
-    one, v, w = w.dtype.type(1), w[0, first:], w[-1, first:]  # a plain 1 would make all doubles
-    for m in range(len(v)):
-        if v[m] == 0 and w[m] == 0:
+    one, v0, v1 = w.dtype.type(1), w[0, first:], w[-1, first:]  # a plain 1 would make all doubles
+    for m in range(len(v0)):
+        if v0[m] == 0 and v1[m] == 0:
             continue
         x, y, gx, gy = nu[m], tau2[m], gnu[m], gtau2[m]
         for d in range(len(a)):
             u = one / (b[d] + y[d])
             r = (a[d] - x[d]) * u
             h = r * r - u
-            ga[d] -= r * v[m]
-            gb[d] += h * v[m]
-            gx[d] += r * w[m]
-            gy[d] += h * w[m]
+            ga[d] -= r * v0[m]
+            gb[d] += h * v0[m]
+            gx[d] += r * v1[m]
+            gy[d] += h * v1[m]
 
 # %% ../nbs/01a_kernels.ipynb #010948
 def _gradients_of_two(left, right, p, n, first, w):
@@ -345,9 +345,9 @@ def _arrays(*tensors):
 def _dims_at_once(var, tau2):
     "Of each element of a batch: how many sums of variances have products far from 0 and from infinity."
     low, high = var.min((1, 2)) + tau2.min((1, 2)), var.max((1, 2)) + tau2.max((1, 2))
-    most = 100 if var.itemsize == 4 else 900  # powers of two
+    most = 100 if var.itemsize == 4 else 900  # powers of two in a product
     with np.errstate(divide="ignore", invalid="ignore"):
-        powers = np.maximum(np.maximum(-np.log2(low), np.log2(high)), 1)  # in one sum; none for NaN
+        powers = np.maximum(np.maximum(-np.log2(low), np.log2(high)), 1)  # in one sum; NaN of what is below 0
     return np.where(powers < most, most / powers, 0).astype(int) // 4 * 4
 
 
@@ -371,8 +371,8 @@ def _gradients_by_loops(mu, var, nu, tau2, g, same):
     if not (loops := _compiled(f"f{mu.itemsize}")):
         return _log_z_gradients(mu, var, nu, tau2, g, same)
     sides = [_arrays(*side) for side in ((mu, var), (nu, tau2), (nu.mT, tau2.mT))]
-    left, right, across = sides = [(*side, *map(np.zeros_like, side)) for side in sides]
-    loops[1](*sides, *_arrays(g), same)
+    left, right, across = ((*side, *map(np.zeros_like, side)) for side in sides)
+    loops[1](left, right, across, *_arrays(g), same)
     gmu, gvar = left[2:]
     gnu, gtau2 = (one + other.swapaxes(1, 2) for one, other in zip(right[2:], across[2:]))
     return tuple(map(torch.from_numpy, (gmu, gvar / 2, gnu, gtau2 / 2)))

@@ -121,9 +121,8 @@ def _same_config(path, cfg):
     ]:
         begun = any((path / f"{file}.safetensors").exists() for file in ("model", "checkpoint"))
         remove = "" if begun else ", or remove the folder, where nothing is trained yet"
-        remove += "; a run keeps its number of epochs" * (
-            len(differ) == 1 and differ[0].startswith("epochs:")
-        )
+        if len(differ) == 1 and differ[0].startswith("epochs:"):
+            remove += "; a run keeps its number of epochs"
         differ = "; ".join(differ)
         raise ValueError(
             f"{path} holds a run of another configuration ({differ}); give this one another name{remove}"
