@@ -154,8 +154,8 @@ class _MadeWithLabels(Task):
 
     def begin(self, model, epoch):
         super().begin(model, epoch)
-        if not summed(model.kind):
-            model.temperature = temperature(epoch, self.cfg.epochs)
+        if getattr(model, "temperature", None) is not None:
+            model.temperature.fill_(temperature(epoch, self.cfg.epochs))
 
 # %% ../nbs/14c_few_labels.ipynb #140032
 @TASKS.register("labels")

@@ -39,7 +39,7 @@ class _Softmax:
         return logits.argmax(-1)
 
     def relax(
-        self, logits: Float[Tensor, "n C"], temperature: float, normal: Float[Tensor, "n C"]
+        self, logits: Float[Tensor, "n C"], temperature: float | Tensor, normal: Float[Tensor, "n C"]
     ) -> Float[Tensor, "n C"]:
         "Draws of the code, softened so that gradients pass (Gumbel-softmax), from standard normal draws."
         return ((logits - (-torch.special.log_ndtr(normal)).log()) / temperature).softmax(-1)
@@ -70,7 +70,7 @@ class _Sigmoids:
         return (logits > 0).long()
 
     def relax(
-        self, logits: Float[Tensor, "n L"], temperature: float, normal: Float[Tensor, "n L"]
+        self, logits: Float[Tensor, "n L"], temperature: float | Tensor, normal: Float[Tensor, "n L"]
     ) -> Float[Tensor, "n L"]:
         "Draws of the code, softened so that gradients pass (relaxed Bernoulli), from standard normal draws."
         yes, no = torch.special.log_ndtr(normal), torch.special.log_ndtr(-normal)
@@ -416,7 +416,7 @@ class _InOrder(_Answers):
         return self.rows(logits.sigmoid()).sum(-1)
 
     def relax(
-        self, logits: Float[Tensor, "n C"], temperature: float, normal: Float[Tensor, "n C"]
+        self, logits: Float[Tensor, "n C"], temperature: float | Tensor, normal: Float[Tensor, "n C"]
     ) -> Float[Tensor, "n C"]:
         "Softened draws of the code, all questions about an answer from one standard normal draw."
         one = self.rows(normal)[..., :1]

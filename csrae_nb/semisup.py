@@ -20,7 +20,7 @@ from .kernels import transformed
 from .labels import ManyLabels, OneLabel, classification
 from .likelihoods import Likelihood
 from .mixtures import GMM, Draws, FullGMM, check_tensor
-from .models import Autoencoder, Terms, in_eval_mode, of_all_processes, in_parts, warmed_up
+from .models import Autoencoder, Terms, in_eval_mode, of_all_processes, in_parts, Weight
 from .networks import TENSOR, as_weights, face_features, face_images, glorot_, mlp, resnet18_features
 from .patterns import Patterns, patterns_divergence
 from .priors import single, variance, within
@@ -187,7 +187,7 @@ class _Objective(Autoencoder):
         n = 0 if y is None else len(y)
         h, p = self.prior.jointly(self.encoder.features, self.likelihood.inputs(x), self.encoder.at_mean)
         logits = self.encoder.classify(h)
-        trust = self.trust if self.training else 1.0
+        trust = self.trust() if self.training else 1.0
         guess = logits[n:] * trust + logits[n:].detach() * (1 - trust)  # a smaller gradient, the same value
         tried = self._tried(guess, generator).after(logits[:0] if n == 0 else self.kind.code(y))
         rec, div = self._terms(x, h, p, tried, generator)
@@ -383,14 +383,15 @@ class SemiSupervised(_Objective, _Trials, _Picturing, _LabelByLabel):
                 f"with labels there are no terms of a whole batch: {', '.join(inner.batch_terms)}"
             )
         self.kind, self.divergence = inner.encoder.kind, inner.divergence
-        self.share, self.alpha, self.beta, self.temperature = share, alpha, beta, temperature
-        self.balance = balance
-        self.warmup, self.trust = inner.weights["divergence"].warmup, 1.0
+        self.share, self.alpha, self.beta, self.balance = share, alpha, beta, balance
+        self.trust = Weight(1.0, inner.weights["divergence"].warmup)
+        softened = None if temperature is None else torch.tensor(temperature)
+        self.register_buffer("temperature", softened, persistent=False)
         self.register_buffer("label_prior", prior.clone())
 
     def begin(self, epoch):
         "What warms up is what unlabelled images teach the classifier: `trust`, a factor of that gradient."
-        self.trust = warmed_up(epoch, self.warmup)
+        self.trust.begin(epoch)
 
     def forward(self, x, generator=None, y=None):
         return self.loss(x, generator, y)

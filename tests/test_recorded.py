@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from csrae_nb import fleet, kernels
 from csrae_nb.catalogue import load_data
 from csrae_nb.config import Config
+from csrae_nb.few_labels import LabelTask
 from csrae_nb.fleet import fit_fleet
 from test_fleet import ANSWERS, FIELDS, X, Y, weights
 
@@ -151,15 +152,31 @@ def test_replayed_steps_train_as_steps_that_are_made_one_by_one(kind, monkeypatc
     assert torch.allclose(replayed, called, atol=1e-6), (replayed - called).abs().max()
 
 
+@pytest.mark.parametrize("kind", ["classes", "answers, softened", "mixture"])
+def test_what_warms_up_is_recorded_once(kind, monkeypatch):
+    trained(Recorded, monkeypatch, **KINDS[kind])
+    assert Recorded.made == 1  # in four epochs, in each of which a weight or a temperature is another
+
+
+class Alpha(LabelTask):
+    "A task whose model gets another number in each epoch."
+
+    def begin(self, model, epoch):
+        super().begin(model, epoch)
+        model.alpha = 1.0 / epoch
+
+
 def test_a_number_that_changes_between_epochs_is_recorded_anew(monkeypatch):
-    trained(Recorded, monkeypatch, y=ANSWERS, **LABELS)
-    assert Recorded.made == 4  # the temperature falls in each epoch
+    monkeypatch.setattr(fleet, "task_of", Alpha)
+    replayed, called = (trained(g, monkeypatch, **KINDS["answers, softened"]) for g in (Called, Recorded))
+    assert Recorded.made == 4 and torch.allclose(replayed, called, atol=1e-6)
 
 
 def test_a_number_that_grew_old_would_be_noticed(monkeypatch):
     "What the test above would miss, if graphs did not come anew."
+    monkeypatch.setattr(fleet, "task_of", Alpha)
     monkeypatch.setattr(fleet, "_numbers", lambda module: {})
-    replayed, called = (trained(g, monkeypatch, y=ANSWERS, **LABELS) for g in (Recorded, Called))
+    replayed, called = (trained(g, monkeypatch, **KINDS["answers, softened"]) for g in (Recorded, Called))
     assert (replayed - called).abs().max() > 1e-4
 
 

@@ -87,7 +87,7 @@ def test_two_processes_see_what_one_would(digits, model):
         digits.draw(digits.x_train[rows], torch.Generator().manual_seed(0)),
         task.arguments(digits, rows),
     )
-    net.trust = 0.5
+    net.trust.full = 0.5
     whole = net.loss(x, torch.Generator().manual_seed(1), y)
     parts = [net.loss(x[r::2], Share(torch.Generator().manual_seed(1), r, 2), y[r::2]) for r in range(2)]
     torch.testing.assert_close((parts[0].loss + parts[1].loss) / 2, whole.loss)
