@@ -959,6 +959,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'csrae_nb.labels.Intensities.prior': ('nbs/labels.html#intensities.prior', 'csrae_nb/labels.py'),
                                  'csrae_nb.labels.Intensities.scores': ('nbs/labels.html#intensities.scores', 'csrae_nb/labels.py'),
                                  'csrae_nb.labels.Intensities.shown': ('nbs/labels.html#intensities.shown', 'csrae_nb/labels.py'),
+                                 'csrae_nb.labels.Intensities.strong': ('nbs/labels.html#intensities.strong', 'csrae_nb/labels.py'),
                                  'csrae_nb.labels.Intensities.truth': ('nbs/labels.html#intensities.truth', 'csrae_nb/labels.py'),
                                  'csrae_nb.labels.Intensities.yes': ('nbs/labels.html#intensities.yes', 'csrae_nb/labels.py'),
                                  'csrae_nb.labels.ManyLabels': ('nbs/labels.html#manylabels', 'csrae_nb/labels.py'),

@@ -402,10 +402,11 @@ class _InOrder(_Answers):
         return F.logsigmoid(a) + F.logsigmoid(-b) + (-torch.expm1(b - a)).log()
 
     def log_prob(self, logits: Float[Tensor, "n C"]) -> Float[Tensor, "n R"]:
-        "log q(y) of every label that there is."
+        "log q(y) of every label that there is, in single precision at least."
         every, levels = (self.levels, self.scores), torch.arange(self.levels, device=logits.device)
-        chosen = (every_answer(*every, logits.device)[..., None] == levels).to(logits)
-        return self.log_levels(logits).flatten(-2) @ chosen.flatten(-2).T
+        chosen = (every_answer(*every, logits.device)[..., None] == levels).to(single(logits))
+        with torch.autocast(logits.device.type, enabled=False):
+            return self.log_levels(single(logits)).flatten(-2) @ chosen.flatten(-2).T
 
     def best(self, logits: Float[Tensor, "n C"]) -> Int[Tensor, "n L"]:
         "The median of each intensity."
@@ -446,12 +447,17 @@ class Intensities(_InOrder, ManyLabels):
     def cut(self) -> nn.Module:
         return Cutpoints(self.scores, self.levels)
 
+    @property
+    def strong(self) -> int:
+        "The intensity from which an answer is a yes: 2, or of two levels the upper."
+        return min(2, self.levels - 1)
+
     def yes(self, logits):
-        "Logits of an intensity of 2 or more."
-        return self.rows(logits)[..., 1]
+        "Logits of a strong intensity."
+        return self.rows(logits)[..., self.strong - 1]
 
     def truth(self, y):
-        return torch.where(y < 0, -1, (y >= 2).long())
+        return torch.where(y < 0, -1, (y >= self.strong).long())
 
     def code(self, y: Int[Tensor, "n L"]) -> Float[Tensor, "n C"]:
         return (y[..., None] > torch.arange(self.levels - 1, device=y.device)).flatten(-2).float()

@@ -183,7 +183,7 @@ class DiscretizedLogistic(Likelihood):
         return torch.where(x < self.low + h, upper, inner).flatten(1).sum(1)
 
     def mean(self, out: Float[Tensor, "B 2 *X"]) -> Float[Tensor, "B *X"]:
-        "The logistic's mean, within the data's range."
+        "The logistic's mean, within the data's range; E[x|z] lies further in where the ends cut much off."
         return out[:, 0].clamp(self.low, self.high)
 
     def sample(

@@ -154,14 +154,15 @@ def precision_and_coverage(
     "How samples lie among real images; ValueError for fewer images of either kind than k + 1."
     if min(len(real), len(samples)) <= k:
         raise ValueError(f"{len(real)} real images and {len(samples)} samples; expected more than k={k}")
+    real, samples = real.double(), samples.double()  # of long features a difference is a few digits
     reach, sample_reach = (torch.cdist(h, h).kthvalue(k + 1, 1).values for h in (real, samples))
     far = torch.cdist(real, samples)  # (n, m)
-    inside = far < reach[:, None]
+    inside = far <= reach[:, None]
     return dict(
         precision=inside.any(0).double().mean().item(),
-        recall=(far < sample_reach).any(1).double().mean().item(),
+        recall=(far <= sample_reach).any(1).double().mean().item(),
         density=inside.double().sum(0).mean().item() / k,
-        coverage=(far.min(1).values < reach).double().mean().item(),
+        coverage=(far.min(1).values <= reach).double().mean().item(),
     )
 
 # %% ../nbs/10_metrics.ipynb #100019

@@ -386,8 +386,9 @@ def _moved(
 # %% ../nbs/01b_mixtures.ipynb #010262
 def _choice(logw, generator):
     "A component for each element of the batch, (*B), by its weight."
+    logw = logw.to(torch.promote_types(logw.dtype, torch.float32))  # sums in less would skip components
     u = torch.special.ndtr(_standard_normal(logw[..., :1], generator))
-    return (u > logw.exp().cumsum(-1)).sum(-1).clamp(max=logw.shape[-1] - 1)
+    return (u > logw.softmax(-1).cumsum(-1)).sum(-1).clamp(max=logw.shape[-1] - 1)
 
 # %% ../nbs/01b_mixtures.ipynb #010250
 class _Diagonal(Mixture):

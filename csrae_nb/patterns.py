@@ -97,10 +97,12 @@ def penalised(
 def fit_patterns(
     y: Int[Tensor, "n L"],  # 1: yes, 0: no, -1: not known
     K: int,  # patterns
-    smooth: float = SMOOTH,  # of frames that do not repeat each other: next to 0
+    smooth: float = SMOOTH,  # above 0; of frames that do not repeat each other next to it
     steps: int = 100,  # of EM
 ) -> Patterns:  # a single mixture
-    "K patterns of the rows of answers; ValueError if fewer than K rows differ."
+    "K patterns of the rows of answers; ValueError if fewer than K rows differ, or nothing is smoothed."
+    if not smooth > 0:
+        raise ValueError(f"smooth={smooth}; without it logits are infinite where all say yes: 1e-6 is little")
     found, times = y.unique(dim=0, return_counts=True)
     if len(found) < K:
         raise ValueError(f"{K} patterns of {len(found)} different rows of answers; use {len(found)} at most")

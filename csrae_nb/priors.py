@@ -325,9 +325,9 @@ def overlap_matrix(
 
 def distinct_components(
     gmm: GMM,  # unbatched mixture of K components
-    occupancy: Float[Tensor, "K"],  # shares that sum to one
+    occupancy: Float[Tensor, "K"],  # m, shares that sum to one
 ) -> float:  # between 1 and K
-    "How many are in use and distinct: 1/Σ πₖ cₖₗ πₗ with their overlaps c; 1: they act as one Gaussian."
+    "How many are in use and distinct: 1/Σ mₖ cₖₗ mₗ with their overlaps c; 1: they act as one Gaussian."
     return 1 / (occupancy @ overlap_matrix(gmm) @ occupancy).clamp_max(1).item()
 
 # %% ../nbs/03_priors.ipynb #030322
@@ -438,7 +438,9 @@ def em_step(
     n, centre = r.sum(0)[:, None], x.mean(0)
     used, z, count = n > 1e-3, x - centre, n.clamp_min(1e-3)
     mu = (r.T @ z) / count
-    var = ((r.T @ z**2) / count - mu**2).clamp_min(1e-30).maximum(floor * _spread(x))
+    var, spread = (r.T @ z**2) / count - mu**2, _spread(x)
+    # codes that are alike tell of no variance
+    var = torch.where(spread > 0, var.maximum(floor * spread), gmm.var)
     found = (n[:, 0] / len(codes)).log(), mu + centre, var
     logw, mu, var = (t.to(codes.dtype) for t in found)
     return GMM(logw, torch.where(used, mu, gmm.mu), torch.where(used, var, gmm.var))

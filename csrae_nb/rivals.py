@@ -47,17 +47,21 @@ class MatchedPoints(PointAutoencoder):
         whole = self.of_batch(q, p)
         return Terms(self.total(each, whole), each, whole, q, p)
 
-# %% ../nbs/06c_rivals.ipynb #062011
+# %% ../nbs/06c_rivals.ipynb #062111
 def squared_distances(z: Float[Tensor, "n D"]) -> Float[Tensor, "n n"]:
     "Between codes; by a matrix product where there are many."
-    return (z[:, None] - z).square().sum(-1) if len(z) <= 1000 else torch.cdist(z, z).square()
+    if len(z) <= 1000:
+        return (z[:, None] - z).square().sum(-1)
+    z = z - z.detach().mean(0)  # a product loses the digits that all have in common
+    return torch.cdist(z, z).square()
 
-
+# %% ../nbs/06c_rivals.ipynb #062011
 SCALES = 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0  # s, of the kernels
 
 
 class MMD(BatchTerm):
-    "Squared maximum mean discrepancy of codes, the means of q, to N(0, I) under inverse multiquadrics."
+    """Squared maximum mean discrepancy of codes, the means of q, to N(0, I) under inverse multiquadrics; nan
+    of a single code, which has no pair."""
 
     def __init__(self, nodes: int = 64):  # of the quadrature
         super().__init__()
@@ -68,6 +72,8 @@ class MMD(BatchTerm):
     def forward(self, q: GMM, p: GMM) -> Tensor:
         z = q.mean
         n, D = z.shape
+        if n < 2 and self.training:
+            raise ValueError("a single code has no discrepancy to learn from; use a batch_size of 2 or more")
         pairs, lengths = squared_distances(z), z.square().sum(-1, keepdim=True)  # (n, n), (n, 1)
         return sum(self.of_scale(2 * D * s, D, n, pairs, lengths) for s in SCALES)
 
@@ -75,7 +81,7 @@ class MMD(BatchTerm):
         "The same under one kernel."
         t, w = self.t.to(pairs), self.w.to(pairs)
         a = t / C
-        among = ((C / (C + pairs)).sum() - n) / max(1, n * (n - 1))  # without each with itself
+        among = ((C / (C + pairs)).sum() - n) / (n * (n - 1) or math.nan)  # without each with itself
         to_prior = ((1 + 2 * a).pow(-D / 2) * (-a * lengths / (1 + 2 * a)).exp()) @ w  # (n,)
         return among - 2 * to_prior.mean() + (1 + 4 * a).pow(-D / 2) @ w
 

@@ -1,5 +1,7 @@
 "Draws with gradients from mixtures: batches, dtypes, torch's distributions, transforms, values far apart."
 
+import math
+
 import jaxtyping
 import numpy as np
 import pytest
@@ -8,12 +10,13 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 from torch import nn
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
+from csrae_nb import mixtures
 from csrae_nb.aggregate import Aggregate
 from csrae_nb.likelihoods import Bernoulli, Gaussian, Units
 from csrae_nb.mixtures import GMM, FullGMM, Share, _moved, rsample
 from csrae_nb.models import CSRAE, VAE
 from csrae_nb.networks import Decoder, Encoder
-from csrae_nb.priors import MoGPrior, Prior, StandardNormal, VampPrior, full_em, kmeans
+from csrae_nb.priors import MoGPrior, Prior, StandardNormal, VampPrior, em_step, full_em, kmeans
 
 torch.set_num_threads(1)
 
@@ -276,3 +279,23 @@ def test_numbers_of_numpy_are_told_what_a_model_takes(shapes_unchecked):
         model = CSRAE(Encoder((3,), nn.Linear(3, 4)), decoder, StandardNormal(2), likelihood)
         with pytest.raises(ValueError, match="x is of type ndarray; expected a tensor"):
             model.encode(np.zeros((2, 3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_component_is_drawn_in_half_precision(dtype):
+    K, n = 500, 50_000
+    p = GMM(
+        torch.full((K,), -math.log(K)).to(dtype),
+        torch.arange(K).to(dtype)[:, None],
+        torch.ones(K, 1).to(dtype),
+    )
+    times = mixtures._choice(p.logw.expand(n, K), torch.Generator().manual_seed(0)).bincount(minlength=K)
+    assert times.min() > 0.5 * n / K and times.max() < 1.6 * n / K
+
+
+def test_codes_that_are_alike_leave_variances_as_they_were():
+    p = GMM.mixture(torch.tensor([0.5, 0.5]), torch.tensor([[0.0, 0.0], [4.0, 4.0]]), torch.ones(2, 2))
+    for codes in (torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 2.0], [1.0, 3.0]])):
+        found = em_step(p, codes)
+        assert (found.var[0, 0] == 1) and found.log_prob(codes).mean() > p.log_prob(codes).mean()
+    assert found.var[0, 1] < 0.3  # in which they differ

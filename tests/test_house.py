@@ -409,12 +409,13 @@ def test_other_chapters_are_linked(path):
 
 
 def headings(path):
-    "The anchors of a page's headings, as pandoc makes them."
+    "The anchors of a page: of its headings, as pandoc makes them, and those with names of their own."
     text = path.read_text()
     if path.suffix == ".ipynb":
         text = "\n".join(symbols.texts(path))
     plain = (re.sub(r"[^\w\s.-]", "", h).lower() for h in re.findall(r"^#+ (.*)", text, re.M))
-    return {re.sub(r"^[^a-z]*", "", re.sub(r"\s+", "-", h.strip())) for h in plain}
+    named = set(re.findall(r'<a id="([^"]+)">', text))
+    return named | {re.sub(r"^[^a-z]*", "", re.sub(r"\s+", "-", h.strip())) for h in plain}
 
 
 PAGES = "index.qmd equations.qmd README.md USING.md CONTRIBUTING.md CHANGELOG.md nbs/README.md".split()
@@ -428,6 +429,14 @@ def test_links(page):
     assert not [l for l in links if not (folder / l).exists()]
     for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", text):
         assert anchor in headings(folder / target if target else root / page), f"{target}#{anchor}"
+
+
+@per_notebook
+def test_links_within_the_book(path):
+    "Every heading that a chapter links exists."
+    text = "\n".join(symbols.texts(path))
+    for target, anchor in re.findall(r"\]\(([^)#:\s]*)#([^)\s]+)\)", text):
+        assert anchor in headings(path.parent / target if target else path), f"{target}#{anchor}"
 
 
 def test_site_up_to_quarto(copy):

@@ -6,6 +6,8 @@ from csrae_nb.config import Config
 from csrae_nb.evaluation import complete_run
 from csrae_nb.fleet import stackable
 from csrae_nb.config import resolve
+from csrae_nb.mixtures import GMM
+from csrae_nb.rivals import MMD, squared_distances
 from csrae_nb.runs import fit, load_run
 
 
@@ -35,3 +37,16 @@ def test_the_weight_draws_codes_to_the_prior(own_runs):
 def test_labels_are_refused(model, own_runs):
     with pytest.raises(ValueError, match=f"labels have no {model}: its codes are points"):
         fit(rival(model, labels=100), progress=False)
+
+
+def test_distances_of_codes_far_from_the_origin():
+    z = 100 + torch.randn(1500, 8, generator=torch.Generator().manual_seed(0))
+    exact = torch.cdist(z.double(), z.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+    torch.testing.assert_close(squared_distances(z).double(), exact, atol=2e-4, rtol=1e-4)
+
+
+def test_a_single_code_has_no_discrepancy():
+    one, normal = GMM.gaussian(torch.ones(1, 8), 1.0), GMM.gaussian(torch.zeros(8), 1.0)
+    with pytest.raises(ValueError, match="batch_size of 2 or more"):
+        MMD()(one, normal)
+    assert MMD().eval()(one, normal).isnan()
