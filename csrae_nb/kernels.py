@@ -377,11 +377,6 @@ def _gradients_by_loops(mu, var, nu, tau2, g, same):
     gnu, gtau2 = (one + other.swapaxes(1, 2) for one, other in zip(right[2:], across[2:]))
     return tuple(map(torch.from_numpy, (gmu, gvar / 2, gnu, gtau2 / 2)))
 
-
-def _untraced(f):
-    "f, for torch.compile to call and not to look into: the loops are no operations of torch."
-    return torch.compiler.disable(f) if torch.compiler.is_compiling() else f
-
 # %% ../nbs/01a_kernels.ipynb #010255
 try:
     import triton
@@ -520,9 +515,9 @@ def members_first(
 def _forms(mu, nu):
     "How log z and its gradients are computed for these sizes and this device."
     if _for_loops(mu, nu):
-        return _untraced(_log_z_by_loops), _untraced(_gradients_by_loops)
+        return _log_z_by_loops, _gradients_by_loops
     if _for_tiles(mu):
-        return _untraced(_log_z_by_tiles), _untraced(_gradients_by_tiles)
+        return _log_z_by_tiles, _gradients_by_tiles
     return _log_z, _log_z_gradients
 
 
@@ -595,6 +590,42 @@ class _LogZBySide(torch.autograd.Function):
         out = _LogZBySide.apply(*(t.flatten(0, 1) for t in members_first(sides, axes, n)))
         return tuple(t.unflatten(0, (n, -1)) for t in out), (0, 0)
 
+# %% ../nbs/01a_kernels.ipynb #010419
+_SIDES = "Tensor mu, Tensor var, Tensor nu, Tensor tau2"
+
+
+@torch.library.custom_op("csrae_nb::log_z", mutates_args=(), schema=f"({_SIDES}, bool same) -> Tensor")
+def _log_z_operation(mu, var, nu, tau2, same):
+    "What _LogZ does, for torch.compile, for sizes that it need not know."
+    return _LogZ.forward(mu, var, nu, tau2, same)
+
+
+@_log_z_operation.register_fake
+def _shape_of_pairs(mu, var, nu, tau2, same):
+    return mu.new_empty(*mu.shape[:2], nu.shape[1])
+
+
+_FOUR = f"({_SIDES}, Tensor g) -> (Tensor, Tensor, Tensor, Tensor)"
+
+
+@torch.library.custom_op("csrae_nb::log_z_gradients", mutates_args=(), schema=_FOUR)
+def _gradients_operation(mu, var, nu, tau2, g):
+    return _forms(mu, nu)[1](mu, var, nu, tau2, g[None], False)
+
+
+@_gradients_operation.register_fake
+def _shapes_of_sides(mu, var, nu, tau2, g):
+    return tuple(map(torch.empty_like, (mu, var, nu, tau2)))
+
+
+def _backward_of_operation(ctx, g):
+    if torch.is_grad_enabled():
+        return *_plain_gradients(*ctx.saved_tensors, g[None]), None
+    return *_gradients_operation(*ctx.saved_tensors, g), None
+
+
+_log_z_operation.register_autograd(_backward_of_operation, setup_context=_LogZ.setup_context)
+
 # %% ../nbs/01a_kernels.ipynb #010021
 def _outer_axes(batch, n):
     "How many of n batch axes, from the first, it takes to hold all of a batch that are not of length 1."
@@ -634,8 +665,11 @@ def _log_z_of_two(mu, var, nu, tau2, same):
         return _log_z_of_two(nu, tau2, mu, var, same).mT
     sides = _matrices(mu, var, B[:k], B[k:]) + _matrices(nu, tau2, B[:k], (1,) * len(B[k:]))
     dtype = reduce(torch.promote_types, (t.dtype for t in sides))
+    sides = [t.to(dtype) for t in sides]
+    if torch.compiler.is_compiling():
+        return _log_z_operation(*sides, same).view(*B, N, M)
     check_memory(sides[0][..., 0].numel() * sides[2].shape[1], sides[0])
-    return _LogZ.apply(*(t.to(dtype) for t in sides), same).view(*B, N, M)
+    return _LogZ.apply(*sides, same).view(*B, N, M)
 
 # %% ../nbs/01a_kernels.ipynb #010249
 def log_z(
@@ -660,7 +694,7 @@ def log_z_by_side(
     tau2: Float[Tensor, "*#B M D"],
 ) -> tuple[Float[Tensor, "*B N M"], Float[Tensor, "*B N M"]]:
     "log_z twice, computed once: mu and var alone learn from the first, nu and tau2 alone from the second."
-    if beyond_vmap() or _recorded():
+    if beyond_vmap() or torch.compiler.is_compiling() or _recorded():
         fixed = [t.detach() for t in (mu, var, nu, tau2)]
         return log_z(mu, var, *fixed[2:]), log_z(*fixed[:2], nu, tau2)
     B = broadcast_shapes(_batch(mu, var), _batch(nu, tau2))

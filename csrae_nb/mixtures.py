@@ -9,9 +9,9 @@ __all__ = ['unchecked', 'check_tensor', 'check_sizes', 'Draws', 'of_generator', 
 # %% ../nbs/01b_mixtures.ipynb #010223
 import math
 from collections.abc import Callable
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import wraps
 from numbers import Integral
 from typing import Any, TypeVar
 
@@ -35,17 +35,24 @@ from .kernels import broadcast_shapes, check_memory, log_sum_exp, log_z, transfo
 _looks = ContextVar("looks", default=True)
 
 
-@contextmanager
-def unchecked():
-    "Mixtures that are made inside, or by a function that this decorates, are taken as they are."
-    if torch.compiler.is_compiling():  # a context variable is not traced, and nothing is looked at then
-        yield
-        return
-    token = _looks.set(False)
-    try:
-        yield
-    finally:
-        _looks.reset(token)
+class unchecked:
+    "Mixtures that are made in a `with` of this, or by a function that it decorates, are taken as they are."
+
+    def __enter__(self):
+        if not torch.compiler.is_compiling():  # a context variable is not traced, and nothing is looked at
+            self.before = _looks.set(False)
+
+    def __exit__(self, *error):
+        if not torch.compiler.is_compiling():
+            _looks.reset(self.before)
+
+    def __call__(self, f):
+        @wraps(f)
+        def taken(*args, **kw):
+            with unchecked():
+                return f(*args, **kw)
+
+        return taken
 
 
 def _can_look(t):
@@ -270,7 +277,7 @@ class Mixture(Batched):
     def joint_log_prob(self, z: Float[Tensor, "*#B D"]) -> Float[Tensor, "*B N"]:
         "log wₙ N(z | μₙ, σₙ²) for every component."
         check_tensor("z", z, "(*B, D)")
-        with unchecked():  # here it is compiled, too; as a decorator within another it is not
+        with unchecked():
             point = GMM.gaussian(z, torch.zeros_like(z))
         return pairwise_log_overlap(point, self)[..., 0, :] + self.logw
 

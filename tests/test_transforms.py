@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from torch.autograd.functional import hessian as known_hessian
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import csrae_nb
+from csrae_nb import kernels
+from csrae_nb.aggregate import Aggregate
 from csrae_nb.divergence import cs_divergence, kl_bounds, kl_divergence, log_overlap
 from csrae_nb.layers import layered_networks, two_layers
 from csrae_nb.likelihoods import Bernoulli, DiscretizedLogistic, Gaussian
@@ -22,6 +25,7 @@ from csrae_nb.posterior import cs_each
 from csrae_nb.priors import MoGPrior, StandardNormal, VampPrior
 
 torch.set_num_threads(1)
+IN_ONE = Version(torch.__version__) >= Version("2.10")  # graph, which a context manager does not break then
 SIZES = {
     "small": (5, 4, 3),
     "loops": (30, 60, 40),
@@ -216,7 +220,7 @@ def compile_the_divergence(B, K, D):
 def in_one_graph(f, *inputs):
     "A function compiled, without a break by torch 2.10 on, against itself, for inputs of more than one size."
     torch._dynamo.reset()
-    compiled = torch.compile(f, backend="eager", fullgraph=Version(torch.__version__) >= Version("2.10"))
+    compiled = torch.compile(f, backend="eager", fullgraph=IN_ONE)
     for x in inputs:
         values = []
         for by in (compiled, f):
@@ -242,6 +246,42 @@ def compile_parts():
     in_one_graph(lambda x: Gaussian().sample(x), *batches)
     in_one_graph(lambda x: DiscretizedLogistic().sample(x), *batches)
     in_one_graph(lambda x: Bernoulli().sample(x[:, :1]), *batches)
+
+
+def compile_divergence_of_any_batch():
+    "In one graph for sizes on either side of the loops', more of them than dynamo compiles one by one."
+    for D, K in ((8, 20), (20, 50), (40, 400)):
+        p, sizes = MoGPrior(K, D), (100, 97, 64, 33, 50, 20, 10, 7, 3, 150)
+        batches = [torch.randn(n, 2, D, generator=torch.Generator().manual_seed(n)) for n in sizes]
+        in_one_graph(lambda x: cs_divergence(GMM.gaussian(x[:, 0], x[:, 1].exp()), p()), *batches)
+        torch._dynamo.reset()
+        value = lambda x: cs_divergence(GMM.gaussian(x[:, 0], x[:, 1].exp()), p()).sum()
+        compiled = torch.compile(value, backend="aot_eager", dynamic=True)
+        for x in batches:
+            by = [torch.autograd.grad(f(x.requires_grad_()), (x, p.mu, p.logvar)) for f in (compiled, value)]
+            for a, b in zip(*by):
+                close(a, b, 1e-5)
+
+
+def compile_aggregate():
+    "Its queue is of the model's state."
+    g = torch.Generator().manual_seed(1)
+    batches = [torch.rand(n, 3, 3, generator=g).round() for n in (6, 10, 7)]
+    for queue in (0, 20):
+        net = mlp(9, 8, 2 * 2, generator=g), mlp(2, 8, 9, generator=g)
+        enc, dec = Encoder((3, 3), net[0]), Decoder(net[1], (1, 3, 3))
+        model = MixtureCSRAE(enc, dec, MoGPrior(5, 2, generator=g), Bernoulli())
+        model.batch_terms["aggregate"] = Aggregate(2, queue)
+        model.loss(batches[0])
+        other = deepcopy(model)  # for a queue remembers
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=IN_ONE)
+        for x in batches:
+            values = []
+            for f in (compiled, other):
+                torch.manual_seed(0)
+                values.append(f(x).loss)
+            close(*values, 1e-5)
 
 
 def compile_draws():
@@ -281,11 +321,11 @@ def write_down():
     enc, dec = Encoder((3, 3), mlp(9, 8, 2 * 2, generator=g)), Decoder(mlp(2, 8, 9, generator=g), (1, 3, 3))
     asked = Assigned(MixtureCSRAE(enc, dec, MoGPrior(5, 2, generator=g), Bernoulli()).eval())
     x = torch.rand(12, 3, 3, generator=g)
-    if Version(torch.__version__) >= Version("2.10"):  # a mixture is a tree of tensors
+    if IN_ONE:  # a mixture is a tree of tensors
         q = torch.export.export(enc, (torch.rand(2, 3, 3, generator=g),)).module()(x[:2])
         close(q.mu, enc(x[:2]).mu, 1e-6)
     written = [torch.jit.trace(asked, x[:6])]
-    if Version(torch.__version__) >= Version("2.10"):
+    if IN_ONE:
         batch = ({0: torch.export.Dim("batch")},)
         written.append(torch.export.export(asked, (x[:6],), dynamic_shapes=batch).module())
     for f in written:
@@ -294,6 +334,15 @@ def write_down():
         ]:  # torch.export takes one row for a case of its own
             for a, b in zip(f(x[:n]), asked(x[:n])):
                 close(a, b, 1e-5)
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_the_operation_for_compilers(same):
+    "As torch asks of one: its shapes, its gradients, and that nothing is changed in place."
+    r = lambda *s: torch.rand(2, *s, 3, generator=torch.Generator().manual_seed(0)).add(0.5).requires_grad_()
+    mu, var = r(4), r(4)
+    others = (mu, var) if same else (r(5), r(5))
+    torch.library.opcheck(kernels._log_z_operation, (mu, var, *others, same))
 
 
 def test_compile():
@@ -310,6 +359,8 @@ if __name__ == "__main__":
         compile_the_divergence(*size)
     compile_models()
     compile_parts()
+    compile_divergence_of_any_batch()
+    compile_aggregate()
     compile_draws()
     write_down()
     print("compiled")
