@@ -351,15 +351,21 @@ _TABLES = TASKS, MODELS, PRIORS, DIVERGENCES, PRIOR_OBJECTIVES, LIKELIHOODS, NET
 
 
 def brought_fields() -> dict[str, Any]:  # name: default
-    "The fields that registered parts bring beside Config's own; ValueError for a name that is taken."
+    """The fields that registered parts bring beside Config's own. ValueError for a name that is taken, or a
+    field that a part uses and nothing brings."""
     own, out = {f.name for f in dataclasses.fields(Config)}, {}
-    for table, part in ((table, part) for table in _TABLES for part in table):
+    parts = [(table, part) for table in _TABLES for part in table]
+    for table, part in parts:
         for name, default in table.about(part, "fields", {}).items():
             if name in own or out.setdefault(name, default) != default:
                 raise ValueError(
                     f"the {table.kind} {part!r} brings a field {name!r}, which is there already; "
                     "choose another name"
                 )
+    for table, part in parts:
+        uses = table.about(part, "uses", ())
+        if not callable(uses) and (odd := sorted(set(uses) - own - out.keys())):
+            raise ValueError(f"the {table.kind} {part!r} uses {odd[0]!r}, which is no field")
     return out
 
 
@@ -410,7 +416,7 @@ def make_config(values: dict) -> Config:  # validated
     "Config from a dict of fields; ValueError that lists the known ones for an unknown one."
     own = {f.name: f.type for f in dataclasses.fields(Config)}
     brought = {k: v for k, v in values.items() if k not in own}
-    if unknown := brought.keys() - (brought_fields() if brought else {}):
+    if unknown := brought.keys() - brought_fields():
         unknown, known = (", ".join(names) for names in (sorted(map(repr, unknown)), known_fields()))
         raise ValueError(f"unknown parameter {unknown}; the known ones are {known}")
     given = {k: _as_float(k, own[k], v) for k, v in values.items() if k in own}

@@ -424,6 +424,18 @@ def sha256(data: bytes) -> str:  # hexadecimal
     "SHA-256 of bytes."
     return hashlib.sha256(data).hexdigest()
 
+# %% ../nbs/08_data.ipynb #080140
+def _units_for(likelihood, x):
+    "The units of a likelihood that has some, from training examples; a warning if it should and has not."
+    kind = make_likelihood(likelihood)
+    units = None if math.isfinite(kind.low) or math.isfinite(kind.high) else column_units(x)
+    if units is None or hasattr(kind, "units"):
+        return units
+    low, high = (v.item() for v in x.aminmax())
+    remedy = f"standardise them, or give {type(kind).__name__} units, as Gaussian has"
+    warnings.warn(f"x ranges from {low:g} to {high:g}, and networks start as for numbers around 1: {remedy}")
+    return None
+
 # %% ../nbs/08_data.ipynb #080040
 def from_arrays(
     arrays: Mapping,  # `x` or `x_train`, and any of `x_val, x_test, y_train, y_val, y_test`
@@ -446,7 +458,7 @@ def from_arrays(
     }
     for k, v in x.items():
         make_likelihood(likelihood).check(v, k)
-    about = dict(units=column_units(x["x_train"]) if likelihood == "gaussian" else None, values=values)
+    about = dict(units=_units_for(likelihood, x["x_train"]), values=values)
     about |= dict(dynamic=likelihood == "bernoulli" and not binary)
     return Dataset(name, **x, **y, likelihood=likelihood, sha256=hashes, classes=classes, **about)
 

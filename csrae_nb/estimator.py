@@ -23,6 +23,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from .catalogue import about_data
 from .data import CENTRED, column_units, data_columns, default_likelihood, from_arrays, is_table
 from .data import scaled_as, table_as, values_of
 from .mixtures import GMM, Draws, FullGMM
@@ -610,7 +611,7 @@ def _parameters_of(run):
     known["standardize"] = as_bytes or getattr(run.model.likelihood, "units", None) is not None
     usual = {f.name: f.default for f in dataclasses.fields(Config)}
     others = {*(f.name for f in dataclasses.fields(ModelConfig)), "precision"} - {"dataset", *known}
-    others |= dict(run.cfg.extra).keys()
+    others |= dict(run.cfg.extra).keys() - about_data(run.cfg.dataset, "fields", {}).keys()
     changed = {k: v for k, v in identity(run.cfg).items() if k in others and v != usual.get(k)}
     return known | dict(config=changed or None)
 

@@ -36,7 +36,7 @@ from .evaluation import run_codes
 from .metrics import is_picture
 from .models import Autoencoder
 from .pictures import plot_codes, plot_components, plot_history, show_examples
-from .priors import MOST_MAPPED, component_map, cut_map, occupancy
+from .priors import MOST_MAPPED, component_map, merge_components, occupancy
 from .reading import reason
 
 # %% ../nbs/22_explorers.ipynb #220102
@@ -561,7 +561,9 @@ def _joined(prior, y):
         return None, None
     places = component_map(prior).cpu()
     classes = len(y[y >= 0].unique()) if y is not None and y.ndim == 1 else 0
-    return places, torch.arange(K) if classes >= K else cut_map(places, classes or None)
+    if classes >= K:
+        return places, torch.arange(K)
+    return places, merge_components(prior, classes or None, places=places).cpu()
 
 # %% ../nbs/22_explorers.ipynb #220038
 def label_free(

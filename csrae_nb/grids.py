@@ -31,6 +31,7 @@ from .catalogue import dataset_name
 from csrae_nb.config import (
     EVALUATION,
     Config,
+    brought_fields,
     command,
     known_fields,
     make_config,
@@ -79,13 +80,19 @@ def distinct(configs: Iterable[Config]) -> list[Config]:  # resolved, in the ord
     return sorted(runs.values(), key=lambda c: c.seed)
 
 
+def _all_fields(c):
+    "Every field of a Config, those that registered parts bring like its own."
+    return {k: v for k, v in vars(c).items() if k != "extra"} | brought_fields() | dict(c.extra)
+
+
 def without_effect(configs: Iterable[Config]) -> list[str]:  # a line for each model
     "Which fields differ between configurations that are one run, since its model does not look at them."
     runs, found = {}, {}
     for c in map(resolve, configs):
         runs.setdefault(run_name(c), []).append(c)
     for same in runs.values():
-        differ = [k for k in vars(same[0]) if k not in EVALUATION and len({getattr(c, k) for c in same}) > 1]
+        each = [_all_fields(c) for c in same]
+        differ = [k for k in each[0] if k not in EVALUATION and len({e[k] for e in each}) > 1]
         found.setdefault(same[0].model, {}).update(dict.fromkeys(differ))
     return [f"without effect on {model}: {', '.join(names)}" for model, names in found.items() if names]
 

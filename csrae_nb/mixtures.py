@@ -297,6 +297,7 @@ class Mixture(Batched):
         "E f(z) from one draw of each component, Σ wₙ f(zₙ): unbiased, with gradients to all parameters."
         return (self.logw.exp() * f(self._each(generator))).sum(-1)
 
+    @torch.no_grad()
     @unchecked()
     def sample(
         self,
@@ -304,7 +305,8 @@ class Mixture(Batched):
         generator: torch.Generator | None = None,
         component: int | None = None,  # draw from this component only
     ) -> Float[Tensor, "n D"]:
-        "n independent draws from a single mixture; ValueError for a batched one or an unknown component."
+        """n independent draws from a single mixture, without gradients, which `rsample` has; ValueError for a
+        batched one or an unknown component."""
         if len(self.batch_shape):
             raise ValueError(f"sample wants one mixture, not a batch of shape {tuple(self.batch_shape)}")
         if not isinstance(n, Integral) or n < 0:
@@ -312,14 +314,18 @@ class Mixture(Batched):
         N = self.logw.shape[-1]
         if component is None and n:  # torch has no multinomial of none
             return self.draw(torch.multinomial(self.logw.exp(), n, True, generator=generator), generator)
-        component = component or 0
-        if not 0 <= component < N:
-            raise ValueError(f"component {component} of {N}; expected 0 to {N - 1}")
+        component = 0 if component is None else component
+        if not isinstance(component, Integral) or not 0 <= component < N:
+            raise ValueError(
+                f"component {component} of {N}; expected one of 0 to {N - 1}; several: only([…])"
+            )
         return self.draw(torch.full((n,), component, device=self.mu.device), generator)
 
     @unchecked()
     def only(self: _Kind, components: list[int]) -> _Kind:
-        "The mixture of some components of a single one, by their weights."
+        "The mixture of some components of a single one, by their weights. ValueError for none."
+        if not len(components):
+            raise ValueError("a mixture of no components; expected one at least")
         logw, *parts = self._parts()
         return type(self)(logw[components].log_softmax(0), *(t[components] for t in parts))
 
@@ -487,6 +493,11 @@ def _check_covariances(g):
         raise ValueError(f"a FullGMM needs mu (*B, N, D), cov (*B, N, D, D); {got}")
 
 # %% ../nbs/01b_mixtures.ipynb #010242
+def _turned(L, noise):
+    "L ε, also under autocast in full precision."
+    return (L * noise[..., None, :]).sum(-1)
+
+
 @dataclass(frozen=True, eq=False)
 class FullGMM(Mixture):
     """Mixture of Gaussians with full covariances. ValueError as for a GMM, or for covariances that are not
@@ -543,12 +554,12 @@ class FullGMM(Mixture):
         "A draw from every component, (*B, N, D)."
         mu = self.mu.expand(*self.batch_shape, *self.mu.shape[-2:])
         noise = _noise_of_each(mu, generator)
-        return mu + (torch.linalg.cholesky(self.cov) @ noise[..., None])[..., 0]
+        return mu + _turned(torch.linalg.cholesky(self.cov), noise)
 
     def draw(self, k: Int[Tensor, "n"], generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
         "A draw from each of the components k of a single mixture."
         mu, L = self.mu[k], torch.linalg.cholesky(self.cov)[k]
-        return mu + (L @ _standard_normal(mu, generator)[..., None])[..., 0]
+        return mu + _turned(L, _standard_normal(mu, generator))
 
     def to_distribution(self) -> MixtureSameFamily:
         "The same mixture as a `torch.distributions` object."

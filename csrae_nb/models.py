@@ -20,6 +20,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributions import Normal
 
 from .divergence import cs_divergence, kl_divergence
 from .likelihoods import LIKELIHOODS, Likelihood
@@ -290,6 +291,16 @@ def _check_encoder(encoder, prior):
         )
 
 
+def _of_distribution(q, n):
+    "The posteriors of n examples as a GMM; ValueError for a distribution of another batch."
+    g = as_gmm(q)
+    if g.batch_shape == (n,):
+        return g
+    one = "; Independent(Normal(…), 1) makes one of each row" if isinstance(q, Normal) else ""
+    got = f"a {type(q).__name__} of batch {tuple(q.batch_shape)} for {n} examples"
+    raise ValueError(f"the encoder gave {got}; expected one distribution of codes for each{one}")
+
+
 def _check_parts(encoder, prior, likelihood):
     "ValueError for a VampPrior of another encoder, or what is no likelihood."
     _check_encoder(encoder, prior)
@@ -416,7 +427,7 @@ class Autoencoder(Objective, Pictures, LogLikelihood):
     def posterior(self, x):
         _check_encoder(self.encoder, self.prior)  # which may have been exchanged since
         q = self.encoder(x)  # of x in the units of the networks
-        return q if isinstance(q, GMM) else as_gmm(q)
+        return q if isinstance(q, GMM) else _of_distribution(q, len(x))
 
     def decode(self, z: Float[Tensor, "B D"]) -> Float[Tensor, "B P *X"]:
         "Parameters of p(x|z)."

@@ -77,10 +77,9 @@ class Registry(_Table):
         self._check_said(name, about)
         there, _ = self._rows.get(name, (entry, None))
         if not _same(there, entry):
-            called, module = _path(there)
-            raise ValueError(
-                f"the {self.kind} {name!r} is there already: {called} of {module}; choose another name"
-            )
+            called = getattr(there, "__qualname__", f"a {type(there).__name__}")
+            what = f"the {self.kind} {name!r} is there already: {called} of {_path(there)[1]}"
+            raise ValueError(f"{what}; choose another name, or replace it: registry[{name!r}] = …")
         self._rows[name] = entry, about
 
     def _check_said(self, name, about):
@@ -127,9 +126,13 @@ def load_plugins() -> None:
             warnings.warn(f"the plugin {point.name} ({point.value}) is left out: {type(e).__name__}: {e}")
 
 # %% ../nbs/02b_registry.ipynb #022021
-def _commented(source):
+def _commented(part):
     "The comments behind lines that begin with a name, by this name; the first of a name counts."
-    found = (re.match(r" *(\w+)\b.*?  # (.+)", line) for line in reversed(source.splitlines()))
+    try:
+        lines = inspect.getsource(part).splitlines()
+    except (OSError, TypeError):  # compiled, or typed in at a prompt
+        return {}
+    found = (re.match(r" *(\w+)\b.*?  # (.+)", line) for line in reversed(lines))
     return {m[1]: m[2] for m in found if m}
 
 
@@ -140,11 +143,9 @@ def with_parameters(
     "What is given, with the comments behind its parameters in its docstring."
     parts = [obj]
     if isinstance(obj, type):
-        parts = [c for c in reversed(obj.__mro__) if is_dataclass(c)] or [obj.__init__]
-    try:
-        said = {k: v for part in parts for k, v in _commented(inspect.getsource(part)).items()}
-    except (OSError, TypeError):
-        return obj
+        made = (c for c in reversed(obj.__mro__) if "__init__" in vars(c))
+        parts = [c if is_dataclass(c) else c.__init__ for c in made if c is not object]
+    said = {k: v for part in parts for k, v in _commented(part).items()}
     if rows := [f"{p}\n    {said[k]}" for k, p in inspect.signature(obj).parameters.items() if k in said]:
         obj.__doc__ = "\n".join([inspect.getdoc(obj) or "", "", "Parameters", "----------", *rows])
     return obj

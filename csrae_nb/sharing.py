@@ -7,6 +7,7 @@ __all__ = ['NEEDED', 'SHARED', 'LIMIT', 'model_card', 'check_model', 'Pretrained
 
 # %% ../nbs/19b_sharing.ipynb #210002
 import dataclasses
+import inspect
 import json
 import re
 import sys
@@ -230,8 +231,12 @@ class Pretrained(ModelHubMixin):
         limit: int = LIMIT,  # bytes that may be downloaded
         **kw,  # of huggingface_hub.snapshot_download: revision, token, cache_dir, local_files_only, ...
     ) -> "Pretrained":
-        """What save_pretrained wrote or push_to_hub sent.
-        FileNotFoundError for no such name, ValueError for damaged or large files."""
+        """What save_pretrained wrote or push_to_hub sent, on the CPU. FileNotFoundError for no such name,
+        ValueError for damaged or large files, TypeError for keywords that snapshot_download has not."""
+        known = inspect.signature(snapshot_download).parameters
+        if odd := [k for k in kw if k not in known]:
+            there = "; the model comes on the CPU, and .to(device) moves it" if "device" in odd else ""
+            raise TypeError(f"from_pretrained has no {odd[0]}; expected {', '.join([*known][1:])}{there}")
         return cls(name if Path(name).is_dir() else _download(str(name), limit, kw))
 
 # %% ../nbs/19b_sharing.ipynb #210308

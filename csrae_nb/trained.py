@@ -57,7 +57,7 @@ from .metrics import is_picture
 from .mixtures import GMM, FullGMM
 from .models import Autoencoder, rows_at_once
 from .pictures import plot_history, show_examples
-from .priors import MOST_MAPPED, component_map, cut_map, full_em, merged_labels, occupancy
+from .priors import MOST_MAPPED, component_map, full_em, merge_components, merged_labels, occupancy
 from .runs import Run, prepare_data
 from .sharing import open_run as open_run
 from .tasks import mean_codes
@@ -525,7 +525,7 @@ def cluster_table(
     "The components of a run's prior, joined into clusters; ValueError for fewer than three components."
     p = run.model.prior()
     places = component_map(p)
-    cluster = cut_map(places, clusters)
+    cluster = merge_components(p, clusters, places=places)
     rows = [
         dict(component=k, cluster=c, weight=w, x=x, y=y)
         for k, (c, w, (x, y)) in enumerate(zip(cluster.tolist(), p.logw.exp().tolist(), places.tolist()))

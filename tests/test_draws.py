@@ -299,3 +299,53 @@ def test_codes_that_are_alike_leave_variances_as_they_were():
         found = em_step(p, codes)
         assert (found.var[0, 0] == 1) and found.log_prob(codes).mean() > p.log_prob(codes).mean()
     assert found.var[0, 1] < 0.3  # in which they differ
+
+
+def test_samples_have_no_gradients():
+    "As of torch's distributions; rsample has them."
+    prior = MoGPrior(4, 2, learned_weights=True)
+    for drawn in (
+        prior.sample(3),
+        prior().sample(3),
+        FullGMM.of(prior()).sample(3),
+        prior().sample(3, None, 1),
+    ):
+        assert not drawn.requires_grad
+    assert prior().rsample().requires_grad
+    with pytest.raises(ValueError, match="no components"):
+        prior().only([])
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_several_components_are_drawn_from_by_only():
+    with pytest.raises(ValueError, match=r"one of 0 to 3; several: only"):
+        MoGPrior(4, 2).sample(3, component=[1, 2])
+
+
+def test_a_prior_starts_as_a_mixture():
+    p = GMM.mixture(torch.tensor([0.2, 0.8]), torch.randn(2, 3), torch.rand(2, 3) + 0.1)
+    prior, again = MoGPrior.of(p), MoGPrior(2, 3, learned_weights=True)
+    again.load_state_dict(prior.state_dict())
+    for found in (prior(), again()):
+        for a, b in zip((found.logw, found.mu, found.var), (p.logw, p.mu, p.var)):
+            torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match="not a batch"):
+        MoGPrior.of(GMM.gaussian(torch.zeros(4, 2), 1.0))
+
+
+def test_autocast_changes_no_clusters_and_no_draws():
+    x = 0.05 * torch.randn(1000, 4, generator=generator()) + torch.tensor([100.0, 0, 0, 0])
+    p = FullGMM(torch.zeros(1), 100 * torch.ones(1, 4), torch.eye(4)[None] + 0.5)
+    for f in (lambda: kmeans(x, 5, 0), lambda: p.sample(20, generator())):
+        plain = f()
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(f(), plain, rtol=0, atol=0)
+
+
+def test_an_encoder_of_other_distributions_is_told():
+    net = nn.Linear(4, 2)
+    model = VAE(
+        lambda x: Normal(net(x), 1.0), Decoder(nn.Linear(2, 4), (1, 4)), StandardNormal(2), Bernoulli()
+    )
+    with pytest.raises(ValueError, match=r"a Normal of batch \(3, 2\) for 3 examples; .* Independent"):
+        model.loss(torch.rand(3, 4).round())

@@ -7,13 +7,20 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
+from sklearn.base import clone
 
-from csrae_nb.config import Config
+from csrae_nb.catalogue import DATASETS, SMALL
+from csrae_nb.config import Config, make_config
+from csrae_nb.data import from_arrays
+from csrae_nb.estimator import CSRAEEmbedding
+from csrae_nb.grids import without_effect
 from csrae_nb.models import CSRAE, MODELS
 from csrae_nb.priors import PRIORS
 from csrae_nb.registry import Registry
 from csrae_nb.results import read_rows
+from csrae_nb.runs import fit
 
 ROOT = Path(__file__).parents[1]
 THEIRS = '''
@@ -51,7 +58,7 @@ class Ring(Prior):
         return GMM(torch.full((K,), 1 / K).log(), self.radius * self.at, torch.full((K, 2), 0.3))
 
 
-LIKELIHOODS["coin"] = Bernoulli
+LIKELIHOODS.add("coin", Bernoulli)
 
 
 @PRIORS.register("ring", uses=("components",), fields=dict(radius=1.0))
@@ -253,3 +260,29 @@ def test_what_must_be_said_of_an_entry_is_asked_for():
     with pytest.raises(ValueError, match="'mine' is registered without uses="):
         PRIORS.register("mine")(lambda cfg, encoder, pseudo_inputs: None)
     assert "Mine" not in MODELS and "mine" not in PRIORS
+
+
+def test_a_data_sets_fields_are_not_a_clones(tmp_path, monkeypatch):
+    "What belongs to the data that a run was trained on, the rows that a clone gets do not have."
+    monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "runs"))
+
+    @DATASETS.register("spread", preset=SMALL, fields=dict(width=1.0))
+    def spread(likelihood=None, split_seed=0, width=1.0):
+        x = width * np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
+        return from_arrays(dict(x=x), likelihood, split_seed, "spread", dict(x="of no file"))
+
+    try:
+        cfg = make_config(dict(dataset="spread", width=0.5, epochs=1, warmup=0, components=3, batch_size=20))
+        est = CSRAEEmbedding.from_run(fit(cfg, progress=False))
+        assert clone(est).fit(np.random.default_rng(1).normal(size=(60, 4))).transform(np.zeros((2, 4))).shape
+    finally:
+        del DATASETS["spread"]
+
+
+def test_a_brought_field_without_effect_is_named_itself():
+    PRIORS.register("tilted", uses=("components",), fields=dict(tilt=1.0))(lambda *a: None)
+    try:
+        grid = [make_config(dict(model="VAE", tilt=t)) for t in (1.0, 2.0)]
+        assert without_effect(grid) == ["without effect on VAE: tilt"]
+    finally:
+        del PRIORS["tilted"]

@@ -244,3 +244,14 @@ def test_an_estimator_is_no_run(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match="a CSRAEEmbedding; expected a run's folder"):
         Pretrained(CSRAEEmbedding())
+
+
+def test_keywords_that_mean_nothing_are_refused(run_path, tmp_path):
+    Pretrained(run_path).save_pretrained(tmp_path / "shared")
+    for keyword, says in (
+        ("device", "device; expected .*the CPU, and .to"),
+        ("foo", "foo; expected repo_type"),
+    ):
+        with pytest.raises(TypeError, match=f"from_pretrained has no {says}"):
+            Pretrained.from_pretrained(tmp_path / "shared", **{keyword: 1})
+    assert Pretrained.from_pretrained(tmp_path / "shared", revision="main").model

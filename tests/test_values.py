@@ -419,3 +419,21 @@ def test_a_mixture_moves_as_one():
         assert cs_divergence(moved, moved).abs() < 1e-12
     assert {t.device.type for t in vars(p.to("meta")).values()} == {"meta"}
     assert p.to(torch.float64).mu.requires_grad
+
+
+class Unmeasured(Gaussian):
+    "As somebody would write it who knows of no units."
+
+    def __getattribute__(self, name):
+        if name == "units":
+            raise AttributeError(name)
+        return super().__getattribute__(name)
+
+
+def test_a_likelihood_of_ones_own_gets_units_or_a_warning(monkeypatch):
+    monkeypatch.setitem(LIKELIHOODS, "own", type("Own", (Gaussian,), {}))
+    monkeypatch.setitem(LIKELIHOODS, "bare", Unmeasured)
+    x = dict(x=load_wine().data)
+    assert torch.equal(load_data(x, "own").units.mean, load_data(x, "gaussian").units.mean)
+    with pytest.warns(UserWarning, match="x ranges from .* standardise them, or give Unmeasured units"):
+        assert load_data(x, "bare").units is None
