@@ -342,10 +342,14 @@ def test_autocast_changes_no_clusters_and_no_draws():
             torch.testing.assert_close(f(), plain, rtol=0, atol=0)
 
 
+class Lines(nn.Linear):
+    "An encoder of one-dimensional distributions, a batch of (B, D)."
+
+    def forward(self, x):
+        return Normal(super().forward(x), 1.0)
+
+
 def test_an_encoder_of_other_distributions_is_told():
-    net = nn.Linear(4, 2)
-    model = VAE(
-        lambda x: Normal(net(x), 1.0), Decoder(nn.Linear(2, 4), (1, 4)), StandardNormal(2), Bernoulli()
-    )
+    model = VAE(Lines(4, 2), Decoder(nn.Linear(2, 4), (1, 4)), StandardNormal(2), Bernoulli())
     with pytest.raises(ValueError, match=r"a Normal of batch \(3, 2\) for 3 examples; .* Independent"):
         model.loss(torch.rand(3, 4).round())
