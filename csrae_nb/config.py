@@ -510,11 +510,18 @@ def unused_fields(cfg: Config) -> list[str]:
     return [f for f in (*_of_parts.split(), *dict(cfg.extra)) if f not in used]
 
 
+def _tidy(dataset):
+    "A path without what makes no difference: own/ and ./own are own; but ./mnist is not mnist, and stays."
+    tidy = os.path.normpath(dataset) if os.sep in dataset else dataset
+    return dataset if tidy in DATASETS else tidy
+
+
 def identity(cfg: Config) -> dict:  # field: value
     "What makes a run this run: its resolved fields, without those that its weights do not depend on."
     c = resolve(cfg)
     off = {*_not_identity, *unused_fields(c), *(k for k in ("labels", "pretrain") if not getattr(c, k))}
     own = {k: v for k, v in dataclasses.asdict(c).items() if k != "extra"} | dict(c.extra)
+    own["dataset"] = _tidy(c.dataset)
     fields = {k: "one" if _one_image(k, v) else v for k, v in own.items()}  # as 1 == 1.0
     return {k: v for k, v in fields.items() if k not in off}
 

@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -306,11 +307,23 @@ def _frames_left_out(index):
     return [f"{share} are left out ({reasons}): {'; '.join(parts[:3])}{all_of}"]
 
 # %% ../nbs/15c_faces.ipynb #150937
+def _odd_sizes(of):
+    "What is to be said of a few recordings whose frames have another size than those of all others."
+    shapes = {n: tuple(a["shape"]) for n, a in of.items() if a.get("shape")}
+    usual, times = Counter(shapes.values()).most_common(1)[0] if shapes else (None, 0)
+    odd = [f"{n} {w} x {h}" for n, (h, w) in shapes.items() if (h, w) != usual]
+    if not odd or len(odd) > times / 2:
+        return []
+    sizes = f"frames of another size than the usual {usual[1]} x {usual[0]}: {some(odd)}"
+    return [f"{sizes}; if they were resized, their landmarks have to be, too"]
+
+
 def _tell(index, folder):
     "A warning of recordings and frames that are left out, where there are any to speak of."
     of = index["recordings"]
-    problems = [f"{n}: {a['problem']}" for n, a in of.items() if "problem" in a]
-    frames, said = _frames_left_out(index), []
+    left_out = sorted((a.get("absent", False), n) for n, a in of.items() if "problem" in a)
+    problems = [f"{n}: {of[n]['problem']}" for _, n in left_out]  # those that are there first
+    frames, said = _frames_left_out(index) + _odd_sizes(of), []
     if problems:
         first = "; ".join(problems[:3]) + (" …" if len(problems) > 3 else "")
         said.append(f"{len(problems)} of {len(of)} recordings of {index['name']} are left out: {first}")

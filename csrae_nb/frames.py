@@ -542,15 +542,17 @@ def _why_not(r, i, image):
 # %% ../nbs/15b_frames.ipynb #150236
 def _frames_to(file, r, size, to, odd):
     """Align, compress and append the usable frames of a recording to a file.
-    Gives the rows used, the bytes of each, a digest, and how many were left out why; adds to what is odd."""
+    Gives the rows used, the bytes of each, a digest, how many were left out why, and the height and width of
+    the first frame; adds to what is odd."""
     cv2 = face_library("cv2")
     cv2.setNumThreads(1)
-    rows, sizes, digest, lost = [], [], hashlib.sha256(), {}
+    rows, sizes, digest, lost, shape = [], [], hashlib.sha256(), {}, None
     unasked = "not coded" if r.wanted is None else UNASKED
     for i, (image, asked) in enumerate(zip(frames_of(r, odd), _asked_for(r))):
         if why := _why_not(r, i, image) if asked else unasked:
             lost[why] = lost.get(why, 0) + 1
             continue
+        shape = shape or image.shape[:2]
         face = aligned(image, similarity(r.eyes[i], size, to), size)
         jpeg = cv2.imencode(".jpg", face, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
         file.write(jpeg)
@@ -559,19 +561,22 @@ def _frames_to(file, r, size, to, odd):
         sizes.append(len(jpeg))
     file.flush()
     os.fsync(file.fileno())
-    return rows, sizes, digest, lost
+    return rows, sizes, digest, lost, shape
 
 # %% ../nbs/15b_frames.ipynb #150136
 def _written(r, out, name, size, to, odd):
     "Write the frames of a recording, under another name until they are whole; what is known of them."
     temporary = out / f".{name}.jpegs.tmp"
     with open(temporary, "wb") as f:
-        rows, sizes, digest, lost = _frames_to(f, r, size, to, odd)
+        rows, sizes, digest, lost, shape = _frames_to(f, r, size, to, odd)
     if not rows:
         raise ValueError(f"no frame can be used: {', '.join(f'{n} {why}' for why, n in lost.items())}")
     os.replace(temporary, out / f"{name}.jpegs")
     digest.update(r.intensities.tobytes())
     about = dict(frames=len(rows), bytes=sum(sizes), left_out=lost, sha256=digest.hexdigest())
+    about |= (
+        {} if r.counted else dict(shape=list(shape or ()))
+    )  # where eyes come with the data, and fit one size
     return rows, sizes, about
 
 # %% ../nbs/15b_frames.ipynb #155010
@@ -604,7 +609,8 @@ def prepare_recording(
     try:
         recording, odd = read(root, name)
     except Exception as e:
-        return dict(problem=reason(e)) | said  # readers raise what they like
+        absent = dict(absent=True) if isinstance(e, FileNotFoundError) else {}
+        return dict(problem=reason(e)) | absent | said  # readers raise what they like
     try:
         return _finished(recording, out, name, size, to, odd, start, said)
     except OSError:

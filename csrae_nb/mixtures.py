@@ -33,6 +33,7 @@ from .kernels import broadcast_shapes, check_memory, log_sum_exp, log_z, transfo
 
 # %% ../nbs/01b_mixtures.ipynb #010204
 _looks = ContextVar("looks", default=True)
+_Function = TypeVar("_Function", bound=Callable)
 
 
 class unchecked:
@@ -46,7 +47,7 @@ class unchecked:
         if not torch.compiler.is_compiling():
             _looks.reset(self.before)
 
-    def __call__(self, f):
+    def __call__(self, f: _Function) -> _Function:
         @wraps(f)
         def taken(*args, **kw):
             with unchecked():
@@ -492,12 +493,12 @@ def _check_covariances(g):
         got = f"got mu {tuple(g.mu.shape)}, cov {tuple(g.cov.shape)}"
         raise ValueError(f"a FullGMM needs mu (*B, N, D), cov (*B, N, D, D); {got}")
 
-# %% ../nbs/01b_mixtures.ipynb #010242
+# %% ../nbs/01b_mixtures.ipynb #010192
 def _turned(L, noise):
     "L ε, also under autocast in full precision."
     return (L * noise[..., None, :]).sum(-1)
 
-
+# %% ../nbs/01b_mixtures.ipynb #010242
 @dataclass(frozen=True, eq=False)
 class FullGMM(Mixture):
     """Mixture of Gaussians with full covariances. ValueError as for a GMM, or for covariances that are not

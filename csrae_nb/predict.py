@@ -45,7 +45,9 @@ from .process import refuse_in_workers, worker_processes
 from .reading import files_below, reason
 from .runs import Run
 from .labels import Intensities, OneLabel
-from .trained import Examples, check_output, numbers_of, open_run, read_examples, whole_blocks
+from .trained import Examples, check_output, is_own_folder, numbers_of, open_run, read_examples
+from .trained import whole_blocks
+from .videos import as_file_name
 
 # %% ../nbs/23a_predict.ipynb #232005
 def answers_of(run: Run) -> tuple[str, ...]:
@@ -168,7 +170,8 @@ def seen_in(
     start: int = 0,  # the first frame, or picture, that is wanted
     progress: bool = True,  # show a progress bar on stderr
 ) -> Iterator[tuple[str, int, Seen]]:  # name of its recording, number in it, the frame
-    "The frames of a clip and their faces. ValueError for a file that cannot be read."
+    """The frames of a clip and their faces. ValueError for a video that cannot be read; of such a picture a
+    warning, and no face."""
     if clip.is_video:
         for n, seen in enumerate(video_faces(clip.files[0], detector, start, progress), start):
             yield clip.names[0], n, seen
@@ -176,10 +179,12 @@ def seen_in(
     bar = dict(total=len(clip.files), initial=start, unit="picture", desc="predicting")
     with progress_bar(progress, **bar) as shown:
         for name, file in zip(clip.names[start:], clip.files[start:]):
-            image = decoded_image(np.fromfile(file, np.uint8))
+            image, face = decoded_image(np.fromfile(file, np.uint8)), None
             if image is None:
-                raise ValueError(f"{file} is no picture that can be read: replace or remove it")
-            face = detector(image := np.ascontiguousarray(image[..., ::-1]))
+                warnings.warn(f"{file} is no picture that can be read: its row has no face and no answers")
+                image = np.zeros((1, 1, 3), np.uint8)
+            else:
+                face = detector(image := np.ascontiguousarray(image[..., ::-1]))
             yield name, 0, Seen(image, None, face, face.eyes if face else np.full((2, 2), np.nan))
             shown.update()
 
@@ -252,7 +257,7 @@ def _write_rows(job, clip, part, tools, progress):
                 writer.writerow(_row(name, number, seen, values))
                 if shown(k):
                     fig = show_prediction(seen, picture, names, values, run.model.kind.levels)
-                    _save_shown(fig, job.overlay / f"{name.replace('/', '_')}-{number:06}.png")
+                    _save_shown(fig, job.overlay / f"{as_file_name(name)}-{number:06}.png")
             f.flush()
             done += len(block)
 
@@ -424,6 +429,8 @@ def write_predictions(
         if examples:
             _write_examples(run, read_examples(run, source), table, progress)
         else:
+            if is_own_folder(run, source):
+                warnings.warn(f"{run.path.name} learned from {source}: answers for who is in it are no test")
             job = _Job(run.path, str(run.device), detector, model, overlay, every, parts)
             _write_frames(run, find_clips(source), table, job, jobs, progress)
     return out

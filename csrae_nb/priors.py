@@ -158,9 +158,7 @@ class MoGPrior(Prior):
         if gmm.batch_shape:
             raise ValueError(f"a prior is one mixture, not a batch of shape {tuple(gmm.batch_shape)}")
         prior = cls(*mu.shape, learned_weights=True).to(mu)
-        with torch.no_grad():
-            for parameter, value in ((prior.mu, mu), (prior.logvar, var.log()), (prior.logits, logw)):
-                parameter.copy_(value)
+        prior.load_state_dict(dict(mu=mu, logvar=var.log(), logits=logw))
         return prior
 
     def forward(self) -> GMM:

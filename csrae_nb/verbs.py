@@ -295,7 +295,8 @@ def _add_runs(verbs):
 # %% ../nbs/23b_csrae.ipynb #235209
 def _add_predict(verbs):
     what = "each answer's probability, of examples, or of every frame of videos"
-    data = f"of a run on faces: video, folder of videos, or pictures; of any run: {_DATA}"
+    data = "of a run on faces: video, folder of videos, or of pictures, all of which are looked at; of any "
+    data += f"other: {_EXAMPLES}; of either a data set by its name, of which it is the test split"
     predict = _on_data(verbs, "predict", what, data=data)
     predict.epilog = (
         "Ends with status 1 if videos were left out, which are named, and the others are in the table."
@@ -342,7 +343,8 @@ def _on_run(verbs, name, what):
     return p
 
 
-_DATA = f"{', '.join(ARRAYS)}, image, folder of images; or a data set, of which it is the test split: "
+_EXAMPLES = f"{', '.join(ARRAYS)}, image, folder of images"
+_DATA = f"{_EXAMPLES}; or a data set, of which it is the test split: "
 _DATA += "by its name, or a folder of videos with labels.csv"
 
 

@@ -98,7 +98,7 @@ def test_what_is_missing_is_named_and_the_rest_goes_on(in_threads, drawn, tmp_pa
     for k in (10, 11, 12):
         next((root / "Landmark_Points" / "SN029").rglob(f"*00{k}_lm.mat")).unlink()
     with pytest.warns(
-        UserWarning, match="4 of 27 recordings of faces_demo are left out: SN001: no landmarks"
+        UserWarning, match="4 of 27 recordings of faces_demo are left out: SN003: .*; SN001: no landmarks"
     ):
         index = prepare_faces("faces_demo", root, tmp_path / "out", size=32, jobs=2, progress=False)
     a = index["recordings"]
@@ -1239,3 +1239,15 @@ def test_mirroring_is_a_choice(own_faces, tmp_path, monkeypatch):
         ValueError, match="mirror=False is for disfa, fera2015, faces_demo, a folder of videos"
     ):
         fit(Config(dataset="digits", mirror=False), progress=False)
+
+
+def test_what_is_there_is_told_before_what_is_absent_and_odd_sizes_too(tmp_path):
+    whole = dict(frames=9, left_out={}, odd=[], counted=2)
+    of = {n: dict(problem=f"no video of {n}", absent=True) for n in ("A", "B", "C", "D")}
+    of |= {n: dict(whole, shape=[160, 192]) for n in "EFGH"} | dict(I=dict(whole, shape=[120, 144]))
+    of |= dict(X=dict(problem="labels of AU 4 are damaged"))
+    with pytest.warns(UserWarning) as said:
+        faces._tell(dict(name="disfa", recordings=of), tmp_path)
+    text = str(said[0].message)
+    assert "5 of 10 recordings of disfa are left out: X: labels of AU 4 are damaged; A: no video" in text
+    assert "frames of another size than the usual 192 x 160: I 144 x 120; if they were resized" in text

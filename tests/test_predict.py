@@ -202,6 +202,21 @@ def test_answers_are_those_of_the_run(runs, videos, tmp_path):
     assert [float(table[3][a]) for a in AUS] == pytest.approx(expected, abs=2e-5)
 
 
+def test_a_picture_that_cannot_be_read_has_a_row_and_folders_are_told_apart(runs, tmp_path):
+    run, root = open_run(runs / "faces", codes=False), tmp_path / "pictures"
+    (root / "a").mkdir(parents=True)
+    image = next(iter(some_frames("SN010", 1, DISFA_AUS, 0)))[0]
+    cv2.imwrite(str(root / "a_b.png"), image)
+    cv2.imwrite(str(root / "a" / "b.png"), image)
+    (root / "broken.jpg").write_bytes(b"junk")
+    how = dict(detector=somewhere, overlay=tmp_path / "shown", every=1, progress=False)
+    with pytest.warns(UserWarning, match="broken.jpg is no picture that can be read: its row has no face"):
+        write_predictions(run, root, tmp_path / "aus.csv", **how)
+    found = {r["recording"]: (r["found"], r["AU1"] != "") for r in rows(tmp_path / "aus.csv")}
+    assert found == {"a/b.png": ("1", True), "a_b.png": ("1", True), "broken.jpg": ("0", False)}
+    assert len(list((tmp_path / "shown").iterdir())) == 3
+
+
 @pytest.fixture
 def data_folder(runs, monkeypatch):
     "Where faces_demo lies that the runs were trained on."

@@ -268,3 +268,10 @@ def test_a_preset_may_name_some_fields():
 def test_a_run_that_is_not_there_is_looked_for_in_the_right_folder(tmp_path):
     with pytest.raises(ValueError, match="there is no such folder; runs are in .*runs"):
         load_run("nowhere")
+
+
+def test_a_path_is_one_however_it_is_written():
+    spelled = [Config(dataset=d) for d in ("own", "own/", "./own", "other/../own")]
+    assert len({*map(run_name, spelled)}) == 1
+    assert run_name(Config(dataset="/data/own/")) == run_name(Config(dataset="/data/own"))
+    assert run_name(Config(dataset="./mnist")) != run_name(Config(dataset="mnist"))  # a folder, a name

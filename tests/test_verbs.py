@@ -415,7 +415,8 @@ def test_help_of_train_lists_the_fields_and_data_what_is_taken(capsys):
     named = said.pop("train").split("Fields: ")[1].split(";")[0].split(", ")
     assert named == ["name", *sweep_fields()]
     for text in said.values():
-        assert all(ending in text for ending in ARRAYS) and "folder of videos with labels.csv" in text
+        assert all(ending in text for ending in ARRAYS) and "folder of videos" in text
+    assert "or of pictures, all of which are looked at" in said["predict"]
 
 
 def test_a_run_that_is_none_is_told_with_those_of_like_names(runs, tmp_path, monkeypatch, capsys):

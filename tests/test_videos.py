@@ -12,6 +12,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from csrae_nb.files import runs_folder
 from csrae_nb.predict import COLUMNS, predict_examples, write_predictions
 from csrae_nb.runs import load_run, prepare_data
 from csrae_nb.sharing import Pretrained
-from csrae_nb.trained import Examples, open_run
+from csrae_nb.trained import Examples, open_run, read_examples
 from csrae_nb.videos import Coding, coded_videos, video_eyes
 
 cv2 = pytest.importorskip("cv2")
@@ -338,6 +339,30 @@ if __name__ == "__main__":
     np.testing.assert_allclose(seconds, np.arange(N) / RATE, atol=1e-3)
 
 
+def test_eyes_found_before_a_stop_are_not_looked_for_again(clips, monkeypatch):
+    asked, frames_of, left = [], videos.video_faces, [7]
+
+    def stopping(file, detector, start=0, progress=True):
+        asked.append(start)
+        for seen in frames_of(file, detector, start, progress):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            yield seen
+
+    monkeypatch.setattr(videos, "make_detector", lambda name: somewhere)
+    whole = video_eyes(clips / "a.avi")
+    shutil.rmtree(Path(os.environ["CSRAE_CACHE"]) / "eyes")
+    monkeypatch.setattr(videos, "SAVE_EVERY", 0)
+    monkeypatch.setattr(videos, "video_faces", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        video_eyes(clips / "a.avi")
+    left[0] = 1000
+    for a, b in zip(video_eyes(clips / "a.avi"), whole):
+        np.testing.assert_array_equal(a, b)
+    assert asked == [0, 7] and len(list(Path(os.environ["CSRAE_CACHE"]).glob("eyes/*"))) == 1
+
+
 # --- what is trained
 
 
@@ -377,6 +402,14 @@ def test_a_run_from_videos_to_answers_for_a_new_one(clips, looked, own_runs, tmp
     told = json.loads((run.path / "metrics.json").read_text())["subjects"]
     data = load(clips, fold=2)
     assert told == {s: list(names) for s, names in data.subjects.items()} and len(told["test"]) == 1
+    assert set(read_examples(run, str(clips)).names) == {unquote(n) for n in data.frames["test"]}
+    write_clip(clips / "0.avi", "SN005")  # the first by name, so that all others are dealt anew
+    labels(clips, *by_frame(), *(f"0.avi,{k},{k % 2},0" for k in range(N)))
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="holds other data .* run learned"):
+        warnings.simplefilter("ignore")
+        read_examples(run, str(clips) + "/")
+    with pytest.warns(UserWarning, match="learned from .*: answers for who is in it are no test"):
+        write_predictions(run, clips, tmp_path / "own.csv", detector=somewhere, progress=False)
     Pretrained(run.path).save_pretrained(tmp_path / "shared")
     assert "subjects" not in json.loads((tmp_path / "shared" / "metrics.json").read_text())
     shutil.rmtree(clips)
