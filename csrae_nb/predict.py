@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AT_ONCE', 'COLUMNS', 'answers_of', 'predict_examples', 'sees_faces', 'predict_faces', 'Clip', 'find_clips', 'seen_in',
-           'LeftOut', 'thresholds', 'write_predictions', 'show_prediction']
+           'LeftOut', 'thresholds', 'write_predictions', 'show_prediction', 'face_examples', 'examples_of']
 
 # %% ../nbs/23a_predict.ipynb #232002
 import csv
@@ -31,8 +31,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 # %% ../nbs/23a_predict.ipynb #232102
-from .catalogue import ARRAYS, DATASETS
-from .data import some
+from .catalogue import ARRAYS, DATASETS, loader_of
+from .data import LazyImages, some
 from .detection import VIDEOS, Detector, Seen, check_found, ends_early, face_picture, make_detector
 from .detection import video_faces, video_length
 from .drawings import face_library
@@ -176,7 +176,7 @@ def seen_in(
         for n, seen in enumerate(video_faces(clip.files[0], detector, start, progress), start):
             yield clip.names[0], n, seen
         return
-    bar = dict(total=len(clip.files), initial=start, unit="picture", desc="predicting")
+    bar = dict(total=len(clip.files), initial=start, unit="picture", desc="pictures")
     with progress_bar(progress, **bar) as shown:
         for name, file in zip(clip.names[start:], clip.files[start:]):
             image, face = decoded_image(np.fromfile(file, np.uint8)), None
@@ -365,6 +365,8 @@ def _checked(run, source, jobs, every, usual):
     examples = _are_examples(run, source)
     if examples and not (usual and jobs == 1 and every is None):
         raise ValueError("detector, model, jobs, overlay and every are for faces in videos and pictures")
+    if not examples and is_own_folder(run, source):
+        warnings.warn(f"{run.path.name} learned from {source}: answers for who is in it are no test")
     return examples
 
 # %% ../nbs/23a_predict.ipynb #232222
@@ -429,8 +431,6 @@ def write_predictions(
         if examples:
             _write_examples(run, read_examples(run, source), table, progress)
         else:
-            if is_own_folder(run, source):
-                warnings.warn(f"{run.path.name} learned from {source}: answers for who is in it are no test")
             job = _Job(run.path, str(run.device), detector, model, overlay, every, parts)
             _write_frames(run, find_clips(source), table, job, jobs, progress)
     return out
@@ -518,3 +518,44 @@ def _step(job, clip):
 def _save_shown(fig, path):
     fig.savefig(file := io.BytesIO(), format="png", dpi=90, bbox_inches="tight")
     write_atomic(path, file.getvalue())
+
+# %% ../nbs/23a_predict.ipynb #232141
+@torch.no_grad()
+def face_examples(
+    run: Run,  # on faces
+    source: Path | str,  # a video, a picture, or a folder of either
+    detector: str | Detector = "mtcnn",  # a key of DETECTORS, or your own
+    progress: bool = True,  # show progress bars on stderr
+) -> Examples:  # named recording:frame, or as the picture
+    """The faces of frames that have one, cut out as the run's own were. ValueError for no face; a warning if
+    few frames have one."""
+    _check_places(run)
+    eyes = make_detector(detector) if isinstance(detector, str) else detector
+    names, faces, looked_at = [], [], 0
+    for clip in find_clips(source):
+        for looked_at, (name, number, seen) in enumerate(seen_in(clip, eyes, 0, progress), looked_at + 1):
+            if (face := _cut_out(run, seen)) is not None:
+                names.append(f"{name}:{number}" if clip.is_video else name)
+                faces.append(face.transpose(2, 0, 1))
+    if said := check_found(str(source), len(faces), looked_at):
+        warnings.warn(said)
+    x, size = torch.from_numpy(np.stack(faces)), run.x_shape[-1]
+    return Examples(LazyImages(lambda rows: centred(x[rows], size), len(x), run.x_shape), tuple(names))
+
+# %% ../nbs/23a_predict.ipynb #232142
+def _is_cut_out(run, source):
+    "Whether the first picture of a source is as large as those of a run."
+    clip = find_clips(source)[0]
+    image = None if clip.is_video else decoded_image(np.fromfile(clip.files[0], np.uint8))
+    return image is not None and image.shape[:2] == run.x_shape[-2:]
+
+
+def examples_of(
+    run: Run,
+    source: Any,  # of a run on faces a video, a picture, or a folder of either, too
+    progress: bool = True,  # show progress bars on stderr
+) -> Examples:
+    "As `read_examples`, but of a run on faces the faces in videos and pictures, as `face_examples`."
+    if not sees_faces(run) or _are_examples(run, source) or loader_of(source)[0] or _is_cut_out(run, source):
+        return read_examples(run, source)
+    return face_examples(run, source, progress=progress)

@@ -27,7 +27,7 @@ from .evaluation import complete_run, write_table
 from .files import RunLocked, runs_folder, write_atomic
 from .detection import DETECTORS
 from .grids import about_run, read_words, run_folders, sweep_fields
-from .predict import LeftOut, write_predictions
+from .predict import LeftOut, examples_of, write_predictions
 from .runs import run_folder
 from csrae_nb.trained import (
     CODES,
@@ -36,7 +36,6 @@ from csrae_nb.trained import (
     cluster_table,
     most_unusual,
     open_run,
-    read_examples,
     refitted_prior,
     report,
     sample_examples,
@@ -68,7 +67,7 @@ def _train(o):
 def _encode(o):
     check_output(o.out, CODES, o.force)
     run = open_run(o.run, o.device)
-    examples = read_examples(run, o.data)
+    examples = examples_of(run, o.data)
     write_encoded(run, examples, o.out, o.ll_samples, o.force)
     print(f"{o.out}: {len(examples):,} rows")
 
@@ -102,7 +101,7 @@ def _score(o):
     if o.out:
         check_output(o.out, (".csv", ".parquet"), o.force)
     run = open_run(o.run, o.device)
-    examples = read_examples(run, o.data)
+    examples = examples_of(run, o.data)
     if o.out:
         rows = write_scored(run, examples, o.out, o.top, o.ll_samples, o.force)
     else:
@@ -158,7 +157,7 @@ def _reconstruct(o):
     check_output(o.out, EXAMPLES, o.force)
     run = open_run(o.run, o.device)
     _check_table(o.out, run)
-    x = read_examples(run, o.data).x
+    x = examples_of(run, o.data).x
     if o.out.suffix.lower() not in PICTURES:
         if o.n is not None:
             raise ValueError(f"-n {o.n} is of pairs in a picture; {o.out} holds all reconstructions")
@@ -215,7 +214,7 @@ def _clusters(o):
     if o.codes and not (o.data and o.clusters):
         raise ValueError("--codes needs examples and a number: csrae clusters RUN DATA --codes --clusters 10")
     run = open_run(o.run, o.device)
-    examples = read_examples(run, o.data) if o.data else None
+    examples = examples_of(run, o.data) if o.data else None
     if o.codes:
         rows = cluster_examples(run, examples, o.clusters)
         what = f"{len(rows):,} examples"
@@ -344,8 +343,8 @@ def _on_run(verbs, name, what):
 
 
 _EXAMPLES = f"{', '.join(ARRAYS)}, image, folder of images"
-_DATA = f"{_EXAMPLES}; or a data set, of which it is the test split: "
-_DATA += "by its name, or a folder of videos with labels.csv"
+_DATA = f"{_EXAMPLES}; of a run on faces videos, too, whose faces are cut out; or a data set, of which it "
+_DATA += "is the test split: by its name, or a folder of videos with labels.csv"
 
 
 def _on_data(verbs, name, what, data=_DATA, **kw):

@@ -13,13 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from csrae_nb import faces
+from csrae_nb import faces, predict
 from csrae_nb.catalogue import ARRAYS, load_data
 from csrae_nb.config import Config
 from csrae_nb.detection import Face
 from csrae_nb.drawings import DISFA_AUS, some_frames, write_disfa
 from csrae_nb.evaluation import complete_run
-from csrae_nb.predict import AT_ONCE, COLUMNS, LeftOut, _are_examples, find_clips, write_predictions
+from csrae_nb.predict import AT_ONCE, COLUMNS, LeftOut, _are_examples, examples_of, face_examples, find_clips
+from csrae_nb.predict import write_predictions
 from csrae_nb.runs import fit
 from csrae_nb.trained import open_run, read_examples
 from csrae_nb.verbs import main
@@ -419,3 +420,24 @@ def test_answers_are_told_by_the_thresholds_of_validation(tmp_path, own_runs):
         above = [int(float(r[k]) > metrics[f"threshold_{k}"]) for r in rows]
         assert len(rows) == 40 and [int(r[f"{k} yes"]) for r in rows] == above
     assert not [f for f in os.listdir(tmp_path) if f.startswith(".")]
+
+
+def test_faces_of_new_videos_have_codes(runs, videos, tmp_path, data_folder, monkeypatch):
+    "Of a run without labels, by csrae encode as by hand; pictures of its size are as they are."
+    brief = dict(epochs=1, warmup=0, latent_dim=3, components=3, labels=0, kmeans_epoch=0)
+    run = fit(Config(dataset="faces_demo", image_size=32, **brief), progress=False, folder=tmp_path / "run")
+    found = face_examples(run, videos, somewhere, progress=False)
+    assert list(found.names) == [f"{v}:{k}" for v in ("a.mp4", "more/b.mp4") for k in range(AT_ONCE + 30)]
+    monkeypatch.setattr(predict, "make_detector", lambda name: somewhere)
+    assert main(["encode", str(run.path), str(videos), "--out", str(tmp_path / "codes.csv")]) == 0
+    table = rows(tmp_path / "codes.csv")
+    z = run.model.encode(found.x[:]).mean
+    assert [r["name"] for r in table] == list(found.names)
+    assert [float(r["z2"]) for r in table] == pytest.approx(z[:, 1].tolist(), abs=1e-5)
+    (root := tmp_path / "cut").mkdir()
+    picture = ((found.x[:1][0] + 0.5) * 255).round().byte().permute(1, 2, 0).numpy()
+    cv2.imwrite(str(root / "face.png"), picture[..., ::-1])
+    assert (examples_of(run, root).x[:] - found.x[:1]).abs().max() < 1e-6
+    write_clip(tmp_path / "wall.mp4", [np.full((64, 64, 3), 99, np.uint8)] * 9)
+    with pytest.raises(ValueError, match="no face in any of its 9 frames"):
+        examples_of(run, tmp_path / "wall.mp4")
