@@ -317,9 +317,7 @@ class Mixture(Batched):
             return self.draw(torch.multinomial(self.logw.exp(), n, True, generator=generator), generator)
         component = 0 if component is None else component
         if not isinstance(component, Integral) or not 0 <= component < N:
-            raise ValueError(
-                f"component {component} of {N}; expected one of 0 to {N - 1}; several: only([…])"
-            )
+            raise ValueError(f"component {component} of {N}; expected 0 to {N - 1}; of several: only([…])")
         return self.draw(torch.full((n,), component, device=self.mu.device), generator)
 
     @unchecked()

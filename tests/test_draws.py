@@ -318,7 +318,7 @@ def test_samples_have_no_gradients():
 
 @pytest.mark.usefixtures("shapes_unchecked")
 def test_several_components_are_drawn_from_by_only():
-    with pytest.raises(ValueError, match=r"one of 0 to 3; several: only"):
+    with pytest.raises(ValueError, match=r"expected 0 to 3; of several: only"):
         MoGPrior(4, 2).sample(3, component=[1, 2])
 
 
