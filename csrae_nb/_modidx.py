@@ -45,6 +45,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'csrae_nb.answers._nearest': ('nbs/answers.html#_nearest', 'csrae_nb/answers.py'),
                                   'csrae_nb.answers._nearest_distances': ('nbs/answers.html#_nearest_distances', 'csrae_nb/answers.py'),
                                   'csrae_nb.answers._of_full': ('nbs/answers.html#_of_full', 'csrae_nb/answers.py'),
+                                  'csrae_nb.answers._seeds': ('nbs/answers.html#_seeds', 'csrae_nb/answers.py'),
                                   'csrae_nb.answers._told': ('nbs/answers.html#_told', 'csrae_nb/answers.py'),
                                   'csrae_nb.answers.answers': ('nbs/answers.html#answers', 'csrae_nb/answers.py'),
                                   'csrae_nb.answers.answers_markdown': ('nbs/answers.html#answers_markdown', 'csrae_nb/answers.py'),

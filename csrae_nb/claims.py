@@ -450,7 +450,9 @@ def fid_claim(tables: dict, images: str) -> Claim:  # images: a key of BEATEN
         for n in outcomes:
             outcomes[n] += [tested(models.get(n), b, m) for b in base]
         if MIX in models and (b := lowest(base, m)) and models[MIX].get(f"{m}_mean"):
-            details.append(f"{TITLES[b['dataset']]} {_change(models[MIX], b, m)}")
+            sizes = [r["components"] for r in (models[MIX], b)]
+            of = f" (K = {sizes[0]} and {sizes[1]})" if b["name"] != "IWAE" and sizes[0] != sizes[1] else ""
+            details.append(f"{TITLES[b['dataset']]} {_change(models[MIX], b, m)}{of}")
     return _judged(
         BEATEN[images],
         outcomes["CSRAE"] + outcomes[MIX],

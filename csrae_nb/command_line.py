@@ -190,7 +190,7 @@ def open_door() -> None:
         if getattr(self.callback, "__module__", None) == "papermill.cli" and not ctx.resilient_parsing:
             try:
                 fill_in(ctx)
-            except (ValueError, OSError) as e:
+            except (ValueError, OSError, ImportError) as e:
                 raise UsageError(str(e)) from e
         return rest
 

@@ -130,9 +130,9 @@ def names_of_labels(
 ) -> tuple[str, ...]:  # of classes, by number, or of questions; without labels none
     "What the labels of a data set are called."
     y = data.y_train
-    if y is None or y.ndim > 1:
-        return data.answers
-    return data.classes or tuple(map(str, range(int(y.max()) + 1)))
+    if data.classes or y is None or y.ndim > 1:
+        return data.classes or data.answers
+    return tuple(map(str, range(int(y.max()) + 1)))
 
 
 def labelled_rows(

@@ -289,6 +289,8 @@ def smoothed(
     eyes: np.ndarray,  # (n, 2, 2) of the frames of a video; NaN: no face
 ) -> np.ndarray:  # (n, 2, 2)
     "Eyes with short gaps bridged, then medians of three, then means of five; absent ones aside."
+    if not len(eyes):
+        return eyes
     filled = _bridged(eyes)
     absent = np.isnan(filled)
     near = np.where(absent[..., None], np.inf, _around(filled, 1))  # an absent frame has no median

@@ -15,6 +15,7 @@ import zlib
 from configparser import ConfigParser, Error as ConfigError
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from filelock import FileLock, Timeout
@@ -33,7 +34,7 @@ def write_atomic(
 ) -> None:
     "Write a file, whole or not at all, also in a crash; OSError if it cannot be, the old file untouched."
     path = Path(path)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp = path.with_name(f".{path.name}.{uuid4().hex[:12]}.tmp")
     try:
         with open(tmp, "wb") as f:
             f.write(data.encode() if isinstance(data, str) else data)
@@ -142,7 +143,8 @@ def project_root() -> Path | None:  # None outside of this project
 
 def runs_folder() -> Path:
     "Where runs are kept: $CSRAE_RUNS, or _runs/ of this project, or of the current folder."
-    return Path(os.environ.get("CSRAE_RUNS") or (project_root() or Path.cwd()) / "_runs")
+    given = os.environ.get("CSRAE_RUNS") or (project_root() or Path.cwd()) / "_runs"
+    return Path(given).expanduser()
 
 # %% ../nbs/07b_files.ipynb #072020
 class RunLocked(RuntimeError):

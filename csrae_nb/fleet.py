@@ -487,6 +487,8 @@ def fit_fleet(
     """Train runs together, each into its own folder, as `fit` would one by one; ValueError for runs that do
     not go together, NotEnoughMemory for more than memory holds."""
     configs = [resolve(c) for c in configs]
+    if len(configs) < 2:
+        raise ValueError(f"{len(configs)} runs; a fleet is of two or more, and `fit` trains one")
     if fleets(configs, len(configs)) != [configs]:
         raise ValueError(
             "these runs do not go together: a fleet's differ in seed, lam, beta and a constraint's bound "

@@ -85,7 +85,7 @@ class FrameClock:
         count: int,  # of the picture, those that could not be read included
         seconds: float,  # from the beginning
     ) -> int:
-        "The number of a picture's frame; ValueError if times have left the rate by a frame or more."
+        "The number of a picture's frame; ValueError if times left the rate by three quarters of a frame."
         number = count if self._last is None else self._next(count, seconds)
         self._first = self._first or (number, seconds)
         self._last = count, number, seconds

@@ -738,4 +738,4 @@ def log_sum_exp(x: Float[Tensor, "*B M"]) -> Float[Tensor, "*B"]:
     least e⁻⁷⁰ of the largest."""
     if x.shape[-1] == 1:
         return x.squeeze(-1)
-    return x.logsumexp(-1) if beyond_vmap() or _recorded() else _LogSumExp.apply(x)[0]
+    return x.logsumexp(-1) if not x.shape[-1] or beyond_vmap() or _recorded() else _LogSumExp.apply(x)[0]

@@ -264,7 +264,7 @@ FITTED = ("model", "prior", "components", "objective", "queue", "weight", "epoch
 
 def full_covariances(
     folder: Path | str | None = None,
-) -> dict[tuple, dict[str, float]]:  # by FITTED: means over seeds, and their number
+) -> dict[tuple, dict[str, float | list[float]]]:  # by FITTED: means over seeds, and the `distances` of each
     "What samples are worth that are drawn from mixtures of full covariance, diagonal ones, and the prior."
     of = {}
     for r in read_rows(Path(folder or results_folder()) / "expost.csv", (*FITTED, "distance")):
@@ -272,5 +272,6 @@ def full_covariances(
         of.setdefault(key, []).append(r)
     metrics = ("distance", "log_density", *COMPARED)
     return {
-        k: {m: mean(r[m] for r in rows) for m in metrics} | dict(seeds=len(rows)) for k, rows in of.items()
+        k: {m: mean(r[m] for r in rows) for m in metrics} | dict(distances=[r["distance"] for r in rows])
+        for k, rows in of.items()
     }

@@ -33,9 +33,10 @@ def glorot_(
 ) -> nn.Module:  # the same module
     "Glorot-uniform weights and zero biases, in place."
     for m in module.modules():
-        if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+        if isinstance(m, nn.Linear | nn.modules.conv._ConvNd):
             nn.init.xavier_uniform_(m.weight, generator=generator)
-            nn.init.zeros_(m.bias)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
     return module
 
 # %% ../nbs/05_networks.ipynb #050006
@@ -64,11 +65,12 @@ class Linears(nn.Module):
 def side_by_side(
     nets: Sequence[nn.Sequential],  # R fully connected networks of the same layers
 ) -> nn.Sequential:  # (R·B, inputs) to (R·B, outputs)
-    "R networks as one, on R equal blocks of rows; ValueError for layers other than linear and activations."
-    kinds = {tuple((type(l), getattr(l, "weight", torch.empty(0)).shape) for l in net) for net in nets}
-    if len(kinds) > 1:
+    """R networks as one, on R equal blocks of rows; ValueError for layers other than linear ones with a bias
+    and activations, and for none."""
+    if len({tuple(map(repr, net)) for net in nets}) != 1:
         raise ValueError("the networks have different layers; only like ones go side by side")
-    if odd := [type(l).__name__ for l in nets[0] if not isinstance(l, nn.Linear) and list(l.parameters())]:
+    own = lambda l: l.bias is None if isinstance(l, nn.Linear) else list(l.parameters())
+    if odd := [repr(l) for l in nets[0] if own(l)]:
         raise ValueError(f"only fully connected networks go side by side; got {', '.join(odd)}")
     layers = [Linears(ls) if isinstance(ls[0], nn.Linear) else ls[0] for ls in zip(*nets)]
     return nn.Sequential(nn.Unflatten(0, (len(nets), -1)), *layers, nn.Flatten(0, 1))
@@ -429,8 +431,10 @@ def load_resnet18(
 ) -> None:
     """Begin with weights that were trained on ImageNet, for pictures from -1/2 to 1/2.
 
-    FileNotFoundError without the file, ValueError for one with other weights."""
-    resnet = next(m for m in net.modules() if type(m).__name__ == "ResNet")
+    FileNotFoundError without the file, ValueError for other weights, or a net without a ResNet18."""
+    resnet = next((m for m in net.modules() if type(m).__name__ == "ResNet"), None)
+    if resnet is None:
+        raise ValueError(f"{type(net).__name__} holds no ResNet18; expected network='resnet18'")
     weights = {k: v for k, v in _state_dict(Path(file).expanduser()).items() if not k.startswith("fc.")}
     try:
         resnet.load_state_dict(weights)

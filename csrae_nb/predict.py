@@ -527,8 +527,8 @@ def face_examples(
     detector: str | Detector = "mtcnn",  # a key of DETECTORS, or your own
     progress: bool = True,  # show progress bars on stderr
 ) -> Examples:  # named recording:frame, or as the picture
-    """The faces of frames that have one, cut out as the run's own were. ValueError for no face; a warning if
-    few frames have one."""
+    """The faces of frames that have one, or lie in a short gap, cut out as the run's own were. ValueError for
+    no face; a warning if few frames have one."""
     _check_places(run)
     eyes = make_detector(detector) if isinstance(detector, str) else detector
     names, faces, looked_at = [], [], 0

@@ -21,8 +21,9 @@ def read_text(path: str | Path) -> str:  # without a byte-order mark
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
+        place = Path(path).stat().st_size - len(e.object) + e.start + 1  # behind the mark, if there is one
         raise ValueError(
-            f"{path} is not UTF-8 (byte {e.start + 1:,} is {e.object[e.start]:02x}): save it as UTF-8"
+            f"{path} is not UTF-8 (byte {place:,} is {e.object[e.start]:02x}): save it as UTF-8"
         ) from e
 
 # %% ../nbs/07c_reading.ipynb #082017

@@ -83,7 +83,7 @@ def load_run(
 ) -> Run:
     """A finished run from its folder; ValueError if there is none, for a damaged, foreign or newer file, or
     for a device that is not here."""
-    path, device = Path(path), check_device(device)
+    path, device = Path(path).expanduser(), check_device(device)
     if not (file := path / "model.safetensors").exists():
         begun = (path / "checkpoint.safetensors").exists()
         hint = "; start it again with the same command to finish it" if begun else ""
@@ -139,7 +139,7 @@ def claim_folder(
     folder: Path | str | None = None,  # None: by the run's name, in runs_folder()
 ) -> Path:  # the run's folder
     "Make or find the run's folder, with its config.json; ValueError if it holds another run, or OSError."
-    path = run_folder(cfg) if folder is None else Path(folder)
+    path = run_folder(cfg) if folder is None else Path(folder).expanduser()
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
         if not (file := path / "config.json").exists():

@@ -13,6 +13,7 @@ import hashlib
 import heapq
 import io
 import json
+import math
 import os
 import re
 import warnings
@@ -199,7 +200,9 @@ def _read(path, columns):
         files, x = folder_images(path)
         return x, tuple(f.as_posix() for f in files), False
     if kind in VIDEOS:
-        raise ValueError(f"{path} is a video, which csrae predict reads, of a run on faces with labels")
+        raise ValueError(
+            f"{path} is a video, which is for runs on faces (in Python: csrae_nb.predict.examples_of)"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there, nor one of {', '.join(DATASETS)}")
     return (TABLES[kind](path, columns) if kind in TABLES else read_arrays(path))[0], None, kind in TABLES
@@ -509,8 +512,10 @@ def sample_examples(
     """E[x|z], or draws of x, at n codes from the prior. ValueError for no such component, or a temperature
     that cannot be."""
     p = prior or run.model.prior()
-    if n < 1 or not temperature > 0:
-        raise ValueError(f"n={n}, temperature={temperature}; expected n of at least 1, a temperature above 0")
+    if n < 1 or not 0 < temperature < math.inf:
+        raise ValueError(
+            f"n={n}, temperature={temperature}; expected n of at least 1, a finite temperature above 0"
+        )
     p, g = at_temperature(p, temperature), generator(seed, "samples", device=run.device)
     if isinstance(component, Sequence):
         _check_components(run, p, component)

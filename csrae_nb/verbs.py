@@ -43,6 +43,7 @@ from csrae_nb.trained import (
     write_encoded,
     write_scored,
 )
+from .training import NonFiniteLoss
 
 # %% ../nbs/23b_csrae.ipynb #235005
 _MAIN = "reconstruction divergence log_likelihood active_units knn5 frechet_classifier_samples fid_samples"
@@ -405,5 +406,5 @@ def main(
     except KeyboardInterrupt:
         print(_stopped(o), file=sys.stderr)
         return 130
-    except (ValueError, OSError, RunLocked) as e:
+    except (ValueError, OSError, ImportError, RunLocked, NonFiniteLoss) as e:
         parser.exit(2, f"csrae {o.verb}: {e}\n")

@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 
@@ -74,7 +75,8 @@ def _number(text, where, expected, allowed):
 
 def _answer(text, where):
     "0 to 5, or UNKNOWN."
-    expected = "0 to 5, −1 or nothing (leave out columns that are no answers)"
+    expected = "0 to 5, -1 or nothing (leave out columns that are no answers)"
+    text = text.replace("−", "-")  # as a text processor writes it
     return int(_number(text or "-1", where, expected, lambda v: v in range(UNKNOWN, 6)))
 
 
@@ -104,10 +106,11 @@ def _videos(root):
 
 def _named(said, videos, root, where):
     "The path of a video that a row names; ValueError for none, or for several of this name."
-    path = said.replace("\\", "/").removeprefix("./")
-    if path in videos:
-        return path
-    found = [v for v in videos if Path(v).name == path]
+    path = normalize("NFC", said.replace("\\", "/").removeprefix("./"))
+    spelled = {normalize("NFC", v): v for v in videos}  # a Mac writes é as e and an accent
+    if path in spelled:
+        return spelled[path]
+    found = [v for name, v in spelled.items() if Path(name).name == path]
     if len(found) == 1:
         return found[0]
     if found:
@@ -302,8 +305,9 @@ class CodedVideos(FaceSet):
 def as_file_name(
     name: str,  # of a video, which may lie in a folder
 ) -> str:
-    "The name with %, / and other signs as %25, %2F and so on; `urllib.parse.unquote` undoes it."
-    return re.sub(r"[^\w. -]", lambda m: f"%{ord(m[0]):02X}", name)
+    """The name with %, / and other signs of ASCII as %25, %2F and so on; letters of any language stay.
+    `urllib.parse.unquote` undoes it."""
+    return re.sub(r"[^\w. \-\x80-\U0010ffff]", lambda m: f"%{ord(m[0]):02X}", name, flags=re.ASCII)
 
 # %% ../nbs/15e_videos.ipynb #157016
 def coded_videos(

@@ -13,12 +13,14 @@ from sklearn.mixture import GaussianMixture
 
 from csrae_nb import training
 from csrae_nb.catalogue import load_data
-from csrae_nb.data import column_units
+from csrae_nb.data import column_units, names_of_labels
 from csrae_nb.divergence import cs_divergence, kl_bounds, kl_divergence, log_overlap
 from csrae_nb.estimator import CSRAEEmbedding
 from csrae_nb.evaluation import complete_run
 from csrae_nb.fleet import fit_fleet
+from csrae_nb.kernels import log_sum_exp
 from csrae_nb.likelihoods import LIKELIHOODS, Gaussian, make_likelihood
+from csrae_nb.networks import load_resnet18, side_by_side
 from csrae_nb.priors import LOG_VAR, MoGPrior, variance, within
 from csrae_nb.config import Config, resolve
 from csrae_nb.files import load_tensors
@@ -437,3 +439,25 @@ def test_a_likelihood_of_ones_own_gets_units_or_a_warning(monkeypatch):
     assert torch.equal(load_data(x, "own").units.mean, load_data(x, "gaussian").units.mean)
     with pytest.warns(UserWarning, match="x ranges from .* standardise them, or give Unmeasured units"):
         assert load_data(x, "bare").units is None
+
+
+def test_networks_side_by_side_are_alike_in_every_number():
+    net = lambda slope, bias=True: torch.nn.Sequential(
+        torch.nn.Linear(2, 3, bias=bias), torch.nn.LeakyReLU(slope)
+    )
+    for nets in ([net(0.01), net(0.9)], []):
+        with pytest.raises(ValueError, match="only like ones go side by side"):
+            side_by_side(nets)
+    with pytest.raises(ValueError, match="bias=False"):
+        side_by_side([net(0.1, False), net(0.1, False)])
+    with pytest.raises(ValueError, match="holds no ResNet18"):
+        load_resnet18(net(0.1), "weights.pth")
+
+
+def test_a_sum_of_nothing_is_none():
+    assert log_sum_exp(torch.zeros(2, 0)).tolist() == [-np.inf, -np.inf]
+
+
+def test_classes_that_only_test_examples_have_are_named():
+    data = load_data(dict(x_train=np.zeros((20, 3)), x_test=np.ones((4, 3)), y_test=np.array(list("abab"))))
+    assert names_of_labels(data) == ("a", "b")

