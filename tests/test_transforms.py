@@ -217,13 +217,13 @@ def compile_the_divergence(B, K, D):
         close(a, b, 1e-4)
 
 
-def in_one_graph(f, *inputs):
-    "A function compiled, without a break by torch 2.10 on, against itself, for inputs of more than one size."
+def in_one_graph(f, *inputs, other=None):
+    "A function compiled, without a break by torch 2.10 on, against itself, or one like it that has a state."
     torch._dynamo.reset()
     compiled = torch.compile(f, backend="eager", fullgraph=IN_ONE)
     for x in inputs:
         values = []
-        for by in (compiled, f):
+        for by in (compiled, other or f):
             torch.manual_seed(0)
             values.append(by(x))
         close(*values, 1e-5)
@@ -273,15 +273,8 @@ def compile_aggregate():
         model = MixtureCSRAE(enc, dec, MoGPrior(5, 2, generator=g), Bernoulli())
         model.batch_terms["aggregate"] = Aggregate(2, queue)
         model.loss(batches[0])
-        other = deepcopy(model)  # for a queue remembers
-        torch._dynamo.reset()
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=IN_ONE)
-        for x in batches:
-            values = []
-            for f in (compiled, other):
-                torch.manual_seed(0)
-                values.append(f(x).loss)
-            close(*values, 1e-5)
+        like = deepcopy(model)  # for a queue remembers
+        in_one_graph(lambda x: model(x).loss, *batches, other=lambda x: like(x).loss)
 
 
 def compile_draws():
