@@ -42,6 +42,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'csrae_nb.answers._counts': ('nbs/answers.html#_counts', 'csrae_nb/answers.py'),
                                   'csrae_nb.answers._divergences': ('nbs/answers.html#_divergences', 'csrae_nb/answers.py'),
                                   'csrae_nb.answers._matched': ('nbs/answers.html#_matched', 'csrae_nb/answers.py'),
+                                  'csrae_nb.answers._mixtures': ('nbs/answers.html#_mixtures', 'csrae_nb/answers.py'),
                                   'csrae_nb.answers._nearest': ('nbs/answers.html#_nearest', 'csrae_nb/answers.py'),
                                   'csrae_nb.answers._nearest_distances': ('nbs/answers.html#_nearest_distances', 'csrae_nb/answers.py'),
                                   'csrae_nb.answers._of_full': ('nbs/answers.html#_of_full', 'csrae_nb/answers.py'),

@@ -54,13 +54,14 @@ NAMES = {
 def judged(
     rows: list[dict],
     pairs: list[tuple[str, str]],  # a name and its rival each
-    equal: bool,  # at equal reconstruction; else at weight 1
+    equal: bool,  # at equal reconstruction; else at the same weight
     metrics: tuple[str, ...] = tuple(AXES),
+    weight: float = 1.0,  # the rival's
 ) -> dict[str, list[str]]:  # metric: verdicts
     "The verdicts on some metrics, corrected for all comparisons of a pair."
     out = {}
     for pair in pairs:
-        found = compared(rows, *pair, equal, dict.fromkeys((*AXES, *metrics)))
+        found = compared(rows, *pair, equal, dict.fromkeys((*AXES, *metrics)), weight)
         for c, verdict in zip(found, verdicts(found)):
             if c.metric in metrics:
                 out.setdefault(c.metric, []).append(verdict)
@@ -201,15 +202,25 @@ MIXTURE = (
 )
 
 
+def _mixtures(rows):
+    "The answer on a mixture in place of N(0, I) at weight 1; and, of smaller weights, what it comes to."
+    pair = [*QUESTIONS.values()][2]
+    at_one = judged(rows, [pair], True)
+    measured = [_counts(at_one)] if at_one else []
+    for weight in (0.5, 0.25):
+        said = sum(judged(rows, [pair], True, weight=weight).values(), [])
+        measured += [f"in all, at λ = {weight:g}: {counted(said)} ({in_words(said)})"] if said else []
+    return _told(MIXTURE, measured, sum(at_one.values(), []))
+
+# %% ../nbs/13e_answers.ipynb #135523
 def answers(folder: Path | str | None = None) -> list[Answer]:  # of the tables; None: results/
     "The questions that a reader has, answered by the tables."
     rows, labels = measured(folder), fewest_errors_claim(evidence(folder))
     errors = labels.measured.partition("; ")[2]  # behind how many speak for the claim
-    mixture = judged(rows, [[*QUESTIONS.values()][2]], True)
     return [
         *_divergences(rows, equal=False),
         *_divergences(rows, equal=True),
-        _answer(MIXTURE, mixture),
+        _mixtures(rows),
         *_matched(folder),
         Answer("MixtureCSRAE: fewer errors from few labels?", errors or "–", labels.verdict),
     ]

@@ -186,18 +186,23 @@ QUESTIONS = {  # of a name and its rival, which differ in one thing
 
 
 def compared(
-    rows: list[dict], name: str, rival: str, equal: bool, metrics: Iterable[str] = tuple(AXES)
+    rows: list[dict],
+    name: str,
+    rival: str,
+    equal: bool,  # at equal reconstruction; else at the same weight
+    metrics: Iterable[str] = tuple(AXES),
+    weight: float = 1.0,  # the rival's
 ) -> list[Comparison]:
-    "A model against a rival of weight 1: at its weight 1, or where it reconstructs as well as that."
+    "A model against a rival of one weight: at the same weight, or where it reconstructs as well as that."
     out = []
     for cell, some in rows_by_cell(rows).items():
-        (base,) = where(some, name=rival, lam=1.0) or [None]
+        (base,) = where(some, name=rival, lam=weight) or [None]
         if base is None:
             continue
         target, own = estimate(base, "reconstruction"), where(some, name=name)
         for metric in metrics:
-            at_one = [estimate(r, metric) for r in where(own, lam=1.0)]
-            ours = at_reconstruction(own, target, metric) if equal else next(iter(at_one), None)
+            alike = [estimate(r, metric) for r in where(own, lam=weight)]
+            ours = at_reconstruction(own, target, metric) if equal else next(iter(alike), None)
             if ours and (theirs := estimate(base, metric)):
                 out.append(Comparison(cell, metric, ours, theirs))
     return out
