@@ -196,15 +196,14 @@ def compared(
     "A model against a rival of one weight: at the same weight, or where it reconstructs as well as that."
     out = []
     for cell, some in rows_by_cell(rows).items():
-        (base,) = where(some, name=rival, lam=weight) or [None]
-        if base is None:
-            continue
-        target, own = estimate(base, "reconstruction"), where(some, name=name)
-        for metric in metrics:
-            alike = [estimate(r, metric) for r in where(own, lam=weight)]
-            ours = at_reconstruction(own, target, metric) if equal else next(iter(alike), None)
-            if ours and (theirs := estimate(base, metric)):
-                out.append(Comparison(cell, metric, ours, theirs))
+        own = where(some, name=name)
+        for base in where(some, name=rival, lam=weight):  # one, or none
+            target = estimate(base, "reconstruction")
+            for metric in metrics:
+                alike = [estimate(r, metric) for r in where(own, lam=weight)]
+                ours = at_reconstruction(own, target, metric) if equal else next(iter(alike), None)
+                if ours and (theirs := estimate(base, metric)):
+                    out.append(Comparison(cell, metric, ours, theirs))
     return out
 
 # %% ../nbs/13c_equal_pressure.ipynb #133016
