@@ -69,8 +69,6 @@ class Multiplier(Weight):
 
     def __init__(self, constraint: Constraint, start: float = 1.0):  # of λ
         super().__init__(start)
-        if not start > 0:
-            raise ValueError(f"lam={start}; a multiplier starts from a number above 0")
         self.term, sign = constraint.term, 1.0 if constraint.term == "divergence" else -1.0
         self.answer = sign * self.ANSWER[self.term]
         self.register_buffer("bound", torch.tensor(constraint.bound), persistent=False)
@@ -78,6 +76,16 @@ class Multiplier(Weight):
         self.register_buffer("start", self.now.clone(), persistent=False)
         for name in ("steps", "mean", "gap", "sum"):
             self.register_buffer(name, torch.zeros(()))
+
+    def check(self, full):
+        super().check(full)
+        if not isinstance(full, Tensor) and not full > 0:
+            raise ValueError(f"lam={full}; a multiplier starts from a number above 0")
+
+    @Weight.full.setter
+    def full(self, value):
+        Weight.full.fset(self, value)
+        self.sum.copy_((self.now / self.start).log().clamp(-self.REACH, self.REACH))
 
     @torch.no_grad()
     def update(self, terms: dict[str, Tensor]) -> None:

@@ -558,7 +558,7 @@ def _log_likelihoods(est, X, S):
     columns = sum(1 + D for D in (cfg.latent_dim, cfg.lower_dim) if D)  # a proposal's component, and a code
     rows = max(1, 2**22 // (S * max(256, math.prod(est.x_shape_))))  # at once, with all draws
     found = [
-        m.log_likelihood(xb, S, SharedPoints(columns, cfg.seed), S * len(xb), _prior(est))
+        m.log_likelihood(xb, S, SharedPoints(columns, cfg.seed), _prior(est), S * len(xb))
         for xb in x.split(rows)
     ]
     return (torch.cat(found).numpy() - _log_scale(est)).astype(dtype)

@@ -6,8 +6,8 @@
 __all__ = ['drawn_from', 'EM_STEPS', 'SAMPLES', 'SETS', 'LATER', 'FRECHET', 'METRICS', 'TEMPERATURES', 'DRAWN', 'SHARES',
            'DIAGNOSTICS', 'OF_TASKS', 'OF_ANSWERS', 'WITH_LABELS', 'run_codes', 'mean_log_likelihood', 'real_images',
            'expost_mixture', 'sample_sources', 'frechet_distances', 'at_temperature', 'sample_quality', 'evaluate',
-           'provenance', 'write_metrics', 'finished_metrics', 'measure', 'complete_run', 'results_table',
-           'incomparable', 'write_table']
+           'provenance', 'write_metrics', 'finished_metrics', 'read_metrics', 'measure', 'complete_run',
+           'results_table', 'incomparable', 'write_table']
 
 # %% ../nbs/10b_evaluation.ipynb #100002
 import csv
@@ -48,7 +48,7 @@ from csrae_nb.metrics import (
 
 # %% ../nbs/10b_evaluation.ipynb #100802
 from .kernels import NotEnoughMemory
-from .models import Autoencoder
+from .models import MODELS, Autoencoder
 from csrae_nb.priors import (
     distinct_components,
     effective_components,
@@ -75,6 +75,7 @@ from csrae_nb.config import (
     resolve,
     run_name,
 )
+from .reading import reason
 from .files import generator, progress_bar, project_root, run_lock, write_atomic
 from .process import is_main_process, torch_defaults
 from .runs import Run, fit, prepare_data, run_folder
@@ -319,8 +320,8 @@ def _clusters(prior, z, y):
 # %% ../nbs/10b_evaluation.ipynb #100137
 def _usage(sources, z, y):
     "How a prior, as trained and refitted, meets test codes z, whose classes are y, if they are known."
-    prior, refit = sources["samples"], sources["samples_refit"]
-    used, full = occupancy(prior, z), sources.get("samples_full")
+    prior, refit, full = (sources.get(k) for k in ("samples", "samples_refit", "samples_full"))
+    used = occupancy(prior, z)
     distinct = dict(distinct_k=distinct_components(prior, used)) if len(prior.logw) > 1 else {}
     return dict(
         **distinct,
@@ -328,8 +329,8 @@ def _usage(sources, z, y):
         effective_k=effective_components(used),
         occupancy=used.tolist(),
         log_prior=prior.log_prob(z).mean().item(),
-        effective_k_refit=effective_components(occupancy(refit, z)),
-        log_prior_refit=refit.log_prob(z).mean().item(),
+        effective_k_refit=refit and effective_components(occupancy(refit, z)),
+        log_prior_refit=refit and refit.log_prob(z).mean().item(),
         log_prior_full=full and full.log_prob(z).mean().item(),
     )
 
@@ -531,13 +532,33 @@ def finished_metrics(
 ) -> dict | None:  # None: not trained, or not evaluated with these settings or on these data
     "Metrics of a run that is trained and evaluated, from its folder."
     cfg = resolve(cfg)
-    folder = run_folder(cfg)
+    return _finished(run_folder(cfg), cfg, sha256)
+
+
+def _finished(folder, cfg, sha256):
+    "The same of a folder, wherever it is."
     there, metrics, of = _written(folder)
     needed = {m for m in METRICS if cfg.ll_samples or m != "log_likelihood"}  # 0.1.0 has another one, ll
     if not _is_as_asked(there, cfg) or not needed <= metrics.keys() or sha256 not in (None, of):
         return None
     late = cfg.fid_layer and metrics.get("fid_missing") and weights_file().exists()  # it can be had by now
     return metrics if not late and (folder / "model.safetensors").exists() else None
+
+# %% ../nbs/10b_evaluation.ipynb #100147
+def read_metrics(
+    folder: Path | str,  # of a run
+) -> dict[str, dict] | None:  # config, metrics, provenance and, of faces, subjects; None without the file
+    "Content of a folder's metrics.json; ValueError that names it if it is damaged."
+    if not (file := Path(folder) / "metrics.json").exists():
+        return None
+    try:
+        content = json.loads(file.read_text())
+        whole = all(isinstance(content[k], dict) for k in ("config", "metrics", "provenance"))
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{file} is damaged ({reason(e)}); remove it, and evaluate the run again") from e
+    if not whole:
+        raise ValueError(f"{file} is damaged; remove it, and evaluate the run again")
+    return content
 
 # %% ../nbs/10b_evaluation.ipynb #100146
 def _is_as_asked(there, cfg):
@@ -550,20 +571,21 @@ def _is_as_asked(there, cfg):
 
 
 def _written(folder):
-    "Configuration, metrics and the data's sums of a folder's metrics.json, empty if it has none."
+    "Configuration, metrics and the data's sums of a folder's metrics.json, empty if it has no whole one."
     try:
-        content = json.loads((folder / "metrics.json").read_text())
-        return content["config"], content["metrics"], content["provenance"]["data_sha256"]
-    except (OSError, ValueError, KeyError):
-        return {}, {}, {}
+        content = read_metrics(folder) or {}
+    except (OSError, ValueError):
+        content = {}
+    config, metrics, provenance = (content.get(k, {}) for k in ("config", "metrics", "provenance"))
+    return config, metrics, provenance.get("data_sha256", {})
 
 # %% ../nbs/10b_evaluation.ipynb #100047
 def measure(run: Run, data: Dataset, progress: bool = True) -> dict:  # metric: value
     "Metrics of a run: those in its folder, or from `evaluate`, and then written there."
-    if metrics := finished_metrics(run.cfg, run.sha256):
+    if metrics := _finished(run.path, run.cfg, run.sha256):
         return metrics
     with run_lock(run.path):
-        if metrics := finished_metrics(run.cfg, run.sha256):
+        if metrics := _finished(run.path, run.cfg, run.sha256):
             return metrics
         there, known, of = _written(run.path)
         same = there.get("ll_samples") == run.cfg.ll_samples and of == run.sha256
@@ -625,14 +647,14 @@ def _settings(c):
 
 # %% ../nbs/10b_evaluation.ipynb #100450
 def _model_key(c):
-    kind, kl = prior_kind(c), c.kl_samples
-    draws = {"IWAE": c.importance_samples, "MixtureVAE": kl, "VampPriorVAE": kl}
+    kind, options = prior_kind(c), {*MODELS.about(c.model, "options", {}).values()}
+    draws = [getattr(c, k) for k in ("importance_samples", "kl_samples") if k in options]
     key = dict(
         prior=kind,
         components=1 if kind == "normal" else c.components,
         latent_dim=c.latent_dim,
         lam=divergence_weight(c),
-        samples=draws.get(c.model, ""),
+        samples=draws[0] if draws else "",
     )
     return dict.fromkeys(key, "") if c.model == SUPERVISED else key
 
@@ -651,27 +673,38 @@ def results_table(
 ) -> list[dict]:  # a row per configuration
     """Mean and standard error over seeds of each configuration's metrics, read from metrics.json.
 
-    ValueError for a folder without one."""
-    groups = {}
-    for r in map(_read_metrics, runs):
-        same = {**identity(make_config(r["config"])), "seed": None}
-        groups.setdefault(json.dumps(same, sort_keys=True), []).append(r)
-    found = dict.fromkeys(m for g in groups.values() for r in g for m in r["metrics"])
+    ValueError for a folder without one, with a damaged one, or with a run that another holds, too."""
+    groups = _by_settings(runs)
+    found = dict.fromkeys(m for g in groups for r in g for m in r["metrics"])
     of_answers = tuple(f"{m}_" for m in OF_ANSWERS)
     answers = [m for m in found if m.startswith(of_answers) and m not in OF_TASKS]
     all_metrics = [*METRICS, *DIAGNOSTICS, *OF_TASKS, *answers]
-    rows = [_row(sorted(g, key=lambda r: r["config"]["seed"]), all_metrics) for g in groups.values()]
+    rows = [_row(g, all_metrics) for g in groups]
     never = {m for m in all_metrics if all(row[f"{m}_mean"] is None for row in rows)}
     left_out = {f"{m}_{k}" for m in never for k in ("mean", "se")}
     left_out |= {k for k in ("settings", *WITH_LABELS) if all(row[k] in (None, "") for row in rows)}
     return [{k: v for k, v in row.items() if k not in left_out} for row in rows]
 
 # %% ../nbs/10b_evaluation.ipynb #100351
-def _read_metrics(path):
-    file = Path(path) / "metrics.json"
-    if not file.exists():
+def _evaluated(path):
+    "What metrics.json of a folder says; ValueError without it, or for a damaged one."
+    if (content := read_metrics(path)) is None:
         raise ValueError(f"{path} has no metrics.json; run it through train.ipynb first")
-    return json.loads(file.read_text())
+    return content
+
+
+def _by_settings(runs):
+    "What runs measured, those that differ in seed only together; ValueError for the same run twice."
+    groups = {}
+    for path in runs:
+        of = _evaluated(path)
+        same = {**identity(make_config(of["config"])), "seed": None}
+        group = groups.setdefault(json.dumps(same, sort_keys=True), {})
+        if (seed := of["config"]["seed"]) in group:
+            other = group[seed][0]
+            raise ValueError(f"{other} and {path} hold the same run, seed {seed}; a table takes each once")
+        group[seed] = path, of
+    return [[of for _, (_, of) in sorted(group.items())] for group in groups.values()]
 
 # %% ../nbs/10b_evaluation.ipynb #100151
 def _row(runs, all_metrics):

@@ -14,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 # %% ../nbs/06f_layers.ipynb #066003
+from .divergence import cs_divergence
 from .mixtures import GMM, unchecked
-from .models import Autoencoder, Terms, Weight, in_eval_mode, in_parts, widened
+from .models import Autoencoder, Terms, Weight, widened
 from .networks import NETWORKS, Decoder, Encoder, make_networks
 
 # %% ../nbs/06f_layers.ipynb #066008
@@ -103,21 +104,13 @@ class TwoLayersSeen(TwoLayers):
     def __reduce__(self):
         return _empty, (type(self).__bases__[1],), self.__dict__
 
-    @in_eval_mode
-    def reconstruct(self, x: Float[Tensor, "B *X"]) -> Float[Tensor, "B *X"]:
-        "E[x|z₁, z₂] at the means of q(z₂|x) and of q(z₁)."
-        out = []
-        for xb in in_parts(x):
-            z = self.encode(xb).mean
-            seen = self.lower.seen(self.encode_lower(xb, z).mean, z)
-            out.append(self.likelihood.mean(self.decoder(seen)))
-        return torch.cat(out)
+    def decoded(self, x, q):
+        "Parameters of p(x|z₁, z₂) at the means of q(z₂|x) and of q(z₁)."
+        return self.decoder(self.lower.seen(self.encode_lower(x, q.mean).mean, q.mean))
 
-    @in_eval_mode
-    def sample(self, n, generator=None, component=None, prior=None, rows=1000, noise=False):
-        "E[x|z₁, z₂], or draws of x, at n upper codes drawn from the prior, or another, and lower ones below."
-        z = (prior or self.prior()).sample(n, generator, component)
-        return torch.cat([self.shown(self.drawn(zb, generator), generator, noise) for zb in z.split(rows)])
+    def cs_divergences(self, x, q):
+        lower, given = self.lower(self.likelihood.inputs(x), q.mean)
+        return super().cs_divergences(x, q) | dict(divergence_lower=cs_divergence(lower, given))
 
     @unchecked()
     def log_weights(self, x, q, log_prior, samples, generator=None, widths=(1.0,)):

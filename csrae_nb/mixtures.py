@@ -322,7 +322,9 @@ class Mixture(Batched):
 
     @unchecked()
     def only(self: _Kind, components: list[int]) -> _Kind:
-        "The mixture of some components of a single one, by their weights. ValueError for none."
+        "The mixture of some components of a single one, by their weights; ValueError for none, or a batch."
+        if len(self.batch_shape):
+            raise ValueError(f"only wants one mixture, not a batch of shape {tuple(self.batch_shape)}")
         if not len(components):
             raise ValueError("a mixture of no components; expected one at least")
         logw, *parts = self._parts()

@@ -81,7 +81,8 @@ class Prior(Unchecked):
         full: bool = False,  # with covariances: slower, and nearer to the codes
     ) -> GMM | FullGMM:
         """This prior after EM steps on training codes: a new mixture beside the prior, which stays as it is.
-        ValueError as of `em_step`."""
+        ValueError for fewer steps than one, and as of `em_step`."""
+        check_sizes(steps=steps)
         gmm = self()
         step = full_em_step if full or isinstance(gmm, FullGMM) else em_step
         for _ in range(steps):
@@ -349,6 +350,12 @@ def distinct_components(
 MOST_MAPPED = 2000  # components; the distances of more are not laid out unasked
 
 
+def _check_several(gmm):
+    "ValueError for fewer components than can be laid out."
+    if len(gmm.logw) < 3:
+        raise ValueError(f"{len(gmm.logw)} components; expected 3 components or more")
+
+
 @torch.no_grad()
 def component_map(
     gmm: GMM,  # unbatched mixture of K components
@@ -357,8 +364,7 @@ def component_map(
     "Places of components in the plane: t-SNE of their D_CS to each other. ValueError for fewer than three."
     from sklearn.manifold import TSNE
 
-    if len(gmm.logw) < 3:
-        raise ValueError(f"{len(gmm.logw)} components; expected 3 components or more")
+    _check_several(gmm)
     D = -overlap_matrix(gmm).double().clamp_min(1e-300).log()
     D = ((D + D.T) / 2).fill_diagonal_(0).clamp_min(0).cpu().numpy()
     perplexity = max(1.5, len(D) ** 0.5 / 2)
@@ -415,8 +421,11 @@ def cut_map(
     neighbours: int | None = None,  # that each component is tied to; None: as component_graph chooses
     seed: int = 0,
 ) -> Int[Tensor, "K"]:  # the cluster of each component, 0 to C − 1
-    "Join components into clusters by spectral clustering of their map; ValueError for too many clusters."
-    if not 1 <= (clusters or 2) <= (K := len(places)):
+    "Join components into clusters by spectral clustering of their map; ValueError for less than 1 or over K."
+    if clusters is not None:
+        check_sizes(clusters=clusters)
+    K = len(places)
+    if (clusters or 2) > K:
         raise ValueError(f"clusters={clusters}; expected 1 to {K}, the number of components")
     graph = component_graph(places, neighbours)
     return _cut(graph, clusters or eigengap(graph)[0], seed)
@@ -432,13 +441,13 @@ def merge_components(
     seed: int = 0,
     places: Float[Tensor, "K 2"] | None = None,  # of components, as component_map gives them; None: made here
 ) -> Int[Tensor, "K"]:  # the cluster of each component, 0 to C − 1
-    "Join components into clusters. ValueError for fewer than three, or fewer than clusters."
-    places = component_map(gmm, seed) if places is None else places
+    "Join components into clusters. ValueError for fewer than three, or clusters below 1 or above K."
+    _check_several(gmm)
     overlaps = overlap_matrix(gmm)
     groups, step = eigengap(overlaps)
     if step >= APART and clusters in (None, groups):
         return _cut(overlaps, groups, seed)
-    return cut_map(places, clusters, seed=seed)
+    return cut_map(component_map(gmm, seed) if places is None else places, clusters, seed=seed)
 
 # %% ../nbs/03_priors.ipynb #030423
 @torch.no_grad()
@@ -463,7 +472,8 @@ def em_step(
     no codes, or full covariances."""
     check_codes(codes)
     gmm = as_gmm(gmm)
-    r, x = gmm.responsibilities(codes).double(), codes.double()  # (n, K), (n, D): a variance is a difference
+    r = torch.cat([gmm.responsibilities(z) for z in codes.split(1000)]).double()  # (n, K)
+    x = codes.double()  # (n, D): a variance is a difference
     n, centre = r.sum(0)[:, None], x.mean(0)
     used, z, count = n > 1e-3, x - centre, n.clamp_min(1e-3)
     mu = (r.T @ z) / count

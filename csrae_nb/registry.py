@@ -35,7 +35,12 @@ class _Table(MutableMapping):
         return self._rows[name][0]
 
     def __setitem__(self, name, entry):
-        self._rows[name] = entry, {}
+        about = self._rows.get(name, (None, {}))[1]  # what was said of the one before holds of this one, too
+        if missing := [k for k in self.needs if k not in about]:
+            raise ValueError(
+                f"add(…, {', '.join(f'{k}=…' for k in missing)}) takes a new {self.kind}, {name!r}"
+            )
+        self._rows[name] = entry, about
 
     def __delitem__(self, name):
         del self._rows[name]

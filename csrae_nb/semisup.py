@@ -19,7 +19,7 @@ from .data import LazyImages
 from .kernels import transformed
 from .labels import ManyLabels, OneLabel, classification
 from .likelihoods import Likelihood
-from .mixtures import GMM, Draws, FullGMM, check_tensor
+from .mixtures import GMM, Draws, FullGMM, as_mixture, check_tensor
 from .models import Autoencoder, Terms, in_eval_mode, of_all_processes, in_parts, Weight
 from .networks import TENSOR, as_weights, face_features, face_images, glorot_, mlp, resnet18_features
 from .patterns import Patterns, patterns_divergence
@@ -318,7 +318,7 @@ class _Picturing(_Classifying, Autoencoder):
         noise: bool = False,  # draws of x in place of its means
     ) -> Float[Tensor, "n *X"]:
         "E[x|z, y], or draws of x, at codes drawn from p(z) and labels drawn from p(y)."
-        z = (prior or self.prior()).sample(n, generator, component).split(rows)
+        z = as_mixture(prior or self.prior()).sample(n, generator, component).split(rows)
         code = self.kind.draw(self.label_prior, n, generator).split(rows)
         decoded = (self.decoder(zb, cb) for zb, cb in zip(z, code))
         return torch.cat([self.shown(out, generator, noise) for out in decoded])
@@ -351,13 +351,13 @@ class _LabelByLabel(Autoencoder):
         x: Float[Tensor, "B *X"],
         samples: int = 5000,  # S, draws of z for each x and y
         generator: torch.Generator | None = None,
-        rows: int = 1000,  # decoder rows at a time
         prior: GMM | FullGMM | None = None,  # in place of p(z)
+        rows: int = 1000,  # decoder rows at a time
     ) -> Float[Tensor, "B"]:  # nats; an estimate from below
         "log p(x), summed over y, each log p(x|y) by importance sampling."
         check_tensor("x", x, TENSOR)
         every = self.kind.every(x.device).to(x)
-        by_label = [_Given(self, code).log_likelihood(x, samples, generator, rows, prior) for code in every]
+        by_label = [_Given(self, code).log_likelihood(x, samples, generator, prior, rows) for code in every]
         return (torch.stack(by_label, 1) + self.kind.log_prob(self.label_prior[None])).logsumexp(1)
 
 # %% ../nbs/14b_semi_supervised.ipynb #140017

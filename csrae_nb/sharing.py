@@ -22,6 +22,7 @@ from .process import check_device
 from .catalogue import DATASETS
 from .catalogue import dataset_name
 from .data import some
+from .evaluation import read_metrics
 from .results import markdown_table
 from .config import Config, command, identity, make_config
 from .files import load_tensors, save_tensors
@@ -39,19 +40,6 @@ def _to_share(cfg: Config) -> Config:
     weights = cfg.encoder_weights and Path(cfg.encoder_weights).name
     cfg = dataclasses.replace(cfg, dataset=name, encoder_weights=weights)
     return dataclasses.replace(cfg, device="auto", threads=1, tracker=None)
-
-
-def _metrics(folder):
-    "Content of a folder's metrics.json, None without one; ValueError if it is damaged."
-    if not (file := Path(folder) / "metrics.json").exists():
-        return None
-    try:
-        content = json.loads(file.read_text())
-        content["metrics"], content["provenance"]
-    except (ValueError, KeyError, TypeError) as e:
-        why = f"damaged ({type(e).__name__}: {e})"
-        raise ValueError(f"{file} is {why}; remove it, and evaluate the run again") from e
-    return content
 
 # %% ../nbs/19b_sharing.ipynb #210007
 def _table(rows):
@@ -205,7 +193,7 @@ class Pretrained(ModelHubMixin):
             what = f"a {type(folder).__name__}; expected a run's folder: an estimator is shared by joblib"
             raise ValueError(f"folder is {what}")
         check_model(Path(folder) / "model.safetensors")
-        self.run, self.metrics = load_run(folder), _metrics(folder)
+        self.run, self.metrics = load_run(folder), read_metrics(folder)
 
     @property
     def model(self) -> Model:  # in eval mode

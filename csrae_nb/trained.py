@@ -52,8 +52,7 @@ from csrae_nb.data import (
 )
 from .clusters import cluster_codes
 from .detection import VIDEOS
-from .divergence import cs_divergence
-from .evaluation import at_temperature, run_codes
+from .evaluation import at_temperature, read_metrics, run_codes
 from .files import generator, progress_bar, write_atomic
 from .formats import IMAGES, arrow_parquet, folder_images, read_arrays
 from .metrics import is_picture
@@ -137,18 +136,13 @@ def read_examples(
     return Examples(x, names or tuple(map(str, range(len(x)))))
 
 # %% ../nbs/23_after_training.ipynb #230658
-def _metrics(run):
-    "What metrics.json says, without it nothing."
-    file = run.path / "metrics.json"
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
 def _check_subjects(run, source, data):
     """Of the data that a run was trained on: ValueError if it learned from subjects that would be tested on,
     as where there are more by now; else a warning if the data are others."""
     if source != run.cfg.dataset and (source in DATASETS or not is_own_folder(run, source)):
         return
-    learned = {s for k in ("train", "val") for s in _metrics(run).get("subjects", {}).get(k, ())}
+    subjects = (read_metrics(run.path) or {}).get("subjects", {})
+    learned = {s for k in ("train", "val") for s in subjects.get(k, ())}
     changed = f"{source} holds other data than {run.path.name} was trained on"
     if met := sorted(learned & {*getattr(data, "subjects", {}).get("test", ())}):
         raise ValueError(
@@ -231,7 +225,9 @@ def encode_examples(
     progress: bool = True,  # show a progress bar on stderr
     start: int = 0,  # the first example
 ) -> Iterator[dict[str, list]]:  # column: values, of a block of examples
-    "The table of examples, block by block: name, z1 …, component, divergence, reconstruction, unusual."
+    """The table of examples, block by block: name, z1 …, component, responsibility, divergence (D_CS of
+    q(z|x) to the prior, whatever the model is trained by; of a lower code divergence_lower), reconstruction
+    (−log p(x|z) at the mean of q), unusual (their sum, or −log p(x)); in nats."""
     rows = rows_at_once(examples.x)
     with progress_bar(progress, total=len(examples), initial=start, unit="example", desc="encoding") as bar:
         for i in range(start, len(examples), rows):
@@ -245,10 +241,10 @@ def encode_examples(
 def _encoded(m, x, ll_samples, g):
     "What a model says of examples."
     q, p = m.encode(x), m.prior()
-    z, r = q.mean, p.responsibilities(q.mean)
-    known = dict(component=r.argmax(1), responsibility=r.amax(1), divergence=cs_divergence(q, p))
-    known["reconstruction"] = -m.likelihood.log_prob(x, m.decode(z))
-    known["unusual"] = known["reconstruction"] + known["divergence"]
+    z, r, apart = q.mean, p.responsibilities(q.mean), m.cs_divergences(x, q)
+    known = dict(component=r.argmax(1), responsibility=r.amax(1), **apart)
+    known["reconstruction"] = -m.likelihood.log_prob(x, m.decoded(x, q))
+    known["unusual"] = known["reconstruction"] + sum(apart.values())
     if ll_samples:
         known["log_likelihood"] = m.log_likelihood(x, ll_samples, g)
         known["unusual"] = -known["log_likelihood"]
@@ -635,7 +631,7 @@ def _listed(rows):
 
 def numbers_of(run: Run) -> dict:  # metric: value
     "What metrics.json says, without it nothing."
-    return _metrics(run).get("metrics", {})
+    return (read_metrics(run.path) or {}).get("metrics", {})
 
 # %% ../nbs/23_after_training.ipynb #230228
 def _map(run):

@@ -8,8 +8,11 @@ from csrae_nb import Config, fit
 from csrae_nb.aggregate import Aggregate
 from csrae_nb.divergence import cs_divergence
 from csrae_nb.fleet import fit_fleet
+from csrae_nb.likelihoods import Bernoulli
 from csrae_nb.mixtures import GMM
-from csrae_nb.models import CSRAE, BatchTerm
+from csrae_nb.models import CSRAE, IWAE, VAE, BatchTerm
+from csrae_nb.networks import make_networks
+from csrae_nb.priors import MoGPrior
 
 from small_runs import ROWS, TINY, differences, stopped_after_two_epochs, tiny
 
@@ -163,3 +166,19 @@ def test_labels_have_none(own_runs):
     labelled = config("labels", labels=30, network="mlp", labelled_batch=5)
     with pytest.raises(ValueError, match="with labels the prior learns from each image"):
         fit(labelled, dict(x=X.reshape(-1, 2, 3), y=y), progress=False)
+
+
+@pytest.mark.parametrize("kind", [VAE, IWAE, CSRAE])
+def test_the_prior_learns_from_the_aggregate_alone(kind):
+    class Nothing(BatchTerm):
+        trains_prior = True
+
+        def forward(self, q, p):
+            return q.mu.sum() * 0
+
+    encoder, decoder = make_networks("mlp", (3, 3), 2, 1)
+    m = kind(encoder, decoder, MoGPrior(4, 2), Bernoulli())
+    m.batch_terms["aggregate"] = Nothing()
+    m(torch.rand(5, 3, 3).round()).loss.backward()
+    assert all(p.grad is None or not p.grad.any() for p in m.prior.parameters())
+    assert any(p.grad.any() for p in m.encoder.parameters())

@@ -12,7 +12,8 @@ import bench.clusters
 from csrae_nb.clusters import cluster_codes, code_map
 from csrae_nb.config import Config
 from csrae_nb.metrics import clustering
-from csrae_nb.priors import cut_map
+from csrae_nb.mixtures import GMM
+from csrae_nb.priors import cut_map, merge_components
 from csrae_nb.results import read_rows
 from csrae_nb.runs import fit
 
@@ -73,3 +74,10 @@ def test_two_components_are_two_clusters():
 def test_as_many_clusters_as_components_are_the_components(recwarn):
     places = torch.randn(7, 2, generator=torch.Generator().manual_seed(0))
     assert cut_map(places, 7).tolist() == list(range(7)) and not recwarn
+
+
+@pytest.mark.parametrize("clusters", [-2, 0, True, 7])
+def test_clusters_that_cannot_be_are_refused(clusters):
+    prior = GMM.mixture(torch.ones(6) / 6, torch.randn(6, 2), torch.ones(6, 2))
+    with pytest.raises(ValueError, match=f"clusters={clusters!r}; expected"):
+        merge_components(prior, clusters)

@@ -132,3 +132,14 @@ def test_the_controller_does_not_wind_up():
     for _ in range(600):
         weight.update(dict(divergence=torch.tensor(0.0)))
     assert weight().item() < high / 1e4
+
+
+def test_a_multiplier_that_is_set_goes_on_from_there():
+    m = Multiplier(Constraint.read("divergence<=2"), 2.0)
+    m.full = 10.0
+    m.update(dict(divergence=torch.tensor(2.0)))  # as it should be
+    assert m().item() == pytest.approx(10.0)
+    for value in (-3.0, math.nan, 0.0):
+        with pytest.raises(ValueError, match="a number"):
+            m.full = value
+    assert m.full == 10.0

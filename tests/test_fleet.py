@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from csrae_nb import fleet
-from csrae_nb.fleet import fit_fleet, train_fleets
+from csrae_nb.fleet import fit_fleet, fleets, train_fleets
 from csrae_nb.catalogue import load_data
 from csrae_nb.config import Config
 from csrae_nb.data import LazyImages
@@ -232,3 +232,10 @@ def test_a_fleet_in_bf16_validates_in_single_precision(monkeypatch):
     monkeypatch.setattr(Encoder, "forward", forward)
     fit_fleet([config(f"v{s}", seed=s, precision="bf16") for s in range(2)], dict(x=X), progress=False)
     assert cast and not any(cast)
+
+
+@pytest.mark.parametrize("field, value", [("device", "cpu"), ("threads", 2), ("tracker", "tensorboard")])
+def test_runs_that_work_otherwise_are_no_fleet(field, value):
+    configs = [Config(seed=s) for s in range(2)]
+    assert len(fleets(configs)) == 1
+    assert not fleets([configs[0], replace(configs[1], **{field: value})])

@@ -29,6 +29,7 @@ from csrae_nb.rivals import RAE, WAE
 from csrae_nb.runs import fit
 from csrae_nb.results import merge
 from csrae_nb.tasks import mean_terms, task_of
+from csrae_nb.trained import encode_examples, read_examples
 
 from small_runs import ROWS, TINY, differences, stopped_after_two_epochs, tiny
 
@@ -359,3 +360,14 @@ def test_two_layers_go_through_a_pickle():
     again = pickle.loads(pickle.dumps(est))
     assert np.array_equal(again.transform(ROWS), est.transform(ROWS))
     assert type(again.model_) is type(est.model_) is type(copy.deepcopy(est.model_))
+
+
+def test_a_table_of_examples_has_the_reconstruction_of_the_model(own_runs):
+    run = trained("told")
+    x = torch.from_numpy(ROWS[:9])
+    (block,) = encode_examples(run, read_examples(run, ROWS[:9]), progress=False)
+    shown = run.model.reconstruct(x)  # of Bernoulli's, the means
+    known = -(x * shown.log() + (1 - x) * (1 - shown).log()).sum(1)
+    assert block["reconstruction"] == pytest.approx(known.tolist(), rel=1e-4)
+    parts = np.array([block[k] for k in ("reconstruction", "divergence", "divergence_lower")])
+    assert (parts > 0).all() and block["unusual"] == pytest.approx(parts.sum(0).tolist(), rel=1e-5)

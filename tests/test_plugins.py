@@ -286,3 +286,12 @@ def test_a_brought_field_without_effect_is_named_itself():
         assert without_effect(grid) == ["without effect on VAE: tilt"]
     finally:
         del PRIORS["tilted"]
+
+
+def test_what_was_said_of_an_entry_holds_for_what_replaces_it():
+    shapes = Registry("shape", needs=("sides",))
+    shapes.add("square", "a", sides=4)
+    shapes["square"] = "b"
+    assert (shapes.find("square"), shapes.about("square", "sides")) == ("b", 4)
+    with pytest.raises(ValueError, match=r"add\(…, sides=…\) takes a new shape, 'cube'"):
+        shapes["cube"] = "c"

@@ -461,3 +461,15 @@ def test_a_sum_of_nothing_is_none():
 def test_classes_that_only_test_examples_have_are_named():
     data = load_data(dict(x_train=np.zeros((20, 3)), x_test=np.ones((4, 3)), y_test=np.array(list("abab"))))
     assert names_of_labels(data) == ("a", "b")
+
+
+def test_some_components_are_of_one_mixture():
+    gmm = GMM(torch.zeros(7, 2).log_softmax(-1), torch.zeros(7, 2, 3), torch.ones(7, 2, 3))
+    with pytest.raises(ValueError, match=r"only wants one mixture, not a batch of shape \(7,\)"):
+        gmm.only([0, 1])
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_a_refit_takes_a_step(steps):
+    with pytest.raises(ValueError, match="expected a whole number from 1"):
+        MoGPrior(3, 2).refit(torch.randn(9, 2), steps)

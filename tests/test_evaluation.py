@@ -1,0 +1,80 @@
+"What was measured is read from the run's own folder, once, and a damaged file is said to be damaged."
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from csrae_nb import evaluation, fit
+from csrae_nb.catalogue import load_data
+from csrae_nb.config import Config
+from csrae_nb.evaluation import _row_key, finished_metrics, measure, read_metrics, results_table
+from csrae_nb.kernels import NotEnoughMemory
+from csrae_nb.models import MODELS, MixtureVAE
+
+from small_runs import ROWS, TINY
+
+CFG = Config(**TINY | dict(epochs=1, warmup=0, ll_samples=2, expost_components=3))
+ARRAYS = dict(x=ROWS)
+
+
+def measured(folder=None):
+    run = fit(CFG, ARRAYS, folder=folder, progress=False)
+    return run, measure(run, load_data(ARRAYS), progress=False)
+
+
+def test_a_run_elsewhere_is_measured_once_and_by_its_own_file(own_runs, tmp_path, monkeypatch):
+    here, _ = measured()
+    of_here = json.loads((here.path / "metrics.json").read_text())
+    of_here["metrics"]["reconstruction"] = -12345.0
+    (here.path / "metrics.json").write_text(json.dumps(of_here))
+    there, metrics = measured(tmp_path / "there")
+    assert metrics["reconstruction"] > 0 and read_metrics(there.path)["metrics"] == metrics
+    monkeypatch.setattr(evaluation, "evaluate", None)
+    assert measured(tmp_path / "there")[1] == metrics
+
+
+@pytest.mark.parametrize("text", ["", '{"config": {}', "null", "[]", '{"config": null, "metrics": 1}'])
+def test_a_damaged_file_is_named_and_measured_anew(own_runs, text):
+    run, metrics = measured()
+    (run.path / "metrics.json").write_text(text)
+    assert finished_metrics(run.cfg) is None
+    for read in (read_metrics, lambda path: results_table([path])):
+        with pytest.raises(ValueError, match=r"metrics\.json is damaged.*remove it"):
+            read(run.path)
+    again = measured()[1]
+    assert again["reconstruction"] == pytest.approx(metrics["reconstruction"])
+
+
+def test_a_run_counts_once_in_a_table(own_runs, tmp_path):
+    run, _ = measured()
+    copy = shutil.copytree(run.path, tmp_path / "copy")
+    with pytest.raises(ValueError, match="hold the same run, seed 0"):
+        results_table([run.path, copy])
+    assert results_table([copy])[0]["seeds"] == "0"
+
+
+def test_without_memory_for_a_refitted_prior_the_rest_is_measured(own_runs, monkeypatch):
+    def refuse(*args, **kw):
+        raise NotEnoughMemory("too little")
+
+    monkeypatch.setattr("csrae_nb.priors.Prior.refit", refuse)
+    with pytest.warns(UserWarning, match="no samples_refit: too little"):
+        _, metrics = measured()
+    assert metrics["log_prior"] < 0 and metrics.get("log_prior_refit") is None
+
+
+def test_a_model_of_ones_own_has_its_draws_in_the_table():
+    MODELS.add(
+        "Own",
+        type("Own", (MixtureVAE,), {}),
+        weight="beta",
+        prior="mog",
+        options=dict(kl_samples="kl_samples"),
+    )
+    try:
+        one, eight = (_row_key(replace(CFG, model="Own", kl_samples=n)) for n in (1, 8))
+    finally:
+        del MODELS["Own"]
+    assert one != eight and {one["samples"], eight["samples"]} == {1, 8}
