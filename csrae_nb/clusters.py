@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .files import generator
+from .files import generator, progress_bar
 
 # %% ../nbs/10a_clusters.ipynb #10a021
 NEIGHBOURS = 15  # that a code is tied to
@@ -84,6 +84,7 @@ def cluster_codes(
     seed: int = 0,
     most: int = 20_000,  # codes that are laid out, drawn from all
     layouts: int = 3,
+    progress: bool = False,  # show a progress bar on stderr
 ) -> CodeClusters:
     """Lay codes out in a plane and part it into clusters, several times; kept are those that agree best.
     ValueError for fewer than two clusters, or too few codes."""
@@ -92,7 +93,11 @@ def cluster_codes(
     _check_many(codes)
     if not 2 <= clusters <= len(codes):
         raise ValueError(f"clusters={clusters}; expected 2 to {len(codes)}, the number of codes")
-    places = [code_map(codes, layouts * seed + i) for i in range(layouts)]
-    found = [_parted(p, clusters, seed) for p in places]
+    with progress_bar(progress, total=layouts, unit="layout", desc="laying out codes") as bar:
+        places, found = [], []
+        for i in range(layouts):
+            places.append(code_map(codes, layouts * seed + i))
+            found.append(_parted(places[-1], clusters, seed))
+            bar.update()
     best = most_agreed([c.cpu() for c in found])
     return CodeClusters(codes, places[best], found[best])

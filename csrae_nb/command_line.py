@@ -82,11 +82,12 @@ def check_names(
     from papermill import inspect_notebook
 
     known = inspect_notebook(notebook) if values else {}
-    if Path(notebook).name == "train.ipynb" and not values.keys() <= known.keys():
-        from csrae_nb.config import known_fields
+    unknown = [k for k in values if k not in known]
+    if unknown and Path(notebook).name == "train.ipynb":
+        from csrae_nb.config import check_fields
 
-        known = known_fields()  # those that plugins bring, too
-    if unknown := [k for k in values if k not in known]:
+        check_fields(values)  # those that plugins bring are known, too
+    elif unknown:
         raise ValueError(
             f"unknown parameter {', '.join(map(repr, unknown))}; "
             + (f"the known ones are {', '.join(known)}" if known else f"{Path(notebook).name} has none")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'SUPERVISED', 'EVALUATION', 'ModelConfig', 'Config', 'known_models', 'has_cs', 'fields_of_data',
-           'check_fields_of_data', 'brought_fields', 'known_fields', 'make_config', 'resolve', 'prior_kind',
-           'divergence_weight', 'task_class', 'used_fields', 'unused_fields', 'identity', 'run_name', 'command',
-           'idle_fields']
+           'check_fields_of_data', 'brought_fields', 'known_fields', 'check_fields', 'make_config', 'resolve',
+           'prior_kind', 'divergence_weight', 'task_class', 'used_fields', 'unused_fields', 'identity', 'run_name',
+           'command', 'idle_fields']
 
 # %% ../nbs/09_config.ipynb #090002
 import dataclasses
@@ -15,7 +15,9 @@ import json
 import math
 import os
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, get_args
 
 # %% ../nbs/09_config.ipynb #090003
@@ -412,13 +414,21 @@ def _check_config(c):
     _check_effects(c)
 
 # %% ../nbs/09_config.ipynb #090016
+def check_fields(names: Iterable[str]) -> None:
+    "ValueError for a name that no field has, with the most alike and all that there are."
+    known = known_fields()
+    if unknown := sorted({*names} - {*known, "extra"}):
+        near = dict.fromkeys(k for name in unknown for k in get_close_matches(name, known, 1))
+        alike = f"; most alike {', '.join(near)}" if near else ""
+        unknown = ", ".join(map(repr, unknown))
+        raise ValueError(f"unknown parameter {unknown}{alike}; the known ones are {', '.join(known)}")
+
+
 def make_config(values: dict) -> Config:  # validated
     "Config from a dict of fields; ValueError that lists the known ones for an unknown one."
     own = {f.name: f.type for f in dataclasses.fields(Config)}
     brought = {k: v for k, v in values.items() if k not in own}
-    if unknown := brought.keys() - brought_fields():
-        unknown, known = (", ".join(names) for names in (sorted(map(repr, unknown)), known_fields()))
-        raise ValueError(f"unknown parameter {unknown}; the known ones are {known}")
+    check_fields(values)
     given = {k: _as_float(k, own[k], v) for k, v in values.items() if k in own}
     if brought:
         given["extra"] = dict(given.get("extra", ())) | brought

@@ -6,8 +6,8 @@
 __all__ = ['SPLITS', 'BINARISATION_SEED', 'CENTRED', 'ROOM', 'LazyImages', 'Dataset', 'names_of_labels', 'labelled_rows',
            'is_binary', 'is_bytes', 'default_likelihood', 'scaled', 'values_of', 'table_as', 'seen_as', 'scaled_as',
            'column_units', 'channels_first', 'cut_splits', 'check_examples', 'numbered', 'check_arrays', 'sha256',
-           'from_arrays', 'some', 'chosen_columns', 'row_numbers', 'table_arrays', 'is_table', 'data_columns',
-           'as_named_arrays']
+           'from_arrays', 'some', 'chosen_columns', 'row_numbers', 'without_numbers', 'table_arrays', 'is_table',
+           'data_columns', 'as_named_arrays']
 
 # %% ../nbs/08_data.ipynb #080002
 import hashlib
@@ -298,10 +298,12 @@ def check_examples(
     x = _numpy(name, x)
     if x.dtype.kind in "biu" and is_binary(x):
         x = x.astype(np.uint8, copy=False)
+    if x.dtype.kind in "iu" and x.dtype != np.uint8 and x.ndim == 2:  # a table's rows
+        x = x.astype(float)
     if x.dtype != np.uint8 and x.dtype.kind != "f":
         raise ValueError(
             f"{name} has dtype {x.dtype}, expected uint8 (grey levels 0 to 255), a float type, "
-            "or zeros and ones: cast it to what it means"
+            "zeros and ones, or rows of integers: cast it to what it means"
         )
     if x.ndim < 2 or x.size == 0:
         raise ValueError(f"{name} has shape {x.shape}, expected (examples, values, ...), none of them 0")
@@ -412,6 +414,9 @@ def check_arrays(
     arrays: Mapping,  # anything numpy can read: arrays, tensors, lists; None is no array
 ) -> dict[str, np.ndarray]:  # under full names; examples uint8 or float, labels int64 or text
     "The arrays, checked each and together; ValueError that says which, what it is and what was expected."
+    if not isinstance(arrays, Mapping):
+        one = f"a {type(arrays).__name__}; expected arrays by name, dict(x=…, y=…)"
+        raise ValueError(f"arrays is {one}: load_data takes one array, or a table, as it is")
     arrays = {k: v for k, v in arrays.items() if v is not None}
     _check_keys(arrays)
     arrays = {{"x": "x_train", "y": "y_train"}.get(k, k): v for k, v in arrays.items()}
@@ -508,11 +513,16 @@ def row_numbers(
     return n
 
 # %% ../nbs/08_data.ipynb #080345
+def without_numbers(columns: Mapping[str, np.ndarray]) -> list[str]:
+    "The names of a table's columns that do not hold numbers."
+    return [k for k, a in columns.items() if a.dtype.kind not in "biuf" or a.ndim > 1]
+
+
 def _numbers(columns, names, table):  # (n, names)
     "Columns side by side, NaN for none: bytes as they are, others as floats. ValueError for those of others."
     parts = {name: np.asarray(columns[name]) for name in names}
     parts = {k: _filled(a) if a.dtype.kind == "O" and a.ndim == 1 else a for k, a in parts.items()}
-    if odd := [k for k, a in parts.items() if a.dtype.kind not in "biuf" or a.ndim > 1]:
+    if odd := without_numbers(parts):
         raise ValueError(f"{table}'s columns {some(odd)} hold no numbers: leave them out, and call labels y")
     x = np.stack(list(parts.values()), 1)
     return x if x.dtype == np.uint8 or x.dtype.kind == "f" else x.astype(float)

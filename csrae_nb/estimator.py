@@ -25,7 +25,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from .catalogue import about_data
 from .data import CENTRED, column_units, data_columns, default_likelihood, from_arrays, is_table
-from .data import scaled_as, table_as, values_of
+from .data import scaled_as, some, table_as, values_of, without_numbers
 from .mixtures import GMM, Draws, FullGMM
 from .likelihoods import make_likelihood
 from .models import MODELS, Autoencoder, warmed_up
@@ -261,13 +261,26 @@ def _grey_levels(X):
     return x if getattr(x, "dtype", None) == np.uint8 else None
 
 
+def _tell_columns(table, error):
+    "ValueError that names the columns of a table that hold no numbers, if there are any."
+    names = getattr(table, "column_names", getattr(table, "columns", ()))
+    if odd := without_numbers({str(k): np.asarray(table[k]) for k in names}):
+        remedy = "leave them out, or write them as numbers, by OneHotEncoder say"
+        raise ValueError(f"X's columns {some(odd)} hold no numbers: {remedy}") from error
+
+
 def _rows(est, X, start, **kw):  # start: a training begins
     """The rows as the model sees them, float64, and X's precision.
     ValueError for what is no table of numbers, or beyond the likelihood's range."""
     X = _without_row_numbers(est, X, start) if (table := is_table(X)) else X
     X = X if start else _flat(X, est.x_shape_)
+    X = X.detach().cpu().numpy() if isinstance(X, torch.Tensor) else X
     grey = _grey_levels(X)
-    X = validate_data(est, X, reset=start, dtype=[np.float64, np.float32], **kw)
+    try:
+        X = validate_data(est, X, reset=start, dtype=[np.float64, np.float32], **kw)
+    except (ValueError, TypeError) as e:
+        _tell_columns(X if table else {}, e)
+        raise
     x = X.astype(np.float64)
     if start:
         est._start(x, grey)
@@ -557,10 +570,12 @@ def _log_likelihoods(est, X, S):
         raise ValueError(f"{cfg.model} has points for codes, and no log p(x); use score, or a MixtureCSRAE")
     columns = sum(1 + D for D in (cfg.latent_dim, cfg.lower_dim) if D)  # a proposal's component, and a code
     rows = max(1, 2**22 // (S * max(256, math.prod(est.x_shape_))))  # at once, with all draws
-    found = [
-        m.log_likelihood(xb, S, SharedPoints(columns, cfg.seed), _prior(est), S * len(xb))
-        for xb in x.split(rows)
-    ]
+    found = []
+    with progress_bar(est.verbose, total=len(x), unit="row", desc="log p(x)") as bar:
+        for xb in x.split(rows):
+            draws = SharedPoints(columns, cfg.seed)
+            found.append(m.log_likelihood(xb, S, draws, _prior(est), S * len(xb)))
+            bar.update(len(xb))
     return (torch.cat(found).numpy() - _log_scale(est)).astype(dtype)
 
 # %% ../nbs/20_estimator.ipynb #200038

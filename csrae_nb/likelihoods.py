@@ -70,6 +70,7 @@ class Bernoulli(Likelihood):
 
     def mean(self, out: Float[Tensor, "B 1 *X"]) -> Float[Tensor, "B *X"]:
         "E[x|z]."
+        _check_out(out, 1)
         return out[:, 0].sigmoid()
 
     def sample(
@@ -87,10 +88,12 @@ class Units:
     scale: Float[Tensor, "d"]  # above 0
 
     def inward(self, x: Float[Tensor, "B *X"]) -> Float[Tensor, "B *X"]:
+        "x of the data, as the networks see it."
         check_tensor("x", x, "(B, *X)")
         return (x - self.mean.to(x)) / self.scale.to(x)
 
     def outward(self, x: Float[Tensor, "B *X"]) -> Float[Tensor, "B *X"]:
+        "x of the networks, in the units of the data."
         return self.mean.to(x) + self.scale.to(x) * x
 
     def on(self, device: torch.device | str) -> "Units":
@@ -108,12 +111,11 @@ class Units:
         return cls(*(torch.tensor(record[k], dtype=torch.float32, device="cpu") for k in ("mean", "scale")))
 
 # %% ../nbs/04_likelihoods.ipynb #040110
-def _check_two(out):
-    "ValueError for a decoder that does not give two numbers for each value."
-    if out.shape[1] != 2:
-        raise ValueError(
-            f"a decoder gave out of shape {tuple(out.shape)}; expected (B, 2, *X), n_params being 2"
-        )
+def _check_out(out, n_params):
+    "ValueError for a decoder that does not give so many numbers for each value."
+    if out.dim() < 3 or out.shape[1] != n_params:
+        want = f"(B, {n_params}, *X), n_params being {n_params}"
+        raise ValueError(f"a decoder gave out of shape {tuple(out.shape)}; expected {want}")
 
 # %% ../nbs/04_likelihoods.ipynb #040010
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class Gaussian(Likelihood):
 
     def log_prob(self, x: Float[Tensor, "B *X"], out: Float[Tensor, "B 2 *X"]) -> Float[Tensor, "B"]:
         "log p(x|z), summed over the values of x."
-        _check_two(out)
+        _check_out(out, 2)
         logp = self._normal(out).log_prob(within(self.inputs(x)))
         if self.units:
             logp = logp - self.units.scale.to(x).log()
@@ -148,12 +150,14 @@ class Gaussian(Likelihood):
 
     def mean(self, out: Float[Tensor, "B 2 *X"]) -> Float[Tensor, "B *X"]:
         "E[x|z]."
+        _check_out(out, 2)
         return self._outputs(out[:, 0])
 
     def sample(
         self, out: Float[Tensor, "B 2 *X"], generator: torch.Generator | None = None
     ) -> Float[Tensor, "B *X"]:
         "A draw of x."
+        _check_out(out, 2)
         d = self._normal(out)
         noise = torch.randn(d.loc.shape, dtype=d.loc.dtype, device=d.loc.device, **of_generator(generator))
         return self._outputs(d.loc + d.scale * noise)
@@ -169,12 +173,13 @@ class DiscretizedLogistic(Likelihood):
     remedy = "give grey levels from 0 to 255 as uint8, or as x/255 - 0.5; other numbers call for gaussian"
 
     @property
-    def width(self) -> float:  # distance between neighbouring values
+    def width(self) -> float:
+        "The distance between neighbouring values."
         return (self.high - self.low) / (self.bins - 1)
 
     def log_prob(self, x: Float[Tensor, "B *X"], out: Float[Tensor, "B 2 *X"]) -> Float[Tensor, "B"]:
         "log of the probability of x's bin, summed over the values of x."
-        _check_two(out)
+        _check_out(out, 2)
         inv = (-out[:, 1].clamp(-12, LOG_VAR)).exp()  # s ≥ e⁻¹²: all mass in one bin
         d, h = x - out[:, 0], self.width / 2
         upper, lower = F.logsigmoid((d + h) * inv), F.logsigmoid(-(d - h) * inv)
@@ -184,12 +189,14 @@ class DiscretizedLogistic(Likelihood):
 
     def mean(self, out: Float[Tensor, "B 2 *X"]) -> Float[Tensor, "B *X"]:
         "The logistic's mean, within the data's range; E[x|z] lies further in where the ends cut much off."
+        _check_out(out, 2)
         return out[:, 0].clamp(self.low, self.high)
 
     def sample(
         self, out: Float[Tensor, "B 2 *X"], generator: torch.Generator | None = None
     ) -> Float[Tensor, "B *X"]:
         "A draw of x, on the grid of values."
+        _check_out(out, 2)
         u = torch.rand(out[:, 0].shape, dtype=out.dtype, device=out.device, **of_generator(generator))
         x = out[:, 0] + out[:, 1].clamp_max(LOG_VAR).exp() * u.logit(1e-6)
         return ((x.clamp(self.low, self.high) - self.low) / self.width).round() * self.width + self.low

@@ -96,10 +96,13 @@ def _in_colours(run, x):
 # %% ../nbs/23_after_training.ipynb #230508
 def as_trained(
     run: Run,
-    x: Any,  # examples as `load_data` takes them: uint8, floats, or zeros and ones
+    x: Any,  # examples as `load_data` takes them: uint8, floats, zeros and ones, or a table
     name: str = "x",  # of them, in errors
 ) -> Float[Tensor, "n *X"]:
-    "Examples as the run saw those of training; ValueError for another shape or range."
+    """Examples as the run saw those of training, of a table the columns of those names. ValueError for
+    another shape or range, or a table without them."""
+    if is_table(x):
+        x = table_as(as_named_arrays(x, run.columns)[0]["x"], run.values, name)
     values = run.values if is_bytes(x) or run.values is None else "zeros and ones"  # integers are no levels
     x, kind = _in_colours(run, channels_first(check_examples(name, x))), run.model.likelihood
     _check_shape(run, x, name)
@@ -570,10 +573,15 @@ def cluster_table(
     return rows, merged_labels(p, cluster, z)
 
 # %% ../nbs/23_after_training.ipynb #230226
-def cluster_examples(run: Run, examples: Examples, clusters: int) -> list[dict]:  # name and cluster of each
+def cluster_examples(
+    run: Run,
+    examples: Examples,
+    clusters: int,
+    progress: bool = True,  # show a progress bar on stderr
+) -> list[dict]:  # name and cluster of each
     "Examples in clusters, by the neighbours of their codes; ValueError for fewer than sixteen."
     z = _means(run, examples)
-    found = cluster_codes(z, clusters).predict(z)
+    found = cluster_codes(z, clusters, progress=progress).predict(z)
     return [dict(name=name, cluster=c) for name, c in zip(examples.names, found.tolist())]
 
 # %% ../nbs/23_after_training.ipynb #230028

@@ -71,6 +71,14 @@ def shapes(request):
 
 
 @pytest.fixture
+def shapes_unchecked():
+    "As users have it: no error by jaxtyping comes before our own."
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
 def own_runs(tmp_path, monkeypatch):
     "A folder of runs for one test alone."
     monkeypatch.setenv("CSRAE_RUNS", str(tmp_path / "runs"))

@@ -470,7 +470,7 @@ def test_set_output_of_polars():
     assert np.array_equal(z.to_numpy(), pandas.transform(FRAME[[*NAMES]]))
     with pytest.raises(ValueError, match="feature names"):
         est.transform(frame[["age", "weight", "height"]])
-    with pytest.raises(ValueError, match="could not convert string to float|string"):
+    with pytest.raises(ValueError, match="X's columns age hold no numbers"):
         clone(est).fit(frame.with_columns(age=pl.lit("old")))
 
 
@@ -727,3 +727,26 @@ def test_a_first_row_of_numbers_is_no_header_without_a_word(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_data(str(tmp_path / "named.csv"))
+
+
+@pytest.mark.parametrize("of", [lambda f: f, as_polars, as_arrow])
+def test_a_table_goes_to_a_model_by_the_names_of_its_columns(run, of):
+    known = trained.as_trained(run, VALUES)
+    assert torch.equal(trained.as_trained(run, of(FRAME[[*reversed(FRAME.columns)]])), known)
+    with pytest.raises(ValueError, match="has no column age; expected height, weight, age"):
+        trained.as_trained(run, of(FRAME.drop(columns="age").assign(size=1.0)))
+
+
+def test_whole_numbers_are_numbers_in_rows_as_in_a_table():
+    counts = np.random.default_rng(0).integers(0, 50, (40, 3))
+    rows, table = load_data(counts), load_data(pd.DataFrame(counts, columns=NAMES))
+    assert rows.likelihood == table.likelihood == "gaussian" and torch.equal(rows.x_train, table.x_train)
+    with pytest.raises(ValueError, match="dtype int64, expected uint8"):
+        load_data(counts.reshape(-1, 3, 1))
+
+
+@pytest.mark.parametrize("of", [lambda f: f, as_polars])
+def test_columns_of_no_numbers_are_named_by_the_estimator(of):
+    frame = FRAME.rename(columns=dict(y="city")).assign(day=pd.date_range("2020", periods=80).to_pydatetime())
+    with pytest.raises(ValueError, match="X's columns city, day hold no numbers"):
+        CSRAEEmbedding(epochs=1).fit(of(frame))

@@ -984,3 +984,9 @@ def test_labels_of_a_csv_are_stripped_and_its_signs_are_explained(tmp_path):
 def test_a_data_set_of_ours_keeps_its_name():
     with pytest.raises(ValueError, match="'mnist' is there already"):
         catalogue.add_arrays("mnist", lambda: ({}, {}), "gaussian")
+
+
+@pytest.mark.parametrize("given", [np.zeros((50, 3)), [[1.0, 2.0]], pd.DataFrame(dict(a=[1.0]))])
+def test_arrays_without_names_are_told(given, shapes_unchecked):
+    with pytest.raises(ValueError, match=r"expected arrays by name, dict\(x=…, y=…\)"):
+        data.from_arrays(given)

@@ -2,7 +2,6 @@
 
 import math
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -175,13 +174,6 @@ def test_second_derivatives_are_refused():
     for f in (jacfwd(jacrev(own)), jacrev(jacrev(own))):
         with pytest.raises(RuntimeError, match="first derivatives only"):
             f(mu)
-
-
-@pytest.fixture
-def shapes_unchecked():
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_what_is_no_tensor_is_refused_and_trees_are_taken(shapes_unchecked):

@@ -473,3 +473,12 @@ def test_some_components_are_of_one_mixture():
 def test_a_refit_takes_a_step(steps):
     with pytest.raises(ValueError, match="expected a whole number from 1"):
         MoGPrior(3, 2).refit(torch.randn(9, 2), steps)
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+@pytest.mark.parametrize("shape", [(8, 6), (8, 3, 6), (8, 2)])
+def test_a_decoder_of_another_shape_is_told_wherever_it_is_asked(name, shape, shapes_unchecked):
+    kind, out = make_likelihood(name), torch.zeros(shape)
+    for ask in (kind.mean, kind.sample):
+        with pytest.raises(ValueError, match=rf"a decoder gave out of shape \({shape[0]}, {shape[1]}"):
+            ask(out)
