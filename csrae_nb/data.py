@@ -46,6 +46,7 @@ class LazyImages:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        "(n, *X), as of the tensor that they stand for."
         return (self.n, *self.x_shape)
 
     def __len__(self):

@@ -108,6 +108,7 @@ class OneLabel(_Softmax):
         "Nothing comes between scores and logits."
 
     def code(self, y: Int[Tensor, "n"]) -> Float[Tensor, "n C"]:
+        "Labels as networks are given them: 1 for the class, 0 for others."
         return F.one_hot(y, self.outputs).float()
 
     def expected(self, logits: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
@@ -208,6 +209,7 @@ class ManyLabels(_Answers):
     measure = "f1"  # what an epoch is chosen by
 
     def code(self, y: Int[Tensor, "n L"]) -> Float[Tensor, "n L"]:
+        "Labels as networks are given them: 1 for yes, 0 for no."
         return y.float()
 
     def every(self, device: torch.device | None = None) -> Float[Tensor, "R L"]:
@@ -460,6 +462,7 @@ class Intensities(_InOrder, ManyLabels):
         return torch.where(y < 0, -1, (y >= self.strong).long())
 
     def code(self, y: Int[Tensor, "n L"]) -> Float[Tensor, "n C"]:
+        "Labels as networks are given them: for each score whether it is above 0, above 1 …"
         return (y[..., None] > torch.arange(self.levels - 1, device=y.device)).flatten(-2).float()
 
     def every(self, device: torch.device | None = None) -> Float[Tensor, "R C"]:

@@ -88,7 +88,7 @@ def _check_shapes(g):
         )
 
 # %% ../nbs/01b_mixtures.ipynb #010304c
-def check_tensor(name: str, value: Any, expected: str) -> None:
+def check_tensor(name: str, value: Any, expected: str = "of numbers, as torch.from_numpy gives it") -> None:
     "ValueError for what is no tensor."
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} is of type {type(value).__name__}; expected a tensor {expected}")

@@ -35,7 +35,6 @@ from csrae_nb.mixtures import (
     pairwise_log_overlap,
     unchecked,
 )
-from .networks import TENSOR
 from .priors import Prior, StandardNormal, Unchecked, VampPrior
 from .registry import Registry
 
@@ -190,7 +189,7 @@ def in_parts(
 ) -> Iterable[Tensor]:
     "Some examples at a time. ValueError for what is no tensor, and does not stand for one."
     if not (hasattr(x, "shape") and hasattr(x, "split")):
-        check_tensor("x", x, TENSOR)
+        check_tensor("x", x)
     return x.split(rows_at_once(x))
 
 # %% ../nbs/06_models.ipynb #060109
@@ -284,7 +283,7 @@ class LogLikelihood(Unchecked):
     ) -> Float[Tensor, "B"]:  # nats; an estimate from below
         """log p(x) by importance sampling, Eq. (28), with proposals as wide as q(z|x) and wider. ValueError
         for a model that has none."""
-        check_tensor("x", x, TENSOR)
+        check_tensor("x", x)
         check_sizes(samples=samples, rows=rows)
         if not self.has_likelihood:
             raise ValueError(f"{type(self).__name__} has points for codes, and no log p(x)")

@@ -141,10 +141,12 @@ class Clip:
 
     @property
     def is_video(self) -> bool:
+        "Whether it is a video, and not pictures."
         return self.files[0].suffix.lower() in VIDEOS
 
     @property
     def title(self) -> str:
+        "What it is called on a screen."
         return self.names[0] if len(self.files) == 1 else f"{len(self.files):,} pictures"
 
 

@@ -84,6 +84,7 @@ def with_name(r: dict) -> dict:
 
 
 def n_seeds(row: dict) -> int:
+    "How many seeds a row of a table is a mean over."
     return len(row["seeds"].split())
 
 # %% ../nbs/13_results.ipynb #130108
@@ -464,6 +465,7 @@ ROLES = {  # name: colour and marker
 
 
 def is_cs(row: dict) -> bool:
+    "Whether a row's model is trained by D_CS."
     return "CSRAE" in row["model"]
 
 

@@ -67,7 +67,8 @@ class Run:
         return task_of(self.cfg)
 
     @property
-    def device(self) -> torch.device:  # where the model is
+    def device(self) -> torch.device:
+        "Where the model is."
         return next(self.model.parameters()).device
 
 # %% ../nbs/09e_runs.ipynb #095107

@@ -21,7 +21,7 @@ from .labels import ManyLabels, OneLabel, classification
 from .likelihoods import Likelihood
 from .mixtures import GMM, Draws, FullGMM, as_mixture, check_tensor
 from .models import Autoencoder, Terms, in_eval_mode, of_all_processes, in_parts, Weight
-from .networks import TENSOR, as_weights, face_features, face_images, glorot_, mlp, resnet18_features
+from .networks import as_weights, face_features, face_images, glorot_, mlp, resnet18_features
 from .patterns import Patterns, patterns_divergence
 from .priors import single, variance, within
 
@@ -355,7 +355,7 @@ class _LabelByLabel(Autoencoder):
         rows: int = 1000,  # decoder rows at a time
     ) -> Float[Tensor, "B"]:  # nats; an estimate from below
         "log p(x), summed over y, each log p(x|y) by importance sampling."
-        check_tensor("x", x, TENSOR)
+        check_tensor("x", x)
         every = self.kind.every(x.device).to(x)
         by_label = [_Given(self, code).log_likelihood(x, samples, generator, prior, rows) for code in every]
         return (torch.stack(by_label, 1) + self.kind.log_prob(self.label_prior[None])).logsumexp(1)

@@ -196,7 +196,8 @@ class Pretrained(ModelHubMixin):
         self.run, self.metrics = load_run(folder), read_metrics(folder)
 
     @property
-    def model(self) -> Model:  # in eval mode
+    def model(self) -> Model:
+        "The run's model, in eval mode."
         return self.run.model
 
     def generate_model_card(self, *args, **kw) -> ModelCard:

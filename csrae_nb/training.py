@@ -287,6 +287,7 @@ class History:
 
     @property
     def done(self):
+        "Whether all epochs are trained, or none has been better for as long as the patience lasts."
         c, m = self.cfg, self.meta
         warmup = c.warmup if "warmup" not in unused_fields(c) else 0
         return m["epoch"] >= c.epochs or m["epoch"] - max(m["best_epoch"], warmup) >= c.patience
