@@ -296,7 +296,7 @@ def _add_runs(verbs):
 def _add_predict(verbs):
     what = "each answer's probability, of examples, or of every frame of videos"
     data = "of a run on faces: video, folder of videos, or of pictures, all of which are looked at; of any "
-    data += f"other: {_EXAMPLES}; of either a data set by its name, of which it is the test split"
+    data += f"other: {_EXAMPLES}; of either a data set by its name, for its test split"
     predict = _on_data(verbs, "predict", what, data=data)
     predict.epilog = (
         "Ends with status 1 if videos were left out, which are named, and the others are in the table."
