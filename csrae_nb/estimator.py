@@ -268,7 +268,7 @@ def _tell_columns(table, error):
         remedy = "leave them out, or write them as numbers, by OneHotEncoder say"
         raise ValueError(f"X's columns {some(odd)} hold no numbers: {remedy}") from error
 
-
+# %% ../nbs/20_estimator.ipynb #200119
 def _rows(est, X, start, **kw):  # start: a training begins
     """The rows as the model sees them, float64, and X's precision.
     ValueError for what is no table of numbers, or beyond the likelihood's range."""

@@ -149,7 +149,7 @@ class Clip:
         "What it is called on a screen."
         return self.names[0] if len(self.files) == 1 else f"{len(self.files):,} pictures"
 
-
+# %% ../nbs/23a_predict.ipynb #23a2c1
 def find_clips(
     source: Path | str,  # a video, a picture, or a folder of either
 ) -> list[Clip]:

@@ -67,8 +67,7 @@ class Run:
         return task_of(self.cfg)
 
     @property
-    def device(self) -> torch.device:
-        "Where the model is."
+    def device(self) -> torch.device:  # where the model is
         return next(self.model.parameters()).device
 
 # %% ../nbs/09e_runs.ipynb #095107
