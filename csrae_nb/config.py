@@ -418,7 +418,7 @@ def check_fields(names: Iterable[str]) -> None:
     "ValueError for a name that no field has, with the most alike and all that there are."
     known = known_fields()
     if unknown := sorted({*names} - {*known, "extra"}):
-        near = dict.fromkeys(k for name in unknown for k in get_close_matches(name, known, 1))
+        near = dict.fromkeys(k for name in unknown for k in get_close_matches(name, known, 1, 0.7))
         alike = f"; most alike {', '.join(near)}" if near else ""
         unknown = ", ".join(map(repr, unknown))
         raise ValueError(f"unknown parameter {unknown}{alike}; the known ones are {', '.join(known)}")

@@ -647,7 +647,8 @@ def _settings(c):
 
 # %% ../nbs/10b_evaluation.ipynb #100450
 def _model_key(c):
-    kind, options = prior_kind(c), {*MODELS.about(c.model, "options", {}).values()}
+    kind = prior_kind(c)
+    options = {*MODELS.about(c.model, "options", {}).values()} if c.model in MODELS else {}
     draws = [getattr(c, k) for k in ("importance_samples", "kl_samples") if k in options]
     key = dict(
         prior=kind,
