@@ -162,7 +162,7 @@ TITLES = {
     "cifar10": "CIFAR10",
 }
 TABLES = ("table1", "table2", "figure3", "figure4")
-SEMISUP = "mnist_semisup"  # the table of runs with labels, for Table 3a
+SEMISUP = "few_labels"  # the table of runs with labels, for Table 3a
 
 
 def read_paper() -> list[dict]:  # of Tables 1, 2, 3a, 7 and 8
