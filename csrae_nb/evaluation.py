@@ -553,11 +553,10 @@ def read_metrics(
         return None
     try:
         content = json.loads(file.read_text())
-        whole = all(isinstance(content[k], dict) for k in ("config", "metrics", "provenance"))
+        if not all(isinstance(content[k], dict) for k in ("config", "metrics", "provenance")):
+            raise ValueError("config, metrics or provenance is no object")
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{file} is damaged ({reason(e)}); remove it, and evaluate the run again") from e
-    if not whole:
-        raise ValueError(f"{file} is damaged; remove it, and evaluate the run again")
     return content
 
 # %% ../nbs/10b_evaluation.ipynb #100146
