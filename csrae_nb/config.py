@@ -227,11 +227,12 @@ def _check_effects(c):
     if getattr(c, ignored) != 1 and not (with_labels and ignored == "beta"):
         raise ValueError(f"{ignored}={getattr(c, ignored)} has no effect on {c.model}; set {other}")
     used = used_fields(c)
-    for field in ("prior_objective", "queue"):
+    needs = dict(prior_objective="a mog prior", queue="prior_objective='aggregate'")
+    needs |= dict(patterns=f"model={SUPERVISED}", lam_patterns="patterns=1 or more")
+    for field, what in needs.items():
         value = getattr(c, field)
-        if value != Config.__dataclass_fields__[field].default and field not in used:
-            needs = "a mog prior" if field == "prior_objective" else "prior_objective='aggregate'"
-            raise ValueError(f"{field}={value!r} has no effect on this {c.model}; it is for {needs}")
+        if value != getattr(Config, field) and field not in used:
+            raise ValueError(f"{field}={value!r} has no effect on this {c.model}; it is for {what}")
     check_fields_of_data(c, fields_of_data(c))
 
 # %% ../nbs/09_config.ipynb #090215
@@ -289,27 +290,19 @@ def _check_constraint(c):
         field = "lam" if has_cs(c) else "beta"
         raise ValueError(f"{field}=0; the multiplier of a constraint starts from a number above 0")
 
-# %% ../nbs/09_config.ipynb #8a220b67
-def _check_patterns(c):
-    "ValueError for patterns of answers that cannot be."
-    if not c.patterns:
-        if c.lam_patterns != Config.lam_patterns:
-            raise ValueError(f"lam_patterns={c.lam_patterns} has no effect without patterns; set patterns")
-        return
-    if c.model != SUPERVISED:
-        raise ValueError(f"patterns={c.patterns} is for model={SUPERVISED}, not for {c.model}")
-    if c.answers == "intensity":
-        raise ValueError(f"patterns={c.patterns} is of answers yes or no; answers='intensity' has others")
-
 # %% ../nbs/09_config.ipynb #090815
 def _check_image_size(c):
-    "ValueError for pictures that the network for faces does not take, said before any are prepared."
+    "ValueError for pictures that the network does not take, said before any are prepared."
+    if c.image_size is None:
+        return
     network = c.network or preset(c.dataset)["network"]
-    of_faces = network == "faces" or network == "resnet18" and c.model != SUPERVISED  # whose decoder is that
-    if c.image_size is not None and of_faces and c.image_size % 64 != 32:
-        raise ValueError(
-            f"image_size={c.image_size}; network={network!r} takes pictures of 32, 96, 160, 224, … pixels"
-        )
+    for part in ("encodes", "decodes") if c.model in MODELS else ("encodes",):
+        sides = NETWORKS.about(network, part)
+        if sides and c.image_size not in sides:
+            some = ", ".join(map(str, sides[:4]))
+            raise ValueError(
+                f"image_size={c.image_size}; network={network!r} takes pictures of {some}, … pixels"
+            )
 
 # %% ../nbs/09_config.ipynb #090115
 def _of_data_sets():
@@ -409,9 +402,10 @@ def _check_config(c):
     _check_posterior(c)
     _check_layers(c)
     _check_constraint(c)
-    _check_patterns(c)
     _check_image_size(c)
     _check_effects(c)
+    if resolve(c) is c:  # what is filled in by the preset is a Config, too, and checked as it is made
+        task_class(c).check_config(c)
 
 # %% ../nbs/09_config.ipynb #090016
 def check_fields(names: Iterable[str]) -> None:
@@ -497,10 +491,15 @@ def _brought_by_parts(cfg):
     return {f for table, name in parts if name in table for f in table.about(name, "fields", {})}
 
 # %% ../nbs/09_config.ipynb #090022
+def _named(uses, cfg):
+    "Fields that a part uses: those that it names, or that it names for a configuration."
+    return set(uses(cfg) if callable(uses) else uses)
+
+
 def used_fields(cfg: Config) -> set[str]:  # of those that belong to parts
     "The fields that the parts of a configuration use."
-    out = {*task_class(cfg).uses, "encoder_weights", *fields_of_data(cfg), *_brought_by_parts(cfg)}
-    out |= {"lam_patterns", "labelled_batch"} if cfg.patterns else set()
+    out = {"encoder_weights", *fields_of_data(cfg), *_brought_by_parts(cfg)}
+    out |= _named(task_class(cfg).uses, cfg)
     if cfg.model not in MODELS:
         return out
     own = MODELS.about(cfg.model, "options", {}).values()
@@ -510,8 +509,7 @@ def used_fields(cfg: Config) -> set[str]:  # of those that belong to parts
     out |= {"layers", "lower_dim", "lower_weight", "skip"} if cfg.layers > 1 else set()
     if MODELS.about(cfg.model, "prior") is None:
         out.add("prior")
-    uses = PRIORS.about(prior_kind(cfg), "uses", ())
-    return out | set(uses(cfg) if callable(uses) else uses)
+    return out | _named(PRIORS.about(prior_kind(cfg), "uses", ()), cfg)
 
 # %% ../nbs/09_config.ipynb #090722
 def unused_fields(cfg: Config) -> list[str]:

@@ -157,6 +157,28 @@ class _MadeWithLabels(Task):
         if getattr(model, "temperature", None) is not None:
             model.temperature.fill_(temperature(epoch, self.cfg.epochs))
 
+# %% ../nbs/14c_few_labels.ipynb #141433
+def _check_for_labels(c):
+    "ValueError for a model, a prior or a network that labels have not."
+    networks = ", ".join(LABEL_NETWORKS)
+    if c.model == "IWAE":
+        others = "VAE, MixtureVAE, VampPriorVAE, CSRAE or MixtureCSRAE"
+        raise ValueError(f"labels have no IWAE: its bound has no term for each y; use {others}")
+    if c.model in MODELS and not MODELS[c.model].has_likelihood:
+        raise ValueError(f"labels have no {c.model}: its codes are points, which have no divergence each")
+    if c.prior_objective != "image":
+        what = f"prior_objective={c.prior_objective!r}"
+        raise ValueError(f"with labels the prior learns from each image; {what} is for runs without")
+    if c.network not in LABEL_NETWORKS:
+        raise ValueError(f"network={c.network!r} has no part for labels; with labels there are {networks}")
+
+
+def _check_room(c):
+    "ValueError for a batch that labelled images fill."
+    if c.labelled_batch >= c.batch_size:
+        no_room = f"leaves no room for others in batch_size={c.batch_size}"
+        raise ValueError(f"labelled_batch={c.labelled_batch} {no_room}")
+
 # %% ../nbs/14c_few_labels.ipynb #140032
 @TASKS.register("labels")
 @dataclass(frozen=True)
@@ -169,20 +191,13 @@ class LabelTask(_LabelledBatches, _ChosenByLabels, _MadeWithLabels):
     def serves(cfg):
         return bool(cfg.labels)
 
+    @staticmethod
+    def check_config(cfg):
+        _check_for_labels(cfg)
+        _check_room(cfg)
+
     def check(self, data):
-        c, networks = self.cfg, ", ".join(LABEL_NETWORKS)
-        if c.model == "IWAE":
-            others = "VAE, MixtureVAE, VampPriorVAE, CSRAE or MixtureCSRAE"
-            raise ValueError(f"labels have no IWAE: its bound has no term for each y; use {others}")
-        if c.model in MODELS and not MODELS[c.model].has_likelihood:
-            raise ValueError(f"labels have no {c.model}: its codes are points, which have no divergence each")
-        if c.prior_objective != "image":
-            what = f"prior_objective={c.prior_objective!r}"
-            raise ValueError(f"with labels the prior learns from each image; {what} is for runs without")
-        if c.network not in LABEL_NETWORKS:
-            raise ValueError(
-                f"network={c.network!r} has no part for labels; with labels there are {networks}"
-            )
+        c = self.cfg
         if not len(labelled_rows(data, "train")):
             none = "no labels of its training images (or no image with all answers)"
             raise ValueError(f"labels={c.labels:g}, but {data.name} has {none}")
@@ -193,11 +208,8 @@ class LabelTask(_LabelledBatches, _ChosenByLabels, _MadeWithLabels):
             )
         if c.balance == "asymmetric" and isinstance(kind, Intensities):
             raise ValueError("balance='asymmetric' is for answers yes or no; of intensities use 'weights'")
-        if c.balance == "batches" and c.labelled_batch == 1 and not isinstance(kind, OneLabel):
-            raise ValueError("labelled_batch=1 cannot be balanced, half yes and half no; use 2 or more")
-        if c.labelled_batch >= c.batch_size:
-            no_room = f"leaves no room for others in batch_size={c.batch_size}"
-            raise ValueError(f"labelled_batch={c.labelled_batch} {no_room}")
+        if c.balance == "batches" and not isinstance(kind, OneLabel) and (n := self.in_batch(data)) == 1:
+            raise ValueError(f"{n} labelled image in a batch cannot be half yes and half no; use 2 or more")
         self.rows(data, 1)  # a ValueError for more labels than there are, or too few other images
         with torch.device("meta"):
             (net := LABEL_NETWORKS[c.network]).image(data.x_shape, net.features, None)
@@ -274,15 +286,27 @@ class SupervisedTask(_WithPatterns):
     "Training a classifier on the labelled images only; an epoch has as many steps as with all images."
 
     models = (SUPERVISED,)
-    uses = ("balance", "patterns")
 
     @staticmethod
     def serves(cfg):
         return cfg.model == SUPERVISED
 
-    def check(self, data):
-        if not self.cfg.labels:
+    @staticmethod
+    def uses(cfg):
+        return "balance", "patterns", *(("lam_patterns", "labelled_batch") if cfg.patterns else ())
+
+    @staticmethod
+    def check_config(cfg):
+        if not cfg.labels:
             raise ValueError("model=Supervised learns from labels alone; say how many, labels=1.0 for all")
+        if cfg.patterns and cfg.answers == "intensity":
+            what = "answers='intensity' has others"
+            raise ValueError(f"patterns={cfg.patterns} is of answers yes or no; {what}")
+        _check_for_labels(cfg)
+        if cfg.patterns:
+            _check_room(cfg)
+
+    def check(self, data):
         super().check(data)
         if not len(labelled_rows(data, "val")):
             none = f"and {data.name} has none; give y_val"

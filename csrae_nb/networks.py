@@ -289,9 +289,12 @@ gated_network = Network(
 )
 
 # %% ../nbs/05_networks.ipynb #050028
+_FACE_SIDES = range(32, 2**16, 64)  # pixels of a side that four convolutions take
+
+
 def _face_shape(x_shape):
     "(C, H, W), and the size that is left after four convolutions; ValueError for other images."
-    if len(x_shape) != 3 or any(n % 64 != 32 for n in x_shape[1:]):
+    if len(x_shape) != 3 or any(n not in _FACE_SIDES for n in x_shape[1:]):
         raise ValueError(
             "the network for faces takes images of shape (C, H, W) with H and W of 32, 96, 160, 224, … "
             f"pixels, got {tuple(x_shape)}; crop or resize them, or use another network"
@@ -443,16 +446,16 @@ def load_resnet18(
     resnet.bn1.running_mean.sub_((first * (0.5 - mean)).sum((1, 2, 3)))
 
 # %% ../nbs/05_networks.ipynb #050032
-NETWORKS = Registry("network")  # a network of another kind is one more row
-NETWORKS.update(
-    mlp=fully_connected(encoder=(300, 300), decoder=(300, 300)),
-    pinwheel=fully_connected(encoder=(5, 10), decoder=(10, 5), act=nn.Softplus),
-    residual=Network(residual_encoder, residual_decoder, gated_prior),
-    faces=Network(face_encoder, face_decoder, fully_connected((), ()).prior),
-    resnet18=Network(resnet18_encoder, face_decoder, fully_connected((), ()).prior),
-    wide=fully_connected(encoder=(500, 500, 2000), decoder=(2000, 500, 500)),
-    gated=gated_network,
-)
+NETWORKS = Registry("network")  # encodes, decodes: sides of pictures that its parts take, if not all
+NETWORKS.add("mlp", fully_connected(encoder=(300, 300), decoder=(300, 300)))
+NETWORKS.add("pinwheel", fully_connected(encoder=(5, 10), decoder=(10, 5), act=nn.Softplus))
+NETWORKS.add("residual", Network(residual_encoder, residual_decoder, gated_prior))
+_faces = Network(face_encoder, face_decoder, NETWORKS["mlp"].prior)
+NETWORKS.add("faces", _faces, encodes=_FACE_SIDES, decodes=_FACE_SIDES)
+_resnet18 = Network(resnet18_encoder, face_decoder, NETWORKS["mlp"].prior)
+NETWORKS.add("resnet18", _resnet18, decodes=_FACE_SIDES)
+NETWORKS.add("wide", fully_connected(encoder=(500, 500, 2000), decoder=(2000, 500, 500)))
+NETWORKS.add("gated", gated_network)
 
 # %% ../nbs/05_networks.ipynb #050033
 def make_networks(

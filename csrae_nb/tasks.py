@@ -266,7 +266,9 @@ class Task(Epochs, Validation):
 
     cfg: Config  # resolved
     models: ClassVar[tuple[str, ...]] = ()  # what it trains that is no autoencoder, as `model` may name it
-    uses: ClassVar[tuple[str, ...]] = ()  # fields of a configuration that no other task looks at
+    uses: ClassVar[
+        tuple[str, ...] | Callable
+    ] = ()  # fields that it looks at, or a function of a Config to them
 
     @staticmethod
     def serves(
@@ -274,6 +276,12 @@ class Task(Epochs, Validation):
     ) -> bool:
         "Whether a configuration asks for this task."
         return True
+
+    @staticmethod
+    def check_config(
+        cfg,  # a Config, resolved
+    ) -> None:
+        "ValueError for a configuration that this task cannot train, whatever the data are."
 
     def check(self, data: Dataset) -> None:
         "ValueError if the data do not serve."

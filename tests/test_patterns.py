@@ -119,8 +119,14 @@ def test_names_of_runs_without_patterns_stay():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(model="MixtureCSRAE"), "patterns=3 is for model=Supervised, not for MixtureCSRAE"),
-        (dict(patterns=0, lam_patterns=2.0), "lam_patterns=2.0 has no effect without patterns"),
+        (
+            dict(model="MixtureCSRAE"),
+            "patterns=3 has no effect on this MixtureCSRAE; it is for model=Supervised",
+        ),
+        (
+            dict(patterns=0, lam_patterns=2.0),
+            "lam_patterns=2.0 has no effect on this Supervised; it is for patterns=1 or more",
+        ),
         (dict(patterns=-1), "patterns=-1; expected at least 0"),
         (dict(lam_patterns=-1.0), "lam_patterns=-1.0; expected at least 0"),
         (dict(dataset="faces_demo", answers="intensity"), "answers='intensity' has others"),

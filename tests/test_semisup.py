@@ -128,6 +128,28 @@ def test_what_is_refused(digits, changes, message):
     assert not runs_folder().exists()
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(model="IWAE"), "labels have no IWAE"),
+        (dict(model="WAE"), "labels have no WAE"),
+        (dict(network="residual"), "with labels there are mlp"),
+        (dict(labelled_batch=100), "leaves no room for others in batch_size=100"),
+        (dict(batch_size=1), "leaves no room for others in batch_size=1"),
+        (dict(prior_objective="aggregate"), "with labels the prior learns from each image"),
+        (dict(model="Supervised", labels=0), "learns from labels alone"),
+        (dict(model="Supervised", patterns=3, answers="intensity"), "answers='intensity' has others"),
+    ],
+)
+def test_what_labels_cannot_train_is_said_before_videos_are_read(changes, message):
+    with pytest.raises(ValueError, match=message):  # of disfa's preset, which has labels
+        Config(dataset="disfa", **changes)
+
+
+def test_a_classifier_alone_has_no_others_in_its_batch():
+    assert Config(dataset="disfa", model="Supervised", batch_size=1).batch_size == 1
+
+
 def test_labels_that_are_not_there(digits):
     none = torch.full_like(digits.y_train, -1)
     for y in (None, none):
