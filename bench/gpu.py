@@ -5,15 +5,21 @@ first, for as long as is given. Writes small CSV files as it goes."""
 
 import argparse
 import ast
+import csv
+import gc
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
+from itertools import islice
 from pathlib import Path
 from unittest.mock import patch
 
@@ -37,16 +43,23 @@ from csrae_nb.tasks import make_model, task_of
 from csrae_nb.training import Training, is_trained
 
 HERE = Path(__file__).parents[1]
-PARTS = ("smoke", "timing", "tables")
+PARTS = ("smoke", "timing", "profile", "tables")
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 
 class Job:
-    "Rows of one file, written as they are known; and until when there is time."
+    "Rows of one file, written as they are known; and until when there is time. What failed is tried again."
 
     def __init__(self, file, until):
         self.file, self.until, self.rows = Path(file), until, []
+        if self.file.exists():
+            with open(self.file, newline="") as f:
+                self.rows = [r for r in csv.DictReader(f) if r.get("works") != "NO" and not r.get("error")]
+
+    def has(self, **row):
+        "Whether there is a row that says so."
+        return any(all(r.get(k) == str(v) for k, v in row.items()) for r in self.rows)
 
     def add(self, **row):
         self.rows.append(row)
@@ -101,13 +114,10 @@ def losses(cfg, network, device, steps):
     g = torch.Generator().manual_seed(1)
     x = torch.rand(steps, 20, *SHAPES[network], generator=g)
     likelihood = LIKELIHOODS.get(network, "discretized_logistic")
-    x = (
-        (x < 0.3).float()
-        if likelihood == "bernoulli"
-        else (x * 255).floor() / 255
-        if likelihood != "gaussian"
-        else x
-    )
+    if likelihood == "bernoulli":
+        x = (x < 0.3).float()
+    elif likelihood == "discretized_logistic":
+        x = (x * 255).floor() / 255
     model = make_model(cfg, SHAPES[network], likelihood, x.flatten(0, 1)[: cfg.components]).to(device).train()
     opt, noise, out = torch.optim.Adam(model.parameters(), lr=5e-4, fused=True), Same(2), []
     for xb in x.to(device):
@@ -201,10 +211,10 @@ def replayed(**fields):
             configs = [digits(seed=s, name=f"{label}-{s}", **fields) for s in range(4)]
             with patch.object(_Graph, "EAGER", eager):
                 runs = fit_fleet(configs, progress=False)
-            ends.append(torch.stack([weights(r) for r in runs]))
-        apart = (ends[0] - ends[1]).abs().max().item()
-        assert apart < 1e-2, f"weights {apart:.1e} apart"
-        return f"weights {apart:.1e} apart"
+            ends.append(torch.tensor([r.history[-1]["criterion"] for r in runs]))
+        apart = (ends[0] / ends[1] - 1).abs().max().item()  # of weights the last bits grow, Adam being Adam
+        assert apart < 1e-2, f"criteria {apart:.1e} apart"
+        return f"criteria {apart:.1e} apart"
 
     return check
 
@@ -237,6 +247,7 @@ FLEETS_OF = {
     "prior network": dict(prior_network=True),
     "two layers": dict(layers=2),
     "mixture posterior": dict(posterior_components=2, objective="cs_each"),
+    "implicit draws": dict(posterior_components=2, objective="cs_each", posterior_draws="implicit"),
     "labels, vamp": dict(labels=200, prior="vamp"),
     "classifier": dict(labels=200, model="Supervised"),
     "matched, with a queue": dict(prior_objective="aggregate", queue=50),
@@ -246,17 +257,16 @@ FLEETS_OF = {
 }
 
 
-def smoke(job, small):
-    "Each check a row: whether it works, and what it says."
+def checks(small):
+    "What smoke tries, by name."
     steps = 5 if small else 50
-    checks = {f"{kind}, mlp": on_both(kind, "mlp", steps) for kind in KINDS}
-    other = ("pinwheel", "residual", "faces", "resnet18")
-    checks |= {
+    found = {f"{kind}, mlp": on_both(kind, "mlp", steps) for kind in KINDS}
+    found |= {
         f"{kind}, {n}": on_both(kind, n, 5 if n != "pinwheel" else steps)
-        for n in other
+        for n in ("pinwheel", "residual", "faces", "resnet18")
         for kind in ("VAE", "MixtureCSRAE mog", "MixtureCSRAE vamp")
     }
-    checks |= {
+    found |= {
         "killed and resumed": killed_and_resumed,
         "loaded on a processor": loads_on_a_processor,
         "evaluated": evaluated(),
@@ -275,21 +285,48 @@ def smoke(job, small):
             "CSRAE", table(), dataset="arrays", network="pinwheel", likelihood="gaussian"
         ),
     }
-    checks |= {f"fleet of {k}": together(k) for k in KINDS}
-    checks |= {f"fleet, {k}": together("MixtureCSRAE mog", **fields) for k, fields in FLEETS_OF.items()}
-    if small:
-        checks = {k: checks[k] for k in ("VAE, mlp", "killed and resumed", "graph", "fleet in bf16")}
+    found |= {f"fleet of {k}": together(k) for k in KINDS}
+    found |= {f"fleet, {k}": together("MixtureCSRAE mog", **fields) for k, fields in FLEETS_OF.items()}
+    return found
+
+
+SMALL = "VAE, mlp", "killed and resumed", "graph", "fleet in bf16"
+
+
+def checked(name, small):
+    "Whether a check works, and what it says."
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, CSRAE_RUNS=folder):
-        for name, check in checks.items():
-            if job.left < 0:
-                return
-            start = time.perf_counter()
-            try:
-                said, ok = check(), "yes"
-            except Exception as e:
-                traceback.print_exc()
-                said, ok = f"{type(e).__name__}: {e}"[:300].replace("\n", " "), "NO"
-            job.add(check=name, works=ok, said=said or "", seconds=round(time.perf_counter() - start, 1))
+        try:
+            return "yes", checks(small)[name]()
+        except Exception as e:
+            traceback.print_exc()
+            return "NO", f"{type(e).__name__}: {e}"[:300].replace("\n", " ")
+
+
+def checked_aside(name, small, until):
+    "The same in a process of its own: whatever becomes of a GPU's state, the next check begins anew."
+    start = time.perf_counter()
+    words = [sys.executable, "-m", "bench.gpu", "--check", name, *(["--small"] if small else [])]
+    try:
+        done = subprocess.run(
+            words, cwd=HERE, capture_output=True, text=True, timeout=max(1, until - time.monotonic())
+        )
+    except subprocess.TimeoutExpired:
+        return None  # no time is left
+    works, _, said = (done.stdout.rstrip().splitlines() or ["NO"])[-1].partition(": ")
+    if works != "yes":
+        print(done.stderr[-2000:], flush=True)
+        works, said = "NO", said or f"ended with {done.returncode}: {done.stderr[-200:]}"
+    return dict(check=name, works=works, said=said, seconds=round(time.perf_counter() - start, 1))
+
+
+def smoke(job, small):
+    "Each check a row: whether it works, and what it says."
+    names = [n for n in (SMALL if small else checks(small)) if not job.has(check=n)]
+    with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
+        for done in as_completed([pool.submit(checked_aside, n, small, job.until) for n in names]):
+            if row := done.result():
+                job.add(**row)
 
 
 # timing: how fast is it?
@@ -301,26 +338,65 @@ def synchronize():
 
 
 def seconds(f, least):
-    "Seconds a call takes, after two calls."
+    "Seconds a call takes, after two calls, where ten run ahead of the processor's clock as in training."
     f()
     f()
     synchronize()
     n, start = 0, time.perf_counter()
     while (passed := time.perf_counter() - start) < least or n < 3:
-        f()
-        n += 1
+        for _ in range(10 if CUDA else 1):
+            f()
+            n += 1
         synchronize()
     return passed / n
 
 
-# graphed or not, and how precisely
-FLEETS = ((False, "no"), (True, "no"), (True, "tf32")) if CUDA else ((False, "no"),)
+# graphed or not, how precisely, and by which library
+FLEETS = [("fleet", False, "no", "cublas")]
+if CUDA:
+    FLEETS += [
+        ("fleet", True, "no", "cublas"),
+        ("fleet, tf32", True, "tf32", "cublas"),
+        ("fleet, cublaslt", True, "no", "cublaslt"),
+        ("fleet, tf32, cublaslt", True, "tf32", "cublaslt"),
+    ]
+
+
+@contextmanager
+def products(precision, library):
+    "Products of matrices so precisely, by this library, inside a with."
+    if not CUDA:
+        yield
+        return
+    before = torch.backends.cuda.preferred_blas_library()
+    torch.backends.cuda.preferred_blas_library(library)
+    try:
+        with product_precision(precision):
+            yield
+    finally:
+        torch.backends.cuda.preferred_blas_library(before)
+
+
+def forget():
+    "Give back the memory of what is not used any more."
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()
+
+
+def grey_images(n):
+    "n images as large as MNIST's, with labels, on the device."
+    x = torch.rand(n, 28, 28, generator=torch.Generator().manual_seed(0)).round()
+    return load_data(dict(x=x, y=torch.arange(n) % 10), "bernoulli").to(DEVICE)
+
+
+def of_grey_images(kind, **fields):
+    sizes = dict(latent_dim=40, batch_size=100, components=10)
+    return resolve(Config(dataset="other", network="mlp", **KINDS[kind] | sizes | fields))
 
 
 def steps_a_second(job, small):
-    n = 400 if small else 20_000
-    x = torch.rand(n, 28, 28, generator=torch.Generator().manual_seed(0)).round()
-    data = load_data(dict(x=x, y=torch.arange(n) % 10), "bernoulli").to(DEVICE)
+    data = grey_images(400 if small else 20_000)
     kinds = [
         ("VAE", {}),
         ("MixtureCSRAE mog", dict(components=100)),
@@ -329,49 +405,73 @@ def steps_a_second(job, small):
         ("MixtureCSRAE mog", dict(labels=0.1)),
     ]
     for kind, fields in (kinds[1], kinds[-1]) if small else kinds:
-        cfg = resolve(
-            Config(
-                dataset="other",
-                network="mlp",
-                latent_dim=40,
-                batch_size=100,
-                **KINDS[kind] | dict(components=10) | fields,
-            )
-        )
-        for R in (1, 2) if small else (1, 16, 64, 256, *((1024,) if kind == "VAE" else ())):
-            for graphed, precision in FLEETS:
+        cfg = of_grey_images(kind, **fields)
+        model = f"{kind}, labels" if cfg.labels else kind
+        for R in (1, 2) if small else (256, 64, 1, 16, *((1024,) if kind == "VAE" else ())):
+            for what, graphed, precision, library in FLEETS:
+                row = dict(what=what, model=model, K=cfg.components, size=R, graphed=graphed)
+                if library == "cublaslt" and (kind != "VAE" or R not in (64, 256)) or job.has(**row):
+                    continue
                 if job.left < 30:
                     return
                 try:
-                    with product_precision(precision):
-                        row = fleet_speed(cfg, data, R, graphed, small)
+                    with products(precision, library):
+                        found = fleet_speed(cfg, data, R, graphed, small)
                 except Exception as e:
                     traceback.print_exc()
-                    row = dict(error=f"{type(e).__name__}: {e}"[:200].replace("\n", " "))
-                what = "fleet, tf32" if precision == "tf32" else "fleet"
-                model = f"{kind}, labels" if cfg.labels else kind
-                job.add(what=what, model=model, K=cfg.components, size=R, graphed=graphed, **row)
-                if CUDA:
-                    torch.cuda.empty_cache()
+                    found = dict(error=f"{type(e).__name__}: {e}"[:200].replace("\n", " "))
+                job.add(**row, **found)
+                forget()
 
 
-def fleet_speed(cfg, data, R, graphed, small):
+@contextmanager
+def stepping(cfg, data, R, graphed):
+    "Inside a with, a function that makes a step of a fleet of R untrained models, recorded by then."
     pseudo = data.x_train[: cfg.components].cpu()
     task = task_of(cfg)
     one = task.make_model(task.about(data), pseudo).to(DEVICE)
-    size = sum(p.numel() for p in one.parameters())
     fleet = Fleet([deepcopy(one).train() for _ in range(R)])
     opt = torch.optim.Adam(fleet.params.values(), lr=5e-4, fused=True, capturable=CUDA)
     steps = _Steps(fleet, opt, task, data, graphed)
     steps.begin(list(range(R)), 1)
-    rows = torch.randint(
-        len(data.x_train), (4, R, cfg.batch_size), generator=torch.Generator().manual_seed(0)
-    ).to(DEVICE)
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randint(len(data.x_train), (4, R, cfg.batch_size), generator=g).to(DEVICE)
     turn = iter(range(10**9))
     for _ in range(6):
         steps(rows[0])
-    taken = seconds(lambda: steps(rows[next(turn) % 4]), 0.02 if small else 0.7)
+    try:
+        yield lambda: steps(rows[next(turn) % 4])
+    finally:
+        steps.graph = None  # which holds all of this, and is held by it
+
+
+def fleet_speed(cfg, data, R, graphed, small):
+    with stepping(cfg, data, R, graphed) as step:
+        taken = seconds(step, 0.02 if small else 0.7)
+    task = task_of(cfg)
+    size = sum(p.numel() for p in task.make_model(task.about(data)).parameters())
     return dict(parameters=size, ms=1e3 * taken, run_steps=R / taken, gb=R * size * 4 * 10 / taken / 1e9)
+
+
+def profile(out, small):
+    "Which operations a step's time goes to, in files of text."
+    data, R = grey_images(400 if small else 20_000), 2 if small else 256
+    kinds = {"VAE": {}, "MixtureCSRAE mog": dict(labels=0.1)}
+    for kind, fields in kinds.items():
+        for precision in ("no", "tf32") if CUDA else ("no",):
+            with (
+                products(precision, "cublas"),
+                stepping(of_grey_images(kind, **fields), data, R, CUDA) as step,
+                torch.profiler.profile() as seen,
+            ):
+                for _ in range(3 if small else 20):
+                    step()
+                synchronize()
+            by = "cuda_time_total" if CUDA else "cpu_time_total"
+            text = seen.key_averages().table(sort_by=by, row_limit=60, max_name_column_width=90)
+            name = "-".join(["profile", *kind.split(), *fields, precision])
+            (out / f"{name}.txt").write_text(text)
+            forget()
 
 
 def lone_speed(job, small):
@@ -379,6 +479,8 @@ def lone_speed(job, small):
     x = torch.rand(400 if small else 20_000, 28, 28, generator=torch.Generator().manual_seed(0)).round()
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, CSRAE_RUNS=folder):
         for kind, K in (("VAE", 10), ("MixtureCSRAE mog", 400))[: 1 if small else 2]:
+            if job.has(what="fit", model=kind, K=K):
+                continue
             _, *runs = [
                 fit(
                     Config(
@@ -398,9 +500,8 @@ def lone_speed(job, small):
             ]
             taken = runs[1].seconds - runs[0].seconds
             n = len(x) * 4 // 5 // 100 * (runs[1].cfg.epochs - 1)
-            job.add(
-                what="fit", model=kind, K=K, size=1, graphed=False, ms=1e3 * taken / n, run_steps=n / taken
-            )
+            speed = dict(ms=1e3 * taken / n, run_steps=n / taken)
+            job.add(what="fit", model=kind, K=K, size=1, graphed=False, **speed)
 
 
 def overlap_speed(job, small):
@@ -424,11 +525,12 @@ def overlap_speed(job, small):
             ]
             torch.autograd.grad(-terms[0] + (terms[1] + terms[2]) / 2, q)
 
-        for how in ("kernels", "blocks") if CUDA else ("blocks",):
-            with patch("csrae_nb.kernels._for_tiles", lambda mu: how == "kernels"):
-                job.add(what=f"D_CS by {how}", K=K, ms=1e3 * seconds(ours, 0.01 if small else 0.3))
-        if K <= 4000:
-            job.add(what="D_CS, plain", K=K, ms=1e3 * seconds(plain, 0.01 if small else 0.3))
+        ways = {f"D_CS by {how}": how for how in (("kernels", "blocks") if CUDA else ("blocks",))}
+        for what, how in (ways | ({"D_CS, plain": None} if K <= 4000 else {})).items():
+            if not job.has(what=what, K=K):
+                with patch("csrae_nb.kernels._for_tiles", lambda mu: how == "kernels"):
+                    taken = seconds(ours if how else plain, 0.01 if small else 0.3)
+                job.add(what=what, K=K, ms=1e3 * taken)
 
 
 def image_speed(job, small):
@@ -437,10 +539,12 @@ def image_speed(job, small):
             continue
         cfg = resolve(Config(dataset="other", network=network, model="CSRAE", latent_dim=40))
         for how in ("single", "tf32", "bf16") if CUDA else ("single",):
+            row = dict(what=f"CSRAE of {network}, {how}", size=shape[1])
+            if job.has(**row):
+                continue
             model = make_model(cfg, shape, "discretized_logistic").to(DEVICE).train()
             opt = torch.optim.Adam(model.parameters(), lr=5e-4, fused=True)
             x = torch.rand(4 if small else 100, *shape).to(DEVICE)
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = how != "single"
 
             def step():
                 with torch.autocast(DEVICE.type, torch.bfloat16, enabled=how == "bf16"):
@@ -449,12 +553,12 @@ def image_speed(job, small):
                 loss.backward()
                 opt.step()
 
-            job.add(
-                what=f"CSRAE of {network}, {how}",
-                size=shape[1],
-                images=len(x) / seconds(step, 0.01 if small else 0.5),
-            )
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
+            tf32 = how != "single"
+            cudnn = torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32) if CUDA else nullcontext()
+            with cudnn, product_precision("tf32" if tf32 else "no"):
+                taken = seconds(step, 0.01 if small else 0.5)
+            job.add(**row, images=len(x) / taken)
+            forget()
 
 
 def timing(job, small):
@@ -510,7 +614,6 @@ def tables(files, out, until, jobs, size, trainers):
     "Runs of some sweeps until there is no time left, in their order; each table is written as it grows."
     spawn, log = multiprocessing.get_context("spawn"), Path(tempfile.mkdtemp())
     every = [Table(f, out) for f in files]
-    wanted = [c for t in every for c in t.configs]
     print({t.name: len(t.configs) for t in every}, flush=True)
     groups = [group for t in every for group in fleets(t.configs, size)]
     training = [
@@ -518,46 +621,47 @@ def tables(files, out, until, jobs, size, trainers):
     ]
     for p in training:
         p.start()
-    together = {run_name(c) for group in groups for c in group}
-    waiting, under_way, failed, told = dict.fromkeys(wanted), {}, {}, time.monotonic()
-    start = told
-    with ProcessPoolExecutor(jobs, spawn, _prints_to, (log, "runs")) as pool:
-        while (waiting or under_way) and time.monotonic() < until:
-            for f in [f for f in under_way if f.done()]:
-                c = under_way.pop(f)
-                how = f.exception() or f.result()
-                if how == "running elsewhere":
-                    waiting[c] = None
-                elif how != "finished":
-                    failed[run_name(c)] = how
-            for c in sorted(waiting, key=lambda c: run_name(c) not in together):
-                if len(under_way) >= jobs:
-                    break
-                alone = run_name(c) not in together or not any(p.is_alive() for p in training)
-                ready = alone or is_trained(run_folder(c))
-                if not ready:
-                    continue
-                del waiting[c]
-                under_way[pool.submit(attempt, c)] = c
-            if time.monotonic() - told > 30:
-                done, told = {t.name: t.write() for t in every}, time.monotonic()
-                print(
-                    f"{told - start:.0f} s",
-                    done,
-                    f"{len(under_way)} under way, {len(failed)} failed",
-                    flush=True,
-                )
-            time.sleep(0.1)
-        print({t.name: t.write() for t in every}, "failed:", failed, flush=True)
-        for p in training:
-            p.kill()
-        for p in list(pool._processes.values()):
-            p.kill()
-    for f in sorted(log.glob("train*.log")):
+    together = {c: run_folder(c) for group in groups for c in group}
+    alone = [c for t in every for c in t.configs if c not in together]
+    start, pool = time.monotonic(), ProcessPoolExecutor(jobs, spawn, _prints_to, (log, "runs"))
+    told, under_way, failed = start, {}, {}
+    while (together or alone or under_way) and time.monotonic() < until:
+        if not any(p.is_alive() for p in training):
+            alone, together = [*alone, *together], {}
+        for f in [f for f in under_way if f.done()]:
+            _took(f, under_way.pop(f), alone, failed)
+        ready = (c for c, folder in together.items() if is_trained(folder))
+        ready = [*islice(ready, jobs - len(under_way))]
+        ready += alone[: jobs - len(under_way) - len(ready)]
+        try:
+            under_way |= {pool.submit(attempt, c): c for c in ready}
+        except BrokenProcessPool:  # one of them was killed: the others are tried in a new one
+            pool = ProcessPoolExecutor(jobs, spawn, _prints_to, (log, "runs"))
+            continue
+        alone = [c for c in alone if c not in ready]
+        for c in ready:
+            together.pop(c, None)
+        if time.monotonic() - told > 120:
+            done, told = {t.name: t.write() for t in every}, time.monotonic()
+            print(
+                f"{told - start:.0f} s", done, f"{len(under_way)} under way, {len(failed)} failed", flush=True
+            )
+        time.sleep(0.5)
+    print({t.name: t.write() for t in every}, "failed:", failed, flush=True)
+    for p in (*training, *(pool._processes or {}).values()):
+        p.kill()
+    pool.shutdown(cancel_futures=True)
+    for f in sorted(log.glob("train*.log")) + (sorted(log.glob("runs*.log"))[:2] if failed else []):
         print(f.read_text()[-1500:])
-    if failed:
-        for f in sorted(log.glob("runs*.log"))[:2]:
-            print(f.read_text()[-1500:])
+
+
+def _took(future, c, alone, failed):
+    "What became of a run: it is finished, tried again later, or named."
+    how = future.exception() or future.result()
+    if how == "running elsewhere":
+        alone.append(c)
+    elif how != "finished":
+        failed[run_name(c)] = how
 
 
 def main(words=None):
@@ -583,7 +687,13 @@ def main(words=None):
     )
     p.add_argument("--fleet-size", type=int, default=64, help="runs trained together, at most")
     p.add_argument("--small", action="store_true", help="sizes of a test, which run anywhere")
+    p.add_argument("--check", metavar="NAME", help="one check of smoke alone: print what it says")
     a = p.parse_args(words)
+    if a.check:
+        if a.check not in (known := checks(a.small)):
+            p.error(f"unknown check {a.check!r}; expected one of {', '.join(known)}")
+        print(*checked(a.check, a.small), sep=": ")
+        return
     if unknown := set(a.parts) - set(PARTS):
         p.error(f"unknown part {', '.join(unknown)}; expected {', '.join(PARTS)}")
     until, out = time.monotonic() + 60 * a.minutes, a.out
@@ -594,6 +704,8 @@ def main(words=None):
             smoke(Job(out / "gpu_smoke.csv", until), a.small)
         if part == "timing":
             timing(Job(out / "gpu_timing.csv", until), a.small)
+        if part == "profile":
+            profile(out, a.small)
         if part == "tables" and a.sweeps:
             tables(a.sweeps, out, until, a.jobs, a.fleet_size, a.trainers)
 

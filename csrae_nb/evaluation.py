@@ -96,7 +96,7 @@ def run_codes(
         encode,
     )
 
-
+# %% ../nbs/10b_evaluation.ipynb #100110
 def mean_log_likelihood(
     run: Run,
     x: Float[Tensor, "n *X"],  # images as the model sees them
@@ -105,8 +105,10 @@ def mean_log_likelihood(
 ) -> float:  # nats per image
     "Mean log p(x) over x, Eq. (28)."
     g, total = generator(run.cfg.seed, "log-likelihood", device=x.device), 0.0
+    many = max(1000, 2**25 // math.prod(x.shape[1:]))
+    rows = many if x.device.type == "cuda" else 1000  # of the decoder at a time
     for xb in progress_bar(progress, x.split(100), desc="log-likelihood"):
-        total += run.model.log_likelihood(xb, samples, g).cpu().double().sum().item()
+        total += run.model.log_likelihood(xb, samples, g, rows=rows).cpu().double().sum().item()
     return total / len(x)
 
 # %% ../nbs/10b_evaluation.ipynb #100032

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -33,6 +34,7 @@ from .data import Dataset
 from .files import RunLocked, generator, progress_bar, run_lock
 from .kernels import NotEnoughMemory, free_memory, members_first
 from .mixtures import Draws
+from .models import rows_at_once
 from .process import accelerator, cores, torch_defaults
 from .runs import Run, load_run, claim_folder, prepare_data, run_folder
 from .tasks import Task, task_of
@@ -92,12 +94,12 @@ class _Whole(TorchFunctionMode):
     "Inside a with, under vmap, what it would take apart, or do member by member, is one operation."
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        given = {k: v for k, v in (kwargs or {}).items() if v is not None}  # torch names all, as None
         if f is F.linear and len(args) == 3 and args[2] is not None:
             return _as_one(_linear, *args)
-        if f is torch.special.log_ndtr or f is F.binary_cross_entropy_with_logits and kwargs == _BY_VALUE:
-            return _as_one(partial(f, **kwargs), *args)
-        return f(*args, **kwargs)
+        if f is torch.special.log_ndtr or f is F.binary_cross_entropy_with_logits and given == _BY_VALUE:
+            return _as_one(partial(f, **given), *args)
+        return f(*args, **given)
 
 # %% ../nbs/09f_fleet.ipynb #170009
 class MemberDraws(Draws):
@@ -139,14 +141,15 @@ class Fleet:
             for name, t in (*one.named_parameters(), *one.named_buffers()):
                 t.data = stacks[name][r]
 
-    def each(self, f: Callable, *args):  # what f gives, with the members first
-        "f(model, *args) of every member, each with its part of the tensors in args, whose first axis is R."
+    def each(self, f: Callable, *args, of: slice = slice(None)):  # what f gives, with the members first
+        "f(model, *args) of every member `of` a slice, each with its part, along the first axis, of args."
 
         def of_one(params, buffers, *args):
             with _Whole():
                 return functional_call(self.first, (params, buffers), (f, *args))
 
-        return torch.vmap(of_one)(self.params, self.buffers, *args)
+        own = ({k: t[of] for k, t in stacks.items()} for stacks in (self.params, self.buffers))
+        return torch.vmap(of_one)(*own, *args)
 
 # %% ../nbs/09f_fleet.ipynb #170413
 def _shared_adam(fleet, opts, lr):
@@ -204,10 +207,20 @@ class _Graph:
         return out
 
     def _record(self):
-        self.graph = torch.cuda.CUDAGraph()
-        self.graph.register_generator_state(self.noise)
-        with torch.cuda.graph(self.graph):
-            self.out = self.f()
+        "Record a call; without a graph, and on the stream of before, if that cannot be."
+        main, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.noise)
+        gc.collect()  # no graph of before is freed while this one is recorded
+        gc.disable()
+        try:
+            with torch.cuda.graph(graph):
+                self.out = self.f()
+        except BaseException:
+            torch.cuda.set_stream(main)
+            raise
+        finally:
+            gc.enable()
+        self.graph = graph
 
 # %% ../nbs/09f_fleet.ipynb #170115s
 def _terms(model, x, *given, draws):
@@ -291,13 +304,27 @@ class _Together:
     def __init__(self, ts):
         cfg, data, task = ts[0].cfg, ts[0].data, ts[0].task
         self.ts, self.opts, self.fleet = ts, [t.opt for t in ts], Fleet([t.model.train() for t in ts])
-        opt = _shared_adam(self.fleet, self.opts, cfg.lr)
-        self.steps = _Steps(self.fleet, opt, task, data, _recordable(data), ts[0].acc.autocast)
+        opt, graphed = _shared_adam(self.fleet, self.opts, cfg.lr), _recordable(data)
+        self.steps = _Steps(self.fleet, opt, task, data, graphed, ts[0].acc.autocast)
+        labels = None if data.y_train is None else data.y_train.cpu()
+        self.to_choose_from = replace(data, y_train=labels)
+        self.ahead, self.next = ThreadPoolExecutor(1) if graphed else None, {}
+
+    def rows(self, epoch):
+        "Which examples each step of an epoch is given, (R, steps, B)."
+        if epoch not in self.next:
+            return self._rows(epoch)
+        return self.next.pop(epoch).result()
+
+    def _rows(self, epoch):
+        return torch.stack([t.task.rows(self.to_choose_from, epoch) for t in self.ts])
 
     def epoch(self, epoch, bar):
         "One pass of all members over their own batches: (steps, R, 1 + terms), and the terms' names."
-        ts, data, device = self.ts, self.ts[0].data, self.ts[0].data.x_train.device
-        rows = torch.stack([t.task.rows(data, epoch) for t in ts], 1).to(device)  # (steps, R, B)
+        ts, device = self.ts, self.steps.data.x_train.device
+        rows = self.rows(epoch).to(device).movedim(0, 1)
+        if self.ahead and epoch < ts[0].cfg.epochs:  # while the GPU is at work
+            self.next[epoch + 1] = self.ahead.submit(self._rows, epoch + 1)
         for t in ts:
             t.task.begin(t.model, epoch)
         self.steps.begin([t.cfg.seed for t in ts], epoch)
@@ -311,6 +338,8 @@ class _Together:
 
     def disband(self):
         "Leave each member with tensors of its own, and nothing of the graph."
+        if self.ahead:
+            self.ahead.shutdown()
         self.steps.graph = None
         _disband(self.fleet, self.opts)
 
@@ -321,10 +350,18 @@ def _validate(fleet, ts, failed):
     task, x = ts[0].task, ts[0].val
     if type(task).validate is not Task.validate or not _recordable(ts[0].data):  # faster on a CPU
         return [{} if t in failed else t.task.validate(t.model.eval(), t.data, x) for t in ts]
-    draws = MemberDraws([generator(t.cfg.seed, "validation", device=x.device) for t in ts])
-    found = fleet.each(partial(task.outputs, x=x, draws=draws))
-    each = [{k: v[r] for k, v in found.items()} for r in range(len(ts))]
+    at_once = max(1, len(ts) * ts[0].cfg.batch_size // rows_at_once(x))  # no more rows than in a step
+    each = []
+    for i in range(0, len(ts), at_once):
+        found = _outputs(fleet, ts, x, some := slice(i, i + at_once))
+        each += [{k: v[r] for k, v in found.items()} for r in range(len(ts[some]))]
     return [{} if t in failed else t.task.judge(t.model, own, t.data) for t, own in zip(ts, each)]
+
+
+def _outputs(fleet, ts, x, some):
+    "What some members give on the validation images."
+    draws = MemberDraws([generator(t.cfg.seed, "validation", device=x.device) for t in ts[some]])
+    return fleet.each(partial(ts[0].task.outputs, x=x, draws=draws), of=some)
 
 # %% ../nbs/09f_fleet.ipynb #170017
 def stackable(cfg: Config) -> bool:  # resolved
@@ -347,7 +384,7 @@ def fleets(
     return [p for p in parts if len(p) > 1]
 
 # %% ../nbs/09f_fleet.ipynb #170018
-SAVE_EVERY = 60.0  # seconds between checkpoints of a fleet
+SAVE_EVERY = 60.0  # seconds between checkpoints of a fleet, and twenty times as long as one takes at least
 
 
 def _diverged(log, names, ts, epoch):
@@ -397,7 +434,7 @@ def _epoch_together(together, epoch, bar):
 # %% ../nbs/09f_fleet.ipynb #170118
 def _train_together(ts, bar):
     "Train runs of one architecture until each is done; what became of each, None or the error that ended it."
-    failed, saved, together = {}, time.monotonic(), None
+    failed, due, together = {}, time.monotonic() + SAVE_EVERY, None
     left = _finish_those_done(ts)
     while going := [t for t in left if not t.done and t not in failed]:
         epoch = min(t.meta["epoch"] for t in going) + 1
@@ -408,14 +445,15 @@ def _train_together(ts, bar):
             together = _Together(now)
         failed |= {t: t.failed(e) for t, e in _epoch_together(together, epoch, bar).items()}
         left = [t for t in left if t not in failed]
-        if time.monotonic() - saved > SAVE_EVERY or all(t.done for t in left):
+        if (start := time.monotonic()) > due or all(t.done for t in left):
             _save_together(left)
-            left, saved = _finish_those_done(left), time.monotonic()
+            left, now = _finish_those_done(left), time.monotonic()
+            due = now + max(SAVE_EVERY, 20 * (now - start))
     if together:
         together.disband()
     return [failed.get(t) for t in ts]
 
-
+# %% ../nbs/09f_fleet.ipynb #170618
 def _finish_those_done(ts):
     "Finish the runs that are done, and return the others."
     for t in ts:
@@ -565,15 +603,15 @@ def train_fleets(
 
 # %% ../nbs/09f_fleet.ipynb #170127
 def _attempted(group, progress):
-    "What `fit_fleet` gives or raises, without the memory that an error keeps from being used again."
+    "What `fit_fleet` gives or raises, without the memory that it would keep from being used again."
     try:
         return fit_fleet(group, None, progress)
     except Exception as e:  # of a part that vmap cannot map, say
-        error = e.with_traceback(None)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return error
+        return e.with_traceback(None)
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _name_failures(group, runs):

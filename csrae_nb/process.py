@@ -34,12 +34,20 @@ def product_precision(
     precision: str = "no",  # as in a configuration: no or bf16, which casts for itself, or tf32
 ):  # a context
     "Products of single-precision matrices as a run asks for them inside a with, whatever its caller set."
-    before = torch.get_float32_matmul_precision()
+    backends = (getattr(torch.backends, name) for name in ("cuda", "mkldnn"))
+    places = [b.matmul for b in backends if hasattr(getattr(b, "matmul", None), "fp32_precision")]
+    kept = [p.fp32_precision for p in places]
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the caller set it in these places, which torch does not mix with its older word
+        before = "highest"
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+        for place, value in zip(places, kept):
+            place.fp32_precision = value
 
 # %% ../nbs/09c_process.ipynb #093006
 @contextmanager

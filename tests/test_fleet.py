@@ -10,11 +10,12 @@ import torch
 from csrae_nb import fleet
 from csrae_nb.fleet import fit_fleet, fleets, train_fleets
 from csrae_nb.catalogue import load_data
-from csrae_nb.config import Config
+from csrae_nb.config import Config, resolve
 from csrae_nb.data import LazyImages
 from csrae_nb.files import load_tensors, runs_folder
 from csrae_nb.networks import Encoder
 from csrae_nb.runs import Run, fit
+from csrae_nb.tasks import make_model
 from csrae_nb.training import NonFiniteLoss, Training, is_trained
 
 X = (np.random.default_rng(0).random((80, 6)) < 0.5).astype(np.float32)
@@ -209,6 +210,18 @@ def test_members_have_tensors_of_their_own_when_a_fleet_ends():
     assert all(size(p) == 1 for m in models for p in (*m.parameters(), *m.buffers()))
     assert all(size(t) == 1 for o in opts for state in o.state.values() for t in state.values())
     assert all(torch.equal(a, weights_of(m)) for a, m in zip(before, models))
+
+
+def test_the_error_of_a_bernoulli_is_one_operation_for_all_members():
+    "And not the dozen that vmap would make of it, each a pass through the memory."
+    cfg = resolve(Config(dataset="digits", model="VAE", network="mlp"))
+    together = fleet.Fleet([make_model(cfg, (8, 8), "bernoulli") for _ in range(3)])
+    x, draws = torch.ones(3, 4, 8, 8), fleet.MemberDraws([torch.Generator() for _ in range(3)])
+    nodes = [together.each(lambda model, x: model(x, draws).loss, x).grad_fn]
+    for node in nodes:
+        nodes += [below for below, _ in node.next_functions if below and below not in nodes]
+    names = [type(node).__name__ for node in nodes]
+    assert names.count("BinaryCrossEntropyWithLogitsBackward0") == 1 and "ClampMinBackward0" not in names
 
 
 def test_a_fleet_in_bf16_casts_its_weights_in_each_step():

@@ -158,6 +158,22 @@ def test_what_warms_up_is_recorded_once(kind, monkeypatch):
     assert Recorded.made == 1  # in four epochs, in each of which a weight or a temperature is another
 
 
+def test_members_are_validated_some_at_a_time(monkeypatch):
+    "Two, and the third alone: each as by itself, which `validated_both_ways` looks at."
+    monkeypatch.setattr(fleet, "rows_at_once", lambda x: 30)
+    monkeypatch.setattr(fleet, "_Graph", Called)
+    outputs, at_once = fleet._outputs, []
+
+    def counted(together, ts, x, some):
+        at_once.append(len(ts[some]))
+        return outputs(together, ts, x, some)
+
+    monkeypatch.setattr(fleet, "_outputs", counted)
+    data = load_data(dict(x=X), "bernoulli")
+    configs = [Config(**FIELDS | dict(epochs=2, warmup=1), seed=s, name=f"some{s}") for s in range(3)]
+    assert fit_fleet(configs, data, progress=False) and at_once == [2, 1, 2, 1]
+
+
 class Alpha(LabelTask):
     "A task whose model gets another number in each epoch."
 

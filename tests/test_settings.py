@@ -15,6 +15,7 @@ from csrae_nb.fleet import fit_fleet
 from csrae_nb.catalogue import ARRAYS, DATASETS
 from csrae_nb.config import Config, make_config, resolve, run_name
 from csrae_nb.files import RunLocked, run_lock
+from csrae_nb.process import product_precision
 from csrae_nb.runs import fit, load_run, prepare_data
 
 SHORT = dict(epochs=2, warmup=1, kmeans_epoch=1, components=5, ll_samples=2, expost_components=3)
@@ -147,6 +148,37 @@ SETTINGS = {
     "threads": lambda: torch.set_num_threads(2),
     "random state": lambda: torch.manual_seed(7),
 }
+
+
+MATMUL = torch.backends.cuda.matmul
+PRODUCTS = {  # how a caller may have said what products are to be
+    "as newer versions say it": lambda: setattr(MATMUL, "fp32_precision", "tf32"),
+    "for everything": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    "as older versions say it": lambda: setattr(MATMUL, "allow_tf32", True),
+    "in a word": lambda: torch.set_float32_matmul_precision("medium"),
+}
+
+
+@pytest.mark.skipif(not hasattr(MATMUL, "fp32_precision"), reason="torch before 2.9")
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_are_as_a_run_asks_and_then_as_the_caller_said(name):
+    places = MATMUL, torch.backends.mkldnn.matmul
+    usual, everywhere = [p.fp32_precision for p in places], torch.backends.fp32_precision
+    PRODUCTS[name]()
+    try:
+        before = [p.fp32_precision for p in places]
+        for precision, inside in (("no", "ieee"), ("tf32", "tf32")):
+            with product_precision(precision):
+                assert MATMUL.fp32_precision == inside
+            assert [p.fp32_precision for p in places] == before
+        MATMUL.allow_tf32 = False  # the caller has it otherwise from now on
+        with product_precision():
+            assert MATMUL.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision = everywhere
+        torch.set_float32_matmul_precision("highest")
+        for place, value in zip(places, usual):
+            place.fp32_precision = value
 
 
 @pytest.mark.parametrize("name", SETTINGS)
