@@ -21,6 +21,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import unquote
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -151,6 +152,11 @@ def fold_rows(
     tenth = round(len(some) / 10) if validation == "frames" else max(1, round(len(some) / 10))
     val = np.isin(of, some[:tenth]) & others
     masks = dict(train=~test & ~val, val=val, test=test)
+    if validation == "subjects" and val.any() and not masks["train"].any():
+        raise ValueError(
+            f"validation='subjects' keeps {some[0]} from training, and beside those who are tested in fold "
+            f"{fold} there is nobody else: it needs three subjects; or use validation='frames'"
+        )
     return {split: np.flatnonzero(mask) for split, mask in masks.items()}
 
 # %% ../nbs/15c_faces.ipynb #150532
@@ -318,15 +324,27 @@ def _odd_sizes(of):
     return [f"{sizes}; if they were resized, their landmarks have to be, too"]
 
 
+def _why(problems):
+    "What is wrong with recordings: first with those of which there are files."
+    there = [f"{unquote(n)}: {a['problem']}" for n, a in problems.items() if not a.get("absent")]
+    none = [unquote(n) for n, a in problems.items() if a.get("absent")]
+    said = there[:3] + (["…"] if len(there) > 3 else [])
+    if none:
+        said.append(
+            f"no files of {some(none)}" + ("" if there else f" ({next(iter(problems.values()))['problem']})")
+        )
+    return "; ".join(said)
+
+
 def _tell(index, folder):
     "A warning of recordings and frames that are left out, where there are any to speak of."
     of = index["recordings"]
-    left_out = sorted((a.get("absent", False), n) for n, a in of.items() if "problem" in a)
-    problems = [f"{n}: {of[n]['problem']}" for _, n in left_out]  # those that are there first
+    problems = {n: a for n, a in sorted(of.items()) if "problem" in a}
     frames, said = _frames_left_out(index) + _odd_sizes(of), []
     if problems:
-        first = "; ".join(problems[:3]) + (" …" if len(problems) > 3 else "")
-        said.append(f"{len(problems)} of {len(of)} recordings of {index['name']} are left out: {first}")
+        said.append(
+            f"{len(problems)} of {len(of)} recordings of {index['name']} are left out: {_why(problems)}"
+        )
     if old := [n for n, a in of.items() if "frames" in a and a.get("counted", 1) < NUMBERING]:
         which = f"{len(old)} recordings of {index['name']} were prepared by an earlier version"
         frames.append(f"{which}, which numbered and counted their frames otherwise: {some(old)}")

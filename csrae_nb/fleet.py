@@ -447,8 +447,8 @@ def _train_together(ts, bar):
         left = [t for t in left if t not in failed]
         if (start := time.monotonic()) > due or all(t.done for t in left):
             _save_together(left)
-            left, now = _finish_those_done(left), time.monotonic()
-            due = now + max(SAVE_EVERY, 20 * (now - start))
+            left, end = _finish_those_done(left), time.monotonic()
+            due = end + max(SAVE_EVERY, 20 * (end - start))
     if together:
         together.disband()
     return [failed.get(t) for t in ts]

@@ -609,7 +609,8 @@ def prepare_recording(
     try:
         recording, odd = read(root, name)
     except Exception as e:
-        absent = dict(absent=True) if isinstance(e, FileNotFoundError) else {}
+        nothing = isinstance(e, FileNotFoundError) and not made_from(root, name)
+        absent = dict(absent=True) if nothing else {}
         return dict(problem=reason(e)) | absent | said  # readers raise what they like
     try:
         return _finished(recording, out, name, size, to, odd, start, said)

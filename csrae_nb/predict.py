@@ -33,12 +33,12 @@ from torch import Tensor
 # %% ../nbs/23a_predict.ipynb #232102
 from .catalogue import ARRAYS, DATASETS, loader_of
 from .data import LazyImages, some
-from .detection import VIDEOS, Detector, Seen, check_found, ends_early, face_picture, make_detector
+from .detection import Detector, Seen, check_found, ends_early, face_picture, make_detector
 from .detection import video_faces, video_length
 from .drawings import face_library
 from .faces import MEAN_EYES, centred, prepared_size
 from .files import progress_bar, run_lock, write_atomic
-from .formats import IMAGES
+from .formats import IMAGES, VIDEOS
 from .frames import decoded_image
 from .models import rows_at_once
 from .process import refuse_in_workers, worker_processes
@@ -47,7 +47,7 @@ from .runs import Run
 from .labels import Intensities, OneLabel
 from .trained import Examples, check_output, is_own_folder, numbers_of, open_run, read_examples
 from .trained import whole_blocks
-from .videos import as_file_name
+from .videos import as_file_name, frame_numbers
 
 # %% ../nbs/23a_predict.ipynb #232005
 def answers_of(run: Run) -> tuple[str, ...]:
@@ -268,9 +268,13 @@ def _few_found(clip, part):
     "What is to be said of the frames and faces that were found; ValueError for no face."
     with open(part, newline="", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
-    few = check_found(clip.title, sum(r["found"] == "1" for r in rows), len(rows))
-    early = ends_early(clip.files[0], len(rows), float(rows[-1]["seconds"])) if clip.is_video else None
-    return "; ".join(filter(None, (early, few))) or None
+    said = [check_found(clip.title, sum(r["found"] == "1" for r in rows), len(rows))]
+    if clip.is_video:
+        seconds = np.array([float(r["seconds"]) for r in rows])
+        numbers, odd = frame_numbers(clip.files[0], seconds)
+        counted = ["`frame` counts its pictures"] if (numbers != np.arange(len(rows))).any() else []
+        said += [ends_early(clip.files[0], len(rows), seconds[-1]), *odd, *counted]
+    return "; ".join(filter(None, said)) or None
 
 # %% ../nbs/23a_predict.ipynb #232017
 def _part(job, clip, weights):
@@ -367,9 +371,21 @@ def _checked(run, source, jobs, every, usual):
     examples = _are_examples(run, source)
     if examples and not (usual and jobs == 1 and every is None):
         raise ValueError("detector, model, jobs, overlay and every are for faces in videos and pictures")
-    if not examples and is_own_folder(run, source):
-        warnings.warn(f"{run.path.name} learned from {source}: answers for who is in it are no test")
+    if not examples:
+        _warn_of_own(run, source)
     return examples
+
+
+def _warn_of_own(run, source):
+    "A warning of videos that a run may have learned from."
+    path, own = Path(source).expanduser().resolve(), Path(run.cfg.dataset).name
+    if is_own_folder(run, source):
+        warnings.warn(f"{run.path.name} learned from {source}: answers for who is in it are no test")
+    elif own in {p.name for p in (path, *path.parents)}:
+        warnings.warn(
+            f"{run.path.name} learned from a folder {own}: if {source} is of it, answers for who is in it "
+            "are no test"
+        )
 
 # %% ../nbs/23a_predict.ipynb #232222
 def thresholds(run: Run) -> dict[str, float]:  # answer: the probability above which it is a yes
@@ -529,16 +545,22 @@ def face_examples(
     detector: str | Detector = "mtcnn",  # a key of DETECTORS, or your own
     progress: bool = True,  # show progress bars on stderr
 ) -> Examples:  # named recording:frame, or as the picture
-    """The faces of frames that have one, or lie in a short gap, cut out as the run's own were. ValueError for
-    no face; a warning if few frames have one."""
+    """The faces of frames that have one, or lie in a short gap, cut out as the run's own were. All of them
+    are in memory. ValueError for no face; a warning if few frames have one, or videos cannot be read."""
     _check_places(run)
     eyes = make_detector(detector) if isinstance(detector, str) else detector
-    names, faces, looked_at = [], [], 0
+    names, faces, looked_at, unread = [], [], 0, []
     for clip in find_clips(source):
-        for looked_at, (name, number, seen) in enumerate(seen_in(clip, eyes, 0, progress), looked_at + 1):
-            if (face := _cut_out(run, seen)) is not None:
-                names.append(f"{name}:{number}" if clip.is_video else name)
-                faces.append(face.transpose(2, 0, 1))
+        try:
+            for name, number, seen in seen_in(clip, eyes, 0, progress):
+                looked_at += 1
+                if (face := _cut_out(run, seen)) is not None:
+                    names.append(f"{name}:{number}" if clip.is_video else name)
+                    faces.append(face.transpose(2, 0, 1))
+        except ValueError as e:
+            unread.append(reason(e))
+    if unread:
+        warnings.warn(f"{len(unread)} videos are left out: {'; '.join(unread)}")
     if said := check_found(str(source), len(faces), looked_at):
         warnings.warn(said)
     x, size = torch.from_numpy(np.stack(faces)), run.x_shape[-1]

@@ -15,6 +15,7 @@ import sys
 from _thread import interrupt_main
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from multiprocessing import current_process, get_context, parent_process
@@ -187,13 +188,26 @@ class WorkerPool(ProcessPoolExecutor):
         "Have a process call a function of a module, once one is free."
         return super().submit(_until_told, do, *args)
 
+# %% ../nbs/09c_process.ipynb #093414
+def _wait_for(begun):
+    "Wait until processes are there; ChildProcessError if one cannot begin."
+    try:
+        for process in begun:
+            process.result()
+    except BrokenProcessPool as e:
+        raise ChildProcessError(
+            f"{len(begun)} processes could not begin: a script has to have what it does under "
+            "if __name__ == \"__main__\": and else memory may be too small, and fewer may do"
+        ) from e
+
 # %% ../nbs/09c_process.ipynb #093404
 @contextmanager
 def worker_processes(
     jobs: int,  # how many
 ) -> Iterator[WorkerPool]:
     """Processes, with one thread of torch each, which end with this one, however it ends. When the with does,
-    what they do is interrupted and what waits is cancelled. BrokenProcessPool if one cannot begin, or died.
+    what they do is interrupted and what waits is cancelled. ChildProcessError if one cannot begin,
+    BrokenProcessPool if one died later.
 
     All are there before any has work: if one died while another began, the pool would wait without end."""
     context = get_context("spawn")
@@ -205,8 +219,7 @@ def worker_processes(
                 begun = [pool.submit(os.getpid) for _ in range(jobs)]
             finally:
                 _hear(heard)
-            for process in begun:
-                process.result()
+            _wait_for(begun)
             yield pool
         finally:
             end.close()

@@ -11,6 +11,7 @@ import inspect
 import json
 import re
 import sys
+import warnings
 from difflib import SequenceMatcher
 from pathlib import Path
 
@@ -180,6 +181,18 @@ def _download(name, limit, kw):
             "for a private one, log in first (hf auth login)"
         ) from e
 
+# %% ../nbs/19b_sharing.ipynb #210408
+def _may_show(run):
+    "That pseudo-inputs may show examples that are not public; None if there are none."
+    cfg, pseudo = run.cfg, [t for k, t in run.model.state_dict().items() if k.endswith("pseudo_inputs")]
+    public = cfg.dataset in DATASETS and "fold" not in DATASETS.about(cfg.dataset, "uses", ())
+    if not pseudo or public:
+        return None
+    return (
+        f"{run.path.name} has {len(pseudo[0])} pseudo-inputs, which began as training examples of "
+        f"{cfg.dataset} and may show them; a mixture of free parameters (prior='mog') has none"
+    )
+
 # %% ../nbs/19b_sharing.ipynb #210008
 class Pretrained(ModelHubMixin):
     """A finished run that travels, in a folder or on the Hugging Face Hub: its `model` is ready for use.
@@ -200,11 +213,24 @@ class Pretrained(ModelHubMixin):
         "The run's model, in eval mode."
         return self.run.model
 
+    def push_to_hub(
+        self,
+        *args,  # as ModelHubMixin has them
+        examples: bool = False,  # whether pseudo-inputs that may show training examples may go along
+        **kw,
+    ) -> str:  # where it went
+        "Upload what save_pretrained writes. ValueError for pseudo-inputs of faces, or of data of one's own."
+        if not examples and (said := _may_show(self.run)):
+            raise ValueError(f"{said}; push_to_hub(…, examples=True) if all may see them")
+        return super().push_to_hub(*args, **kw)
+
     def generate_model_card(self, *args, **kw) -> ModelCard:
         return model_card(self.run, self.metrics)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         tensors, meta = load_tensors(self.run.path / "model.safetensors")
+        if said := _may_show(self.run):
+            warnings.warn(said)
         cfg = _to_share(self.run.cfg)
         fields = dataclasses.asdict(cfg)
         save_tensors(save_directory / "model.safetensors", tensors, {**meta, "config": fields})

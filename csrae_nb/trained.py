@@ -51,10 +51,10 @@ from csrae_nb.data import (
     table_as,
 )
 from .clusters import cluster_codes
-from .detection import VIDEOS
 from .evaluation import at_temperature, read_metrics, run_codes
 from .files import generator, progress_bar, write_atomic
-from .formats import IMAGES, arrow_parquet, folder_images, read_arrays
+from .frames import any_case
+from .formats import IMAGES, VIDEOS, arrow_parquet, data_folder, folder_images, read_arrays
 from .metrics import is_picture
 from .mixtures import GMM, FullGMM
 from .models import Autoencoder, rows_at_once
@@ -140,26 +140,29 @@ def read_examples(
 
 # %% ../nbs/23_after_training.ipynb #230658
 def _check_subjects(run, source, data):
-    """Of the data that a run was trained on: ValueError if it learned from subjects that would be tested on,
-    as where there are more by now; else a warning if the data are others."""
-    if source != run.cfg.dataset and (source in DATASETS or not is_own_folder(run, source)):
-        return
+    """ValueError if a run learned from subjects of a data set's test split, as where more were added since; a
+    warning where only their names are the same, or a data set of the same name is another."""
+    same = dataset_name(source) == dataset_name(run.cfg.dataset)
     subjects = (read_metrics(run.path) or {}).get("subjects", {})
     learned = {s for k in ("train", "val") for s in subjects.get(k, ())}
     changed = f"{source} holds other data than {run.path.name} was trained on"
-    if met := sorted(learned & {*getattr(data, "subjects", {}).get("test", ())}):
+    met = some(sorted(learned & {*getattr(data, "subjects", {}).get("test", ())}))
+    if met and same:
         raise ValueError(
-            f"{changed}, and its test split would have {some(met)}, from whom the run learned; "
+            f"{changed}, and its test split would have {met}, from whom the run learned; "
             "give the examples that are meant: a folder, pictures or an .npz"
         )
-    if data.sha256 != run.sha256:
+    if met:
+        warnings.warn(f"the test split of {source} has {met}; {run.path.name} learned from such names")
+    elif same and data.sha256 != run.sha256:
         warnings.warn(f"{changed}, and its test split may be another")
 
 
 def is_own_folder(run: Run, source: Any) -> bool:
-    "Whether a path is of the file or folder that a run was trained on."
-    path, own = (Path(p).expanduser().resolve() for p in (source, run.cfg.dataset))
-    return path == own and path.exists()
+    "Whether a path is, or lies in, the file or folder that a run was trained on."
+    path, own = Path(source).expanduser().resolve(), run.cfg.dataset
+    places = [Path(own).expanduser().resolve(), *(any_case(data_folder(), own) if own in DATASETS else ())]
+    return path.exists() and any(path.is_relative_to(p) for p in places)
 
 # %% ../nbs/23_after_training.ipynb #230608
 def _test_split(run, source):

@@ -193,7 +193,7 @@ def same_run(
     if meta.get("sha256") != data.sha256:
         there, here = (some([*map(repr, sums or ())]) for sums in (meta.get("sha256"), data.sha256))
         which = f", {there} there, {here} here" if there != here else ""
-        raise ValueError(f"{file} is of other data{which}; give this run another name or folder")
+        raise ValueError(f"{file} is of other data{which}; give this run another name (name=…) or folder")
 
 
 def _state_of(file, tensors, meta, model, opt, wanted):

@@ -294,7 +294,7 @@ def _add_runs(verbs):
 
 # %% ../nbs/23b_csrae.ipynb #235209
 def _add_predict(verbs):
-    what = "each answer's probability, of examples, or of every frame of videos"
+    what = "each answer's probability, of examples, or of every frame of videos, counted from 0"
     data = "of a run on faces: video, folder of videos, or of pictures, all of which are looked at; of any "
     data += f"other: {_EXAMPLES}; of either a data set by its name, for its test split"
     predict = _on_data(verbs, "predict", what, data=data)
@@ -302,7 +302,7 @@ def _add_predict(verbs):
         "Ends with status 1 if videos were left out, which are named, and the others are in the table."
     )
     _with_output(predict, "table, .csv")
-    by = "columns of 0 and 1, too, by the thresholds that validation examples chose"
+    by = "columns of 0 and 1, too, by the thresholds that validation examples chose (encode's label: by ½)"
     predict.add_argument("--yes", action="store_true", help=by)
     predict.add_argument("--detector", choices=[*DETECTORS], default="mtcnn", help="of faces (mtcnn)")
     predict.add_argument("--model", type=Path, help="yunet's file (downloaded)")
@@ -344,8 +344,8 @@ def _on_run(verbs, name, what):
 
 
 _EXAMPLES = f"{', '.join(ARRAYS)}, image, folder of images"
-_DATA = f"{_EXAMPLES}; of a run on faces videos, too, whose faces are cut out; or a data set, of which it "
-_DATA += "is the test split: by its name, or a folder of videos with labels.csv"
+_DATA = f"{_EXAMPLES}; of a run on faces also videos, whose faces are cut out. A data set, by its name or as "
+_DATA += "a folder of videos with labels.csv, stands for its test split alone"
 
 
 def _on_data(verbs, name, what, data=_DATA, **kw):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'DETECTOR', 'SAVE_EVERY', 'labels_file', 'Coding', 'read_labels', 'video_eyes', 'CodedVideos',
-           'as_file_name', 'coded_videos', 'read_coded', 'holds_videos', 'load_videos']
+           'as_file_name', 'coded_videos', 'frame_numbers', 'read_coded', 'holds_videos', 'load_videos']
 
 # %% ../nbs/15e_videos.ipynb #157002
 import csv
@@ -26,12 +26,12 @@ import numpy as np
 # %% ../nbs/15e_videos.ipynb #157102
 from .catalogue import DATASETS, FOLDERS, dataset_name
 from .data import some
-from .detection import VIDEOS, check_found, ends_early, frames_missing, make_detector, video_faces
+from .detection import check_found, ends_early, frames_missing, make_detector, video_faces
 from .detection import video_length
 from .drawings import face_library
 from .faces import ANSWERS, VALIDATION, FaceData, FaceSet, fold_rows, load_faces
 from .files import write_atomic, writing
-from .formats import IMAGES, cache_folder
+from .formats import IMAGES, VIDEOS, cache_folder
 from .frames import UNKNOWN, FrameClock, Recording, any_case
 from .reading import files_below, read_text
 
@@ -154,7 +154,10 @@ class Coding:
 
     def check(self) -> None:
         "ValueError for a video that cannot be opened, rows beyond its end, or a contradiction."
-        length, rate = video_length(self.file)
+        try:
+            length, rate = video_length(self.file)
+        except ValueError as e:
+            raise ValueError(f"line {self.lines[0]}: {e}; copy it anew, or remove its rows") from e
         if not length or not rate > 0:
             return  # what its header does not say is found out when it is prepared
         end, late = (length / rate, 1.0) if self.in_seconds else (length, 0.0)
@@ -168,9 +171,10 @@ class Coding:
 
 # %% ../nbs/15e_videos.ipynb #157011
 def _rows(file):
-    "The header of labels.csv, and its rows by their lines, values by column; ValueError for none."
+    "The header of labels.csv, and its rows by their lines, values by column. ValueError for other columns."
     reader = csv.reader(io.StringIO(read_text(file)))
     names, rows = [name.strip() for name in next(reader, [])], {}
+    _columns(file, names)
     for row in reader:
         if any(value.strip() for value in row):
             if len(row) != len(names):
@@ -346,8 +350,11 @@ def _with_missing(file, eyes, seconds, missing):
     return np.concatenate([eyes, np.full((missing, 2, 2), np.nan)]), np.concatenate([seconds, late])
 
 # %% ../nbs/15e_videos.ipynb #157217
-def _numbers(file, seconds):
-    "The numbers of a video's pictures, which an AVI counts with those that its camera dropped; what is odd."
+def frame_numbers(
+    file: Path,  # of a video
+    seconds: np.ndarray,  # (n,) of its pictures
+) -> tuple[np.ndarray, list[str]]:  # (n,); what is odd
+    "The numbers of a video's pictures, which an AVI counts with those that its camera dropped."
     clock, counted = FrameClock(video_length(file)[1]), np.arange(len(seconds))
     try:
         by_time = np.array([clock.number(i, s) for i, s in enumerate(seconds.tolist())])
@@ -371,7 +378,7 @@ def read_coded(root: Path, recording: str) -> tuple[Recording, list[str]]:  # an
     few = check_found(coding.file.name, int(np.isfinite(eyes).all((1, 2)).sum()), len(eyes))
     odd = [said for said in (few, ends_early(*there)) if said]
     eyes, seconds = _with_missing(coding.file, eyes, seconds, frames_missing(*there))
-    numbers, unsteady = (None, []) if coding.in_seconds else _numbers(coding.file, seconds)
+    numbers, unsteady = (None, []) if coding.in_seconds else frame_numbers(coding.file, seconds)
     answers, wanted = coding.codes(seconds, numbers)
     return Recording(coding.file, answers, eyes, wanted, counted=True), odd + unsteady
 
@@ -383,6 +390,19 @@ def holds_videos(folder: Path) -> bool:
     if any(f.suffix.lower() in VIDEOS for f in files_below(folder)):
         return True
     return not any(f.suffix.lower() in IMAGES for f in files_below(folder))
+
+# %% ../nbs/15e_videos.ipynb #157229
+def _warn_of_presence(table, faces, answers):
+    "A warning of columns that are read as yes and no beside others of intensities."
+    ones = {
+        a: (column == 1).sum() for a, column, least in zip(faces.aus, answers.T, faces.least) if least == 1
+    }
+    if len(ones) < len(faces.aus) and (few := [a for a, n in ones.items() if n]):
+        rows = " and ".join(f"{ones[a]} of {a}" for a in few)
+        warnings.warn(
+            f"{table} has intensities in other columns, and no value above 1 in {', '.join(few)}: its rows "
+            f"of 1 ({rows}) count as present; were they intensities, too, write 0, since present is from 2 on"
+        )
 
 # %% ../nbs/15e_videos.ipynb #157219
 def _warn_of_table(faces):
@@ -396,6 +416,7 @@ def _warn_of_table(faces):
         if least > 1 and ones > more:
             read = f"{name} is read as an intensity, since {more} of its rows are above 1"
             warnings.warn(f"{table}: {read}; its {ones} rows of 1 then count as absent")
+    _warn_of_presence(table, faces, answers)
     if all(not c.in_seconds and c.spans.min() == 1 for c in faces.codings.values()):
         warnings.warn(
             f"{table} begins with frame 1 in every video, and frames are counted from 0: "

@@ -98,7 +98,8 @@ def test_what_is_missing_is_named_and_the_rest_goes_on(in_threads, drawn, tmp_pa
     for k in (10, 11, 12):
         next((root / "Landmark_Points" / "SN029").rglob(f"*00{k}_lm.mat")).unlink()
     with pytest.warns(
-        UserWarning, match="4 of 27 recordings of faces_demo are left out: SN003: .*; SN001: no landmarks"
+        UserWarning,
+        match="4 of 27 recordings of faces_demo are left out: SN001: no landmarks.*; SN003: .*; …",
     ):
         index = prepare_faces("faces_demo", root, tmp_path / "out", size=32, jobs=2, progress=False)
     a = index["recordings"]
@@ -789,7 +790,7 @@ def test_each_load_says_what_is_left_out(in_threads, tmp_path, monkeypatch):
     assert counts["SN003"]["used"] + counts["SN003"]["unreadable"] == 30 and counts["SN003"]["used"] < 12
     unread = counts["SN003"]["unreadable"]
     for part in (
-        "17 of 27 recordings of disfa are left out: SN007: no labels of AU 1",
+        "17 of 27 recordings of disfa are left out: no files of SN007, SN008, SN009 and 14 more (no labels",
         f"{41 + unread} of 300 frames of disfa are left out (27 not coded, {unread} unreadable, 14 no face)",
         "SN001: 27 of 30; the AUs have 3 and 30 labels: only the first 3 frames are used; ",
         f"SN003: {unread} of 30; its video ends after {30 - unread} of 30 frames; ",
@@ -968,7 +969,7 @@ def test_a_sweep_lists_nothing_that_would_fail_when_all_is_prepared(
 
 def test_pictures_of_any_size_for_networks_that_take_them():
     for network in ("mlp", "gated"):
-        assert Config(dataset="disfa", image_size=48, network=network).image_size == 48
+        assert Config(dataset="disfa", image_size=48, network=network, labels=0).image_size == 48
     assert Config(dataset="disfa", image_size=48, network="resnet18", model="Supervised").image_size == 48
 
 
@@ -1249,5 +1250,6 @@ def test_what_is_there_is_told_before_what_is_absent_and_odd_sizes_too(tmp_path)
     with pytest.warns(UserWarning) as said:
         faces._tell(dict(name="disfa", recordings=of), tmp_path)
     text = str(said[0].message)
-    assert "5 of 10 recordings of disfa are left out: X: labels of AU 4 are damaged; A: no video" in text
+    left_out = "X: labels of AU 4 are damaged; no files of A, B, C and 1 more"
+    assert f"5 of 10 recordings of disfa are left out: {left_out}" in text
     assert "frames of another size than the usual 192 x 160: I 144 x 120; if they were resized" in text

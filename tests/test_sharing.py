@@ -234,6 +234,24 @@ def test_models_with_labels_travel_too(tmp_path, monkeypatch):
         torch.testing.assert_close(there.predict(x), run.model.predict(x))
 
 
+def test_pseudo_inputs_of_data_of_ones_own_are_warned_of_and_not_uploaded(own_runs, hub, tmp_path):
+    brief = dict(epochs=1, warmup=1, latent_dim=2, components=3, prior="vamp", batch_size=20)
+    x = torch.rand(60, 6).round().numpy()
+    mine = Pretrained(fit(Config(dataset="arrays", **brief), dict(x=x), progress=False).path)
+    says = "has 3 pseudo-inputs, which began as training examples of arrays and may show them"
+    with pytest.warns(UserWarning, match=says):
+        mine.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match=says):
+        mine.push_to_hub("someone/mine")
+    with pytest.raises(ValueError, match=says), pytest.warns(UserWarning):
+        mine.save_pretrained(tmp_path / "again", push_to_hub=True, repo_id="someone/mine")
+    assert not (hub / "someone/mine").exists()
+    with pytest.warns(UserWarning, match=says):
+        assert mine.push_to_hub("someone/mine", examples=True) == "hub/someone/mine"
+    public = Pretrained(fit(Config(**brief), progress=False).path)
+    assert public.push_to_hub("someone/digits") == "hub/someone/digits"  # without a word
+
+
 def test_no_path_of_the_authors_machine_is_shared():
     weights = "/home/me/secret/resnet18.pth"
     cfg = Config(dataset="/home/me/private/faces.npz", network="resnet18", encoder_weights=weights)

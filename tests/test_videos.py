@@ -25,8 +25,8 @@ from csrae_nb.detection import Face, face_picture
 from csrae_nb.drawings import DISFA_AUS, some_frames
 from csrae_nb.evaluation import complete_run
 from csrae_nb.files import runs_folder
-from csrae_nb.predict import COLUMNS, predict_examples, write_predictions
-from csrae_nb.runs import load_run, prepare_data
+from csrae_nb.predict import COLUMNS, face_examples, predict_examples, write_predictions
+from csrae_nb.runs import fit, load_run, prepare_data
 from csrae_nb.sharing import Pretrained
 from csrae_nb.trained import Examples, open_run, read_examples
 from csrae_nb.videos import Coding, as_file_name, coded_videos, video_eyes
@@ -188,6 +188,7 @@ def test_names_of_files_numbers_as_tables_write_them_and_blank_lines(clips):
             ["a.avi,7,1", "b.avi,7,0", "a.avi,7,0"],
         ),
         ("line 2: 2 values for 3 columns", "", ["a.avi,0"]),
+        ("there are 'video;frame;smile'", "video;frame;smile", ["a.avi;0;1,5"]),
         ("has no rows below its first", "", []),
         (
             "has answers of one subject, 'a.avi', and nobody is left to test on",
@@ -408,8 +409,20 @@ def test_a_run_from_videos_to_answers_for_a_new_one(clips, looked, own_runs, tmp
     with warnings.catch_warnings(), pytest.raises(ValueError, match="holds other data .* run learned"):
         warnings.simplefilter("ignore")
         read_examples(run, str(clips) + "/")
-    with pytest.warns(UserWarning, match="learned from .*: answers for who is in it are no test"):
-        write_predictions(run, clips, tmp_path / "own.csv", detector=somewhere, progress=False)
+    moved = shutil.copytree(clips, tmp_path / "elsewhere" / "clips")
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="holds other data .* run learned"):
+        warnings.simplefilter("ignore")
+        read_examples(run, str(moved))
+    renamed, how = shutil.copytree(clips, tmp_path / "others"), dict(detector=somewhere, progress=False)
+    with pytest.warns(UserWarning, match="the test split of .*others has .*; .* learned from such names"):
+        read_examples(run, str(renamed))
+    for source, says in (
+        (clips, f"learned from {clips}: answers for who is in it are no test"),
+        (clips / "more" / "b.avi", "answers for who is in it are no test"),
+        (moved / "more", "learned from a folder clips: if .* is of it"),
+    ):
+        with pytest.warns(UserWarning, match=says):
+            write_predictions(run, source, tmp_path / "own.csv", force=True, **how)
     Pretrained(run.path).save_pretrained(tmp_path / "shared")
     assert "subjects" not in json.loads((tmp_path / "shared" / "metrics.json").read_text())
     shutil.rmtree(clips)
@@ -494,6 +507,34 @@ def test_a_stray_intensity_is_said(clips):
         load_data(clips, image_size=32)
     with pytest.warns(UserWarning, match="holds no intensity above 1 of open, and from 2 on"):
         load_data(clips, image_size=32, answers="intensity")
+
+
+def test_a_column_without_intensities_beside_others_is_said(clips):
+    "Its rows of 1 would be traces, which are absent elsewhere."
+    rows = [f"{v},{k},{3 * (k % 2)},{int(k == 4)}" for v in CLIPS for k in range(2, N)]
+    labels(clips, *rows)
+    with pytest.warns(
+        UserWarning, match=r"no value above 1 in open: its rows of 1 \(3 of open\) count as pre"
+    ):
+        load_data(clips, image_size=32)
+    with warnings.catch_warnings(record=True) as said:
+        labels(clips, *by_frame())
+        load_data(clips, image_size=32)
+    assert not any("count as present" in str(w.message) for w in said)
+
+
+def test_three_subjects_are_needed_to_validate_by_subjects(clips, looked):
+    labels(clips, *(row for row in by_frame() if not row.startswith("more")))
+    with pytest.raises(ValueError, match="it needs three subjects; or use validation='frames'"):
+        load(clips, validation="subjects")
+
+
+def test_a_folder_of_videos_without_a_table_is_told_what_is_missing(clips):
+    (clips / "labels.csv").unlink()
+    with pytest.raises(
+        ValueError, match="among its 3 files: 3 .avi; videos are a data set where a labels.csv"
+    ):
+        load_data(clips)
 
 
 # --- videos that end early
@@ -639,6 +680,22 @@ def drop(path, k):
     path.write_bytes(raw)
 
 
+def test_predictions_count_pictures_and_say_where_frames_are_others(clips, looked, own_runs, tmp_path):
+    fields = dict(epochs=1, warmup=1, model="Supervised", labels=1.0, batch_size=8, fid_layer=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run = fit(Config(dataset=str(clips), image_size=32, **fields), progress=False)
+    write_clip(new := tmp_path / "new" / "new.avi", "SN005")
+    drop(new, 11)
+    says = r"1 frame has no picture \(the first is 11, counted from 0\); `frame` counts its pictures"
+    with pytest.warns(UserWarning, match=says):
+        write_predictions(run, new, tmp_path / "aus.csv", detector=somewhere, progress=False)
+    (tmp_path / "new" / "broken.avi").write_bytes(b"no video")
+    with pytest.warns(UserWarning, match="1 videos are left out: .*broken.avi is no video that can be read"):
+        found = face_examples(run, tmp_path / "new", somewhere, progress=False)
+    assert len(found) == N - 1
+
+
 @pytest.mark.parametrize("in_seconds", [False, True])
 def test_labels_stay_with_their_frames_behind_a_dropped_picture(clips, looked, in_seconds):
     "An answer for every frame tells which frames were taken."
@@ -667,8 +724,8 @@ def test_numbers_of_frames_that_do_not_come_at_a_steady_rate_are_told(tmp_path, 
         ([0, 0.1, 0.3, 0.4, 0.5, 0.6], [0, 1, 3, 4, 5, 6], True),
         ([0, 0.1, 0.24, 0.38, 0.52, 0.66], [0, 1, 2, 3, 4, 5], True),
     ):
-        assert videos._numbers(Path("x.AVI"), np.array(times))[0].tolist() == avi
-        numbers, odd = videos._numbers(Path("x.mp4"), np.array(times))
+        assert videos.frame_numbers(Path("x.AVI"), np.array(times))[0].tolist() == avi
+        numbers, odd = videos.frame_numbers(Path("x.mp4"), np.array(times))
         assert numbers.tolist() == [*range(6)] and bool(odd) == mp4
 
 

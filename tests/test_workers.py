@@ -100,3 +100,5 @@ def test_a_script_that_its_processes_would_begin_again_is_told_so(tmp_path):
     )
     p = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True)
     assert p.returncode == 1 and 'put what the script does under if __name__ == "__main__"' in p.stderr
+    last = p.stderr.strip().splitlines()[-1]  # which is what one reads
+    assert last.startswith("ChildProcessError: 1 processes could not begin") and "__main__" in last
