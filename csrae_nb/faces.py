@@ -126,11 +126,18 @@ def _known(faces):
     "A FaceSet, given as itself or by its name."
     return FACES[faces] if isinstance(faces, str) else faces
 
-# %% ../nbs/15c_faces.ipynb #150115
+# %% ../nbs/15c_faces.ipynb #150155
 VALIDATION = ("frames", "subjects")  # what is kept from training to validate on
 ANSWERS = ("presence", "intensity")  # of an AU: from intensity 2 on it is there; or 0 to 5, as it was coded
 
 
+def _nobody_left(kept, fold):
+    return (
+        f"validation='subjects' keeps {kept} from training, and beside those who are tested in fold {fold} "
+        "there is nobody else: it needs three subjects; or use validation='frames'"
+    )
+
+# %% ../nbs/15c_faces.ipynb #150115
 def fold_rows(
     subjects: np.ndarray,  # (N,) of each frame
     folds: tuple[tuple[str, ...], ...],
@@ -153,10 +160,7 @@ def fold_rows(
     val = np.isin(of, some[:tenth]) & others
     masks = dict(train=~test & ~val, val=val, test=test)
     if validation == "subjects" and val.any() and not masks["train"].any():
-        raise ValueError(
-            f"validation='subjects' keeps {some[0]} from training, and beside those who are tested in fold "
-            f"{fold} there is nobody else: it needs three subjects; or use validation='frames'"
-        )
+        raise ValueError(_nobody_left(some[0], fold))
     return {split: np.flatnonzero(mask) for split, mask in masks.items()}
 
 # %% ../nbs/15c_faces.ipynb #150532
@@ -323,7 +327,7 @@ def _odd_sizes(of):
     sizes = f"frames of another size than the usual {usual[1]} x {usual[0]}: {some(odd)}"
     return [f"{sizes}; if they were resized, their landmarks have to be, too"]
 
-
+# %% ../nbs/15c_faces.ipynb #150947
 def _why(problems):
     "What is wrong with recordings: first with those of which there are files."
     there = [f"{unquote(n)}: {a['problem']}" for n, a in problems.items() if not a.get("absent")]
@@ -335,7 +339,7 @@ def _why(problems):
         )
     return "; ".join(said)
 
-
+# %% ../nbs/15c_faces.ipynb #150957
 def _tell(index, folder):
     "A warning of recordings and frames that are left out, where there are any to speak of."
     of = index["recordings"]

@@ -594,6 +594,12 @@ def _finished(r, out, name, size, to, odd, start, said):
     os.replace(temporary, out / f"{name}.npz")
     return about
 
+# %% ../nbs/15b_frames.ipynb #150346
+def _unread(error, root, name):
+    "Of a recording that could not be read: why, and whether no file of it is there."
+    absent = isinstance(error, FileNotFoundError) and not made_from(root, name)
+    return dict(problem=reason(error)) | (dict(absent=True) if absent else {})
+
 # %% ../nbs/15b_frames.ipynb #150336
 def prepare_recording(
     read: Callable[[Path, str], tuple[Recording, list[str]]],  # `read_disfa`, or another
@@ -609,9 +615,7 @@ def prepare_recording(
     try:
         recording, odd = read(root, name)
     except Exception as e:
-        nothing = isinstance(e, FileNotFoundError) and not made_from(root, name)
-        absent = dict(absent=True) if nothing else {}
-        return dict(problem=reason(e)) | absent | said  # readers raise what they like
+        return _unread(e, root, name) | said  # readers raise what they like
     try:
         return _finished(recording, out, name, size, to, odd, start, said)
     except OSError:

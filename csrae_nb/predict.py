@@ -537,6 +537,19 @@ def _save_shown(fig, path):
     fig.savefig(file := io.BytesIO(), format="png", dpi=90, bbox_inches="tight")
     write_atomic(path, file.getvalue())
 
+# %% ../nbs/23a_predict.ipynb #232151
+def _all_seen(source, eyes, progress):
+    "The frames of all clips and their names; a warning of videos that cannot be read."
+    unread = []
+    for clip in find_clips(source):
+        try:
+            for name, number, seen in seen_in(clip, eyes, 0, progress):
+                yield f"{name}:{number}" if clip.is_video else name, seen
+        except ValueError as e:
+            unread.append(reason(e))
+    if unread:
+        warnings.warn(f"{len(unread)} videos are left out: {'; '.join(unread)}")
+
 # %% ../nbs/23a_predict.ipynb #232141
 @torch.no_grad()
 def face_examples(
@@ -549,18 +562,12 @@ def face_examples(
     are in memory. ValueError for no face; a warning if few frames have one, or videos cannot be read."""
     _check_places(run)
     eyes = make_detector(detector) if isinstance(detector, str) else detector
-    names, faces, looked_at, unread = [], [], 0, []
-    for clip in find_clips(source):
-        try:
-            for name, number, seen in seen_in(clip, eyes, 0, progress):
-                looked_at += 1
-                if (face := _cut_out(run, seen)) is not None:
-                    names.append(f"{name}:{number}" if clip.is_video else name)
-                    faces.append(face.transpose(2, 0, 1))
-        except ValueError as e:
-            unread.append(reason(e))
-    if unread:
-        warnings.warn(f"{len(unread)} videos are left out: {'; '.join(unread)}")
+    names, faces, looked_at = [], [], 0
+    for name, seen in _all_seen(source, eyes, progress):
+        looked_at += 1
+        if (face := _cut_out(run, seen)) is not None:
+            names.append(name)
+            faces.append(face.transpose(2, 0, 1))
     if said := check_found(str(source), len(faces), looked_at):
         warnings.warn(said)
     x, size = torch.from_numpy(np.stack(faces)), run.x_shape[-1]
