@@ -9,6 +9,7 @@ __all__ = ['NEEDED', 'SHARED', 'LIMIT', 'model_card', 'check_model', 'Pretrained
 import dataclasses
 import inspect
 import json
+import math
 import re
 import sys
 import warnings
@@ -22,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from .process import check_device
 from .catalogue import DATASETS
 from .catalogue import dataset_name
-from .data import some
+from .data import CENTRED, some
 from .evaluation import read_metrics
 from .results import markdown_table
 from .config import Config, command, identity, make_config
@@ -70,25 +71,6 @@ def _provenance(run, metrics):
         versions=", ".join(f"{k} {v}" for k, v in there.get("versions", {}).items()) or "not recorded",
     )
 
-# %% ../nbs/19b_sharing.ipynb #210307
-def model_card(
-    run: Run,
-    metrics: dict | None = None,  # content of its metrics.json
-) -> ModelCard:
-    "What a stranger needs to know of a model: use, data, configuration, metrics, provenance."
-    cfg = _to_share(run.cfg)
-    tags = ["autoencoder", "cauchy-schwarz-divergence", "gaussian-mixture", cfg.model]
-    sections = {
-        "Data": _table({f"`{k}`": f"SHA-256 `{v}`" for k, v in run.sha256.items()}),
-        "Configuration": _table({f"`{k}`": _shown(v) for k, v in identity(cfg).items() if v is not None}),
-        "Metrics": _measured(metrics, cfg),
-        "Provenance": _table(_provenance(run, metrics)),
-    }
-    parts = [f"# {cfg.model} on {dataset_name(cfg.dataset)}", _USE]
-    parts += [f"## {title}\n\n{text}" for title, text in sections.items()]
-    head = ModelCardData(library_name="csrae_nb", tags=tags).to_yaml()
-    return ModelCard(f"---\n{head}\n---\n\n" + "\n\n".join(parts) + "\n")
-
 # %% ../nbs/19b_sharing.ipynb #210207
 _USE = """Trained with csrae_nb, an implementation of *Cauchy-Schwarz Regularized Autoencoder* \
 (Tran, Pantic and Deisenroth, 2022).
@@ -97,8 +79,54 @@ _USE = """Trained with csrae_nb, an implementation of *Cauchy-Schwarz Regularize
 from csrae_nb import Pretrained
 
 model = Pretrained.from_pretrained("...").model # a folder with these files, or the model's name on the Hub
-model.sample(10); model.reconstruct(x); model.encode(x).mean
-```"""
+{calls}
+```
+
+`x` has shape `(n, {shape})`, its values {values}."""
+
+# %% ../nbs/19b_sharing.ipynb #210217
+def _use(run):
+    "How to load a model, and what it can be asked."
+    calls = ["model.sample(10)", "model.reconstruct(x)", "model.encode(x).mean"]
+    calls = calls if isinstance(run.model, Autoencoder) else []
+    calls += ["model.predict(x)  # logits of the answers"] if hasattr(run.model, "kind") else []
+    shape = ", ".join(map(str, run.x_shape))
+    return _USE.format(calls="; ".join(calls), shape=shape, values=_range(run))
+
+
+def _range(run):
+    "Which values examples have."
+    if run.values == CENTRED:
+        return "from -0.5 to 0.5, bytes being x/255 - 0.5"
+    kind = run.model.likelihood
+    return f"from {kind.low:g} to {kind.high:g}" if math.isfinite(kind.high) else "in the units of its data"
+
+
+def _answers(run):
+    "What a model with labels answers, and how it is asked in the shell."
+    kind = run.model.kind
+    names = ", ".join(f"`{name}`" for name in kind.names or map(str, range(kind.scores)))
+    return f"{names}. Their probabilities, in the shell: `csrae predict FOLDER EXAMPLES --out answers.csv`."
+
+# %% ../nbs/19b_sharing.ipynb #210307
+def model_card(
+    run: Run,
+    metrics: dict | None = None,  # content of its metrics.json
+) -> ModelCard:
+    "What a stranger needs to know of a model: use, data, configuration, metrics, provenance."
+    cfg = _to_share(run.cfg)
+    tags = ["autoencoder", "cauchy-schwarz-divergence", "gaussian-mixture", cfg.model]
+    sections = {"Answers": _answers(run)} if hasattr(run.model, "kind") else {}
+    sections |= {
+        "Data": _table({f"`{k}`": f"SHA-256 `{v}`" for k, v in run.sha256.items()}),
+        "Configuration": _table({f"`{k}`": _shown(v) for k, v in identity(cfg).items() if v is not None}),
+        "Metrics": _measured(metrics, cfg),
+        "Provenance": _table(_provenance(run, metrics)),
+    }
+    parts = [f"# {cfg.model} on {dataset_name(cfg.dataset)}", _use(run)]
+    parts += [f"## {title}\n\n{text}" for title, text in sections.items()]
+    head = ModelCardData(library_name="csrae_nb", tags=tags).to_yaml()
+    return ModelCard(f"---\n{head}\n---\n\n" + "\n\n".join(parts) + "\n")
 
 # %% ../nbs/19b_sharing.ipynb #210108
 # what the header must say, and in which form

@@ -230,6 +230,12 @@ def test_models_with_labels_travel_too(tmp_path, monkeypatch):
     for more in dict(pretrain=0), dict(model="Supervised"), dict(pretrain=0, prior="vamp"):
         run = fit(Config(labels=100.0, epochs=1, **more), progress=False)
         Pretrained(run.path).save_pretrained(tmp_path / run.path.name)
+        card = (tmp_path / run.path.name / "README.md").read_text()
+        assert (
+            "`x` has shape `(n, 8, 8)`, its values from 0 to 1." in card
+            and "## Answers\n\n`0`, `1`, `2`" in card
+        )
+        assert "model.predict(x)" in card and ("model.sample" in card) == (run.cfg.model != "Supervised")
         x, there = torch.rand(4, 8, 8), Pretrained.from_pretrained(tmp_path / run.path.name).model
         torch.testing.assert_close(there.predict(x), run.model.predict(x))
 
