@@ -208,8 +208,8 @@ class LabelTask(_LabelledBatches, _ChosenByLabels, _MadeWithLabels):
             )
         if c.balance == "asymmetric" and isinstance(kind, Intensities):
             raise ValueError("balance='asymmetric' is for answers yes or no; of intensities use 'weights'")
-        if c.balance == "batches" and not isinstance(kind, OneLabel) and (n := self.in_batch(data)) == 1:
-            raise ValueError(f"{n} labelled image in a batch cannot be half yes and half no; use 2 or more")
+        if c.balance == "batches" and not isinstance(kind, OneLabel) and self.in_batch(data) == 1:
+            raise ValueError("one labelled image in a batch cannot be half yes and half no; use 2 or more")
         self.rows(data, 1)  # a ValueError for more labels than there are, or too few other images
         with torch.device("meta"):
             (net := LABEL_NETWORKS[c.network]).image(data.x_shape, net.features, None)

@@ -141,14 +141,16 @@ class Fleet:
             for name, t in (*one.named_parameters(), *one.named_buffers()):
                 t.data = stacks[name][r]
 
-    def each(self, f: Callable, *args, of: slice = slice(None)):  # what f gives, with the members first
-        "f(model, *args) of every member `of` a slice, each with its part, along the first axis, of args."
+    def each(self, f: Callable, *args, of: slice | None = None):  # what f gives, with the members first
+        "f(model, *args) of all members, or a slice `of` them, each with its part, along axis 0, of args."
 
         def of_one(params, buffers, *args):
             with _Whole():
                 return functional_call(self.first, (params, buffers), (f, *args))
 
-        own = ({k: t[of] for k, t in stacks.items()} for stacks in (self.params, self.buffers))
+        own = self.params, self.buffers
+        if of is not None:  # else a slice of all would cost each gradient a copy
+            own = ({k: t[of] for k, t in stacks.items()} for stacks in own)
         return torch.vmap(of_one)(*own, *args)
 
 # %% ../nbs/09f_fleet.ipynb #170413

@@ -288,7 +288,7 @@ def test_without_a_single_yes_the_objective_chooses_the_epoch():
 def test_a_batch_of_one_labelled_image_is_not_balanced():
     x, y = np.random.default_rng(0).random((60, 4)), np.arange(120).reshape(60, 2) % 2
     cfg = Config(dataset="arrays", model="CSRAE", labels=30, labelled_batch=1, batch_size=10, epochs=1)
-    with pytest.raises(ValueError, match="1 labelled image in a batch cannot be half yes"):
+    with pytest.raises(ValueError, match="one labelled image in a batch cannot be half yes"):
         fit(cfg, dict(x=x, y=y), False)
 
 
