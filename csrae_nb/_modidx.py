@@ -1175,6 +1175,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'csrae_nb.metrics._checksum': ('nbs/metrics.html#_checksum', 'csrae_nb/metrics.py'),
                                   'csrae_nb.metrics._classifier_key': ('nbs/metrics.html#_classifier_key', 'csrae_nb/metrics.py'),
                                   'csrae_nb.metrics._convolutions': ('nbs/metrics.html#_convolutions', 'csrae_nb/metrics.py'),
+                                  'csrae_nb.metrics._drawn_anew': ('nbs/metrics.html#_drawn_anew', 'csrae_nb/metrics.py'),
                                   'csrae_nb.metrics._factor': ('nbs/metrics.html#_factor', 'csrae_nb/metrics.py'),
                                   'csrae_nb.metrics._first_layer': ('nbs/metrics.html#_first_layer', 'csrae_nb/metrics.py'),
                                   'csrae_nb.metrics._train_epoch': ('nbs/metrics.html#_train_epoch', 'csrae_nb/metrics.py'),

@@ -213,12 +213,15 @@ def train_classifier(
     seed: int = 0,
     progress: bool = True,  # show a progress bar on stderr
 ) -> Classifier:  # in eval mode
-    "A classifier, of the epoch that does best on validation; ValueError without labels."
+    """A classifier, of the epoch that does best on validation; ValueError without labels. A processor trains
+    it in double precision, in which the last digits, other on each, do not grow into another classifier."""
     if data.y_train is None:
         raise ValueError(f"{data.name} has no labels; a classifier needs y_train")
     rows, order = labelled_rows(data, "train"), generator(seed, "classifier")
     torch.manual_seed(seed)  # for the weights and the dropout
     net = Classifier(data.x_shape, len(names_of_labels(data)), units=data.units).to(data.x_train.device)
+    if data.x_train.device.type == "cpu":
+        net.double().apply(_drawn_anew)
     opt, best = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True), (-1.0, None)
     epochs = range(max(3, math.ceil(examples / len(rows))))
     for _ in progress_bar(progress, epochs, desc="classifier", unit="epoch"):
@@ -226,12 +229,19 @@ def train_classifier(
         if (found := accuracy(net, data)) >= best[0]:
             best = found, {k: v.clone() for k, v in net.state_dict().items()}
     net.load_state_dict(best[1])
-    return net.eval().requires_grad_(False)
+    return net.float().eval().requires_grad_(False)
 
 # %% ../nbs/10_metrics.ipynb #100220
+def _drawn_anew(layer):
+    "Its weights, in the precision that they have by now: a draw rounds, too, as the processor does."
+    if hasattr(layer, "reset_parameters"):
+        layer.reset_parameters()
+
+
 def _train_epoch(net, opt, data, order):
     for i in order.split(100):
-        loss = nn.functional.cross_entropy(net.train()(data.x_train[i]), data.y_train[i])
+        x = data.x_train[i].to(net.head.weight.dtype)
+        loss = nn.functional.cross_entropy(net.train()(x), data.y_train[i])
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -245,7 +255,9 @@ def accuracy(
     x, y = getattr(data, f"x_{split}"), getattr(data, f"y_{split}")
     if y is None:
         return 0.0
-    right = sum((net.eval()(xb).argmax(1) == yb).sum().item() for xb, yb in zip(x.split(500), y.split(500)))
+    kind, right = net.head.weight.dtype, 0
+    for xb, yb in zip(x.split(500), y.split(500)):
+        right += (net.eval()(xb.to(kind)).argmax(1) == yb).sum().item()
     return right / max(1, len(labelled_rows(data, split)))
 
 # %% ../nbs/10_metrics.ipynb #100023
@@ -290,7 +302,7 @@ def _classifier_key(data):
     more = dict(classes=data.classes) if data.classes != numbers else {}
     if data.units:
         more["units"] = data.units.record()
-    return dict(data=data.sha256, split=split, version=2, **more)
+    return dict(data=data.sha256, split=split, version=3, **more)
 
 
 def classifier_features(data: Dataset, progress: bool = True) -> Features | None:  # None without labels
