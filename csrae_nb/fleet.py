@@ -386,7 +386,7 @@ def fleets(
     return [p for p in parts if len(p) > 1]
 
 # %% ../nbs/09f_fleet.ipynb #170018
-SAVE_EVERY = 60.0  # seconds between checkpoints of a fleet, and twenty times as long as one takes at least
+SAVE_EVERY = 60.0  # seconds between checkpoints of a fleet that take up to three; of others in proportion
 
 
 def _diverged(log, names, ts, epoch):
@@ -450,7 +450,7 @@ def _train_together(ts, bar):
         if (start := time.monotonic()) > due or all(t.done for t in left):
             _save_together(left)
             left, end = _finish_those_done(left), time.monotonic()
-            due = end + max(SAVE_EVERY, 20 * (end - start))
+            due = end + SAVE_EVERY * max(1.0, (end - start) / 3)
     if together:
         together.disband()
     return [failed.get(t) for t in ts]

@@ -163,8 +163,8 @@ def test_where_it_has_no_effect_it_is_refused(fields, says):
 
 def test_labels_have_none(own_runs):
     y = np.arange(len(X)) % 3
-    labelled = config("labels", labels=30, network="mlp", labelled_batch=5)
     with pytest.raises(ValueError, match="with labels the prior learns from each image"):
+        labelled = config("labels", labels=30, network="mlp", labelled_batch=5)
         fit(labelled, dict(x=X.reshape(-1, 2, 3), y=y), progress=False)
 
 

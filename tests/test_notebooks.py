@@ -10,9 +10,12 @@ import fastcore.test, jaxtyping, nbdev.test, nbformat, pytest, torch
 from accelerate.state import AcceleratorState
 from nbdev.test import test_nb as run_nb
 from csrae_nb import GMM
-from csrae_nb.catalogue import DATASETS
+from csrae_nb.aggregate import PRIOR_OBJECTIVES
+from csrae_nb.catalogue import DATASETS, FOLDERS
 from csrae_nb.config import TASKS
+from csrae_nb.likelihoods import LIKELIHOODS
 from csrae_nb.models import DIVERGENCES, MODELS
+from csrae_nb.networks import NETWORKS
 from csrae_nb.priors import PRIORS
 from csrae_nb.registry import load_plugins
 from outputs import differences, shown
@@ -87,7 +90,7 @@ def show_readers_errors(monkeypatch):
 def tables_as_they_were():
     "What a chapter registers, and registers again, is for that chapter alone."
     load_plugins()
-    tables = DATASETS, TASKS, DIVERGENCES, MODELS, PRIORS
+    tables = DATASETS, FOLDERS, TASKS, DIVERGENCES, MODELS, PRIORS, PRIOR_OBJECTIVES, LIKELIHOODS, NETWORKS
     before = [(t, dict(t._rows)) for t in tables]
     yield
     for table, rows in before:
