@@ -291,6 +291,7 @@ def checks(small):
 
 
 SMALL = "VAE, mlp", "killed and resumed", "graph", "fleet in bf16"
+LONGEST = 180  # seconds that a check may take
 
 
 def checked(name, small):
@@ -307,12 +308,13 @@ def checked_aside(name, small, until):
     "The same in a process of its own: whatever becomes of a GPU's state, the next check begins anew."
     start = time.perf_counter()
     words = [sys.executable, "-m", "bench.gpu", "--check", name, *(["--small"] if small else [])]
+    left = max(1, until - time.monotonic())
     try:
-        done = subprocess.run(
-            words, cwd=HERE, capture_output=True, text=True, timeout=max(1, until - time.monotonic())
-        )
+        done = subprocess.run(words, cwd=HERE, capture_output=True, text=True, timeout=min(LONGEST, left))
     except subprocess.TimeoutExpired:
-        return None  # no time is left
+        if left < LONGEST:
+            return None  # no time is left
+        return dict(check=name, works="NO", said=f"took more than {LONGEST} s", seconds=LONGEST)
     works, _, said = (done.stdout.rstrip().splitlines() or ["NO"])[-1].partition(": ")
     if works != "yes":
         print(done.stderr[-2000:], flush=True)
@@ -338,7 +340,7 @@ def synchronize():
 
 
 def seconds(f, least):
-    "Seconds a call takes, after two calls, where ten run ahead of the processor's clock as in training."
+    "Seconds a call takes, after two calls; a GPU is waited for after ten, as training runs ahead of it."
     f()
     f()
     synchronize()
@@ -426,7 +428,7 @@ def steps_a_second(job, small):
 
 @contextmanager
 def stepping(cfg, data, R, graphed):
-    "Inside a with, a function that makes a step of a fleet of R untrained models, recorded by then."
+    "Inside a with, a step of R untrained models, recorded by then, and how many weights one has."
     pseudo = data.x_train[: cfg.components].cpu()
     task = task_of(cfg)
     one = task.make_model(task.about(data), pseudo).to(DEVICE)
@@ -440,38 +442,44 @@ def stepping(cfg, data, R, graphed):
     for _ in range(6):
         steps(rows[0])
     try:
-        yield lambda: steps(rows[next(turn) % 4])
+        yield lambda: steps(rows[next(turn) % 4]), sum(p.numel() for p in one.parameters())
     finally:
         steps.graph = None  # which holds all of this, and is held by it
 
 
 def fleet_speed(cfg, data, R, graphed, small):
-    with stepping(cfg, data, R, graphed) as step:
+    with stepping(cfg, data, R, graphed) as (step, size):
         taken = seconds(step, 0.02 if small else 0.7)
-    task = task_of(cfg)
-    size = sum(p.numel() for p in task.make_model(task.about(data)).parameters())
     return dict(parameters=size, ms=1e3 * taken, run_steps=R / taken, gb=R * size * 4 * 10 / taken / 1e9)
 
 
-def profile(out, small):
+def profile(out, until, small):
     "Which operations a step's time goes to, in files of text."
     data, R = grey_images(400 if small else 20_000), 2 if small else 256
-    kinds = {"VAE": {}, "MixtureCSRAE mog": dict(labels=0.1)}
-    for kind, fields in kinds.items():
+    for kind, fields in {"VAE": {}, "MixtureCSRAE mog": dict(labels=0.1)}.items():
         for precision in ("no", "tf32") if CUDA else ("no",):
-            with (
-                products(precision, "cublas"),
-                stepping(of_grey_images(kind, **fields), data, R, CUDA) as step,
-                torch.profiler.profile() as seen,
-            ):
-                for _ in range(3 if small else 20):
-                    step()
-                synchronize()
-            by = "cuda_time_total" if CUDA else "cpu_time_total"
-            text = seen.key_averages().table(sort_by=by, row_limit=60, max_name_column_width=90)
-            name = "-".join(["profile", *kind.split(), *fields, precision])
-            (out / f"{name}.txt").write_text(text)
+            file = out / f"{'-'.join(['profile', *kind.split(), *fields, precision])}.txt"
+            if file.exists() or time.monotonic() > until:
+                continue
+            try:
+                with (
+                    products(precision, "cublas"),
+                    stepping(of_grey_images(kind, **fields), data, R, CUDA) as (f, _),
+                ):
+                    file.write_text(operations(f, 3 if small else 20))
+            except Exception:  # the tables come after it
+                traceback.print_exc()
             forget()
+
+
+def operations(f, calls):
+    "A table of the operations of some calls, the longest first."
+    with torch.profiler.profile() as seen:
+        for _ in range(calls):
+            f()
+        synchronize()
+    by = "cuda_time_total" if CUDA else "cpu_time_total"
+    return seen.key_averages().table(sort_by=by, row_limit=60, max_name_column_width=90)
 
 
 def lone_speed(job, small):
@@ -705,7 +713,7 @@ def main(words=None):
         if part == "timing":
             timing(Job(out / "gpu_timing.csv", until), a.small)
         if part == "profile":
-            profile(out, a.small)
+            profile(out, until, a.small)
         if part == "tables" and a.sweeps:
             tables(a.sweeps, out, until, a.jobs, a.fleet_size, a.trainers)
 

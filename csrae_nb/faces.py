@@ -132,6 +132,7 @@ ANSWERS = ("presence", "intensity")  # of an AU: from intensity 2 on it is there
 
 
 def _nobody_left(kept, fold):
+    "That one subject to validate on and those of a fold leave none to train on."
     return (
         f"validation='subjects' keeps {kept} from training, and beside those who are tested in fold {fold} "
         "there is nobody else: it needs three subjects; or use validation='frames'"

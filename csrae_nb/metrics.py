@@ -213,8 +213,8 @@ def train_classifier(
     seed: int = 0,
     progress: bool = True,  # show a progress bar on stderr
 ) -> Classifier:  # in eval mode
-    """A classifier, of the epoch that does best on validation; ValueError without labels. A processor trains
-    it in double precision, in which the last digits, other on each, do not grow into another classifier."""
+    """A classifier, of the epoch that does best on validation; ValueError without labels. On a CPU it is in
+    double precision: in single precision the last digits, other on each CPU, grow into another classifier."""
     if data.y_train is None:
         raise ValueError(f"{data.name} has no labels; a classifier needs y_train")
     rows, order = labelled_rows(data, "train"), generator(seed, "classifier")
@@ -233,7 +233,7 @@ def train_classifier(
 
 # %% ../nbs/10_metrics.ipynb #100220
 def _drawn_anew(layer):
-    "Its weights, in the precision that they have by now: a draw rounds, too, as the processor does."
+    "Draw a layer's weights again, in its present precision, since draws are rounded, too."
     if hasattr(layer, "reset_parameters"):
         layer.reset_parameters()
 

@@ -272,8 +272,9 @@ def _few_found(clip, part):
     if clip.is_video:
         seconds = np.array([float(r["seconds"]) for r in rows])
         numbers, odd = frame_numbers(clip.files[0], seconds)
-        counted = ["`frame` counts its pictures"] if (numbers != np.arange(len(rows))).any() else []
-        said += [ends_early(clip.files[0], len(rows), seconds[-1]), *odd, *counted]
+        said.append(ends_early(clip.files[0], len(rows), seconds[-1]))
+        if (numbers != np.arange(len(rows))).any():
+            said += [*odd, "`frame` counts its pictures"]
     return "; ".join(filter(None, said)) or None
 
 # %% ../nbs/23a_predict.ipynb #232017

@@ -196,8 +196,8 @@ def _wait_for(begun):
             process.result()
     except BrokenProcessPool as e:
         raise ChildProcessError(
-            f"{len(begun)} processes could not begin: a script has to have what it does under "
-            "if __name__ == \"__main__\": and else memory may be too small, and fewer may do"
+            f"{len(begun)} processes could not begin: put what a script does under "
+            "if __name__ == \"__main__\", or if memory is too small, use fewer"
         ) from e
 
 # %% ../nbs/09c_process.ipynb #093404

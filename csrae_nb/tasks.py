@@ -266,7 +266,7 @@ class Task(Epochs, Validation):
 
     cfg: Config  # resolved
     models: ClassVar[tuple[str, ...]] = ()  # what it trains that is no autoencoder, as `model` may name it
-    uses: ClassVar[tuple[str, ...] | Callable] = ()  # fields it looks at; or, of a Config, which
+    uses: ClassVar[tuple[str, ...] | Callable] = ()  # fields it looks at, or a function that names them
 
     @staticmethod
     def serves(

@@ -302,7 +302,7 @@ def _add_predict(verbs):
         "Ends with status 1 if videos were left out, which are named, and the others are in the table."
     )
     _with_output(predict, "table, .csv")
-    by = "columns of 0 and 1, too, by the thresholds that validation examples chose (encode's label: by ½)"
+    by = "columns of 0 and 1, too, by the thresholds that validation examples chose (csrae encode: above ½)"
     predict.add_argument("--yes", action="store_true", help=by)
     predict.add_argument("--detector", choices=[*DETECTORS], default="mtcnn", help="of faces (mtcnn)")
     predict.add_argument("--model", type=Path, help="yunet's file (downloaded)")

@@ -441,3 +441,11 @@ def test_faces_of_new_videos_have_codes(runs, videos, tmp_path, data_folder, mon
     write_clip(tmp_path / "wall.mp4", [np.full((64, 64, 3), 99, np.uint8)] * 9)
     with pytest.raises(ValueError, match="no face in any of its 9 frames"):
         examples_of(run, tmp_path / "wall.mp4")
+
+
+def test_a_video_of_a_varying_rate_is_nothing_to_speak_of(tmp_path, monkeypatch):
+    "Its rows have their seconds; what `labels.csv` would have to say does not matter."
+    monkeypatch.setattr(predict, "frame_numbers", lambda file, s: (np.arange(len(s)), ["not steady"]))
+    monkeypatch.setattr(predict, "ends_early", lambda *about: None)
+    (part := tmp_path / "part.csv").write_text("found,seconds\n1,0.0\n1,0.04\n1,0.1\n")
+    assert predict._few_found(predict.Clip(("a.mp4",), (tmp_path / "a.mp4",)), part) is None
