@@ -30,16 +30,16 @@ def sandbox(tmp_path_factory):
     }
 
 
-# modules, and single tests, that train or read for long
+# modules, and single tests, that train for long, or read tables for long, which have no shapes
 LONG = "kills sweeps semisup action_units faces training gpu_job estimator settings tables".split()
+LONG += "constraint fid".split()
 CHAPTERS = "06b_aggregate 06d_constraint 06e_posterior 06f_layers 07_pinwheel 09f_fleet 10a_clusters".split()
-CHAPTERS += "10b_evaluation 11_samples 12b_sweeps 14c_few_labels 19_your_own 20_estimator".split()
-CHAPTERS += "20b_density 23a_predict 24_single_cell".split()
+CHAPTERS += "10b_evaluation 11_samples 12b_sweeps 13_results 13b_claims 13e_answers 14c_few_labels".split()
+CHAPTERS += "19_your_own 20_estimator 20b_density 23a_predict 24_single_cell".split()
 LONG += ["test_readme_examples", *(f"test_chapter[{name}]" for name in CHAPTERS)]
 # and more that --quick leaves out: they start processes and browsers, or take twenty seconds each
-SLOW = "explorers plugins command_line constraint layers predict processes videos fid clusters".split()
-CHAPTERS = "00_two_gaussians 01a_kernels 01d_preferences 06_models 13_results 13b_claims 13e_answers".split()
-CHAPTERS += "09e_runs 23_after_training".split()
+SLOW = "explorers plugins command_line layers predict processes videos clusters".split()
+CHAPTERS = "00_two_gaussians 01a_kernels 01d_preferences 06_models 09e_runs 23_after_training".split()
 SLOW += ["test_compile", "test_examples_of_the_pages", *(f"test_chapter[{name}]" for name in CHAPTERS)]
 
 
@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def shapes(request):
-    "Shapes are not looked at in tests of long training."
+    "Shapes are not looked at in tests that take long: to look takes several times the work itself."
     if not is_of(LONG, request.node):
         yield
         return

@@ -54,7 +54,7 @@ def test_each_layer_gives_its_number_of_features(random_weights, layer):
     assert h.shape == (2, layer) and h.isfinite().all() and not torch.equal(h[0], h[1])
 
 
-def test_a_run_with_fid_says_how_it_was_made(random_weights, monkeypatch, own_cache):
+def test_a_run_with_fid_says_how_it_was_made(random_weights, monkeypatch, hasty):
     monkeypatch.setattr("csrae_nb.metrics.inception", random_weights)
     metrics = complete_run(CFG, progress=False)
     assert all(math.isfinite(metrics[f"fid_{s}"]) and metrics[f"fid_{s}"] >= -1e-3 for s in SETS)
@@ -64,7 +64,7 @@ def test_a_run_with_fid_says_how_it_was_made(random_weights, monkeypatch, own_ca
     )  # of the classifier's features, and of these
 
 
-def test_a_damaged_cache_is_made_anew(random_weights, monkeypatch, own_cache):
+def test_a_damaged_cache_is_made_anew(random_weights, monkeypatch, hasty):
     monkeypatch.setattr("csrae_nb.metrics.inception", random_weights)
     first = complete_run(CFG, progress=False)
     for f in (runs_folder() / ".cache").glob("*.safetensors"):

@@ -3,10 +3,12 @@
 Text is compared to the letter and numbers within a tolerance, since another machine rounds otherwise, which
 a network that is trained makes larger: the bounds below hold with and without vector instructions."""
 
+import gc
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 import fastcore.test, jaxtyping, nbdev.test, nbformat, pytest, torch
+import matplotlib.pyplot as plt
 from accelerate.state import AcceleratorState
 from nbdev.test import test_nb as run_nb
 from csrae_nb import GMM
@@ -95,6 +97,25 @@ def tables_as_they_were():
     yield
     for table, rows in before:
         table._rows = rows
+
+
+@pytest.fixture(autouse=True)
+def shells_end(monkeypatch):
+    "What a chapter has made goes with it: nbdev's shells would keep all variables of all chapters."
+    made, shell = [], nbdev.test.CaptureShell
+
+    def begun(*args, **kw):
+        made.append(shell(*args, **kw))
+        return made[-1]
+
+    monkeypatch.setattr(nbdev.test, "CaptureShell", begun)
+    yield
+    for shell in made:
+        shell.close()
+        shell.reset()
+        shell.result = None
+    plt.close("all")
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)
