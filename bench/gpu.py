@@ -36,6 +36,7 @@ from csrae_nb.process import product_precision
 from csrae_nb.evaluation import complete_run, finished_metrics, write_table
 from csrae_nb.fleet import _Graph, _Steps, Fleet, fit_fleet, fleets, train_fleets
 from csrae_nb.grids import attempt, distinct, read_sweep
+from csrae_nb.metrics import train_classifier
 from csrae_nb.sweeps import rows_there, seedless, sweep_table
 from csrae_nb.config import Config, command, resolve, run_name
 from csrae_nb.runs import fit, load_run, run_folder
@@ -219,6 +220,15 @@ def replayed(**fields):
     return check
 
 
+def one_classifier():
+    "The one that distances of samples are measured with, wherever the data are."
+    data = load_data("digits")
+    here, there = (train_classifier(d, 3000, progress=False).cpu() for d in (data, data.to(DEVICE)))
+    pairs = zip(here.state_dict().items(), there.state_dict().values())
+    assert not (other := [k for (k, a), b in pairs if not a.equal(b)]), f"another {', '.join(other)}"
+    return "the same to the bit"
+
+
 def evaluated(**fields):
     def check():
         metrics = complete_run(digits(**fields), progress=False)
@@ -270,6 +280,7 @@ def checks(small):
         "killed and resumed": killed_and_resumed,
         "loaded on a processor": loads_on_a_processor,
         "evaluated": evaluated(),
+        "one classifier": one_classifier,
         "with labels": evaluated(labels=200, prior="vamp"),
         "classifier alone": evaluated(model="Supervised", labels=200),
         "prior network": evaluated(prior_network=True),

@@ -213,14 +213,14 @@ def train_classifier(
     seed: int = 0,
     progress: bool = True,  # show a progress bar on stderr
 ) -> Classifier:  # in eval mode
-    """A classifier, of the epoch that does best on validation; ValueError without labels. On a CPU it is in
-    double precision: in single precision the last digits, other on each CPU, grow into another classifier."""
+    """A classifier, of the epoch that does best on validation; ValueError without labels. It is trained on
+    the CPU and in double precision, or the last digits, other on each machine, would make it another one."""
     if data.y_train is None:
         raise ValueError(f"{data.name} has no labels; a classifier needs y_train")
     rows, order = labelled_rows(data, "train"), generator(seed, "classifier")
     torch.manual_seed(seed)  # for the weights and the dropout
-    net = Classifier(data.x_shape, len(names_of_labels(data)), units=data.units).to(data.x_train.device)
-    if data.x_train.device.type == "cpu":
+    with torch.device("cpu"):
+        net = Classifier(data.x_shape, len(names_of_labels(data)), units=data.units)
         net.double().apply(_drawn_anew)
     opt, best = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True), (-1.0, None)
     epochs = range(max(3, math.ceil(examples / len(rows))))
@@ -229,7 +229,7 @@ def train_classifier(
         if (found := accuracy(net, data)) >= best[0]:
             best = found, {k: v.clone() for k, v in net.state_dict().items()}
     net.load_state_dict(best[1])
-    return net.float().eval().requires_grad_(False)
+    return net.float().to(data.x_train.device).eval().requires_grad_(False)
 
 # %% ../nbs/10_metrics.ipynb #100220
 def _drawn_anew(layer):
@@ -240,8 +240,8 @@ def _drawn_anew(layer):
 
 def _train_epoch(net, opt, data, order):
     for i in order.split(100):
-        x = data.x_train[i].to(net.head.weight.dtype)
-        loss = nn.functional.cross_entropy(net.train()(x), data.y_train[i])
+        x, y = data.x_train[i].to(net.head.weight), data.y_train[i].to(net.head.weight.device)
+        loss = nn.functional.cross_entropy(net.train()(x), y)
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -255,9 +255,9 @@ def accuracy(
     x, y = getattr(data, f"x_{split}"), getattr(data, f"y_{split}")
     if y is None:
         return 0.0
-    kind, right = net.head.weight.dtype, 0
+    weight, right = net.head.weight, 0
     for xb, yb in zip(x.split(500), y.split(500)):
-        right += (net.eval()(xb.to(kind)).argmax(1) == yb).sum().item()
+        right += (net.eval()(xb.to(weight)).argmax(1) == yb.to(weight.device)).sum().item()
     return right / max(1, len(labelled_rows(data, split)))
 
 # %% ../nbs/10_metrics.ipynb #100023

@@ -4,6 +4,7 @@ Text is compared to the letter and numbers within a tolerance, since another mac
 a network that is trained makes larger: the bounds below hold with and without vector instructions."""
 
 import gc
+import sys
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -109,6 +110,7 @@ def shells_end(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(nbdev.test, "CaptureShell", begun)
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])  # a shell puts its own in its place
     yield
     for shell in made:
         shell.close()
