@@ -24,8 +24,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
-from scipy.stats import spearmanr
-from scipy.stats import t as student
 
 from .reading import read_text
 from .evaluation import LATER, SETS, WITH_LABELS, incomparable
@@ -376,6 +374,8 @@ def rank_correlation(
     "Spearman's ρ."
     if len(xs) < 4 or len(set(xs)) == 1 or len(set(ys)) == 1:
         return None
+    from scipy.stats import spearmanr
+
     return float(spearmanr(xs, ys).statistic)
 
 
@@ -392,6 +392,8 @@ def rank_p(rho: float | None, n: int) -> float:
         return 1.0
     if n <= 8:
         return float((abs(_chance_ranks(n)) >= abs(rho) - 1e-9).mean())
+    from scipy.stats import t as student
+
     t = abs(rho) * math.sqrt((n - 2) / max(1 - rho**2, 1e-9))
     return float(2 * student.sf(t, n - 2))
 
