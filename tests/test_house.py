@@ -214,7 +214,8 @@ def test_no_function_uses_a_name_that_is_undefined(path):
     known = vars(module).keys() | vars(builtins).keys()
     # by branches that are not taken here, too, such as that for a GPU
     known |= {i.argval for i in dis.get_instructions(code) if i.opname == "STORE_NAME"}
-    assert not set(global_names(code)) - known
+    undefined = set(global_names(code)) - known
+    assert not undefined
 
 
 # --- the package
