@@ -17,7 +17,7 @@ from jaxtyping import Int
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .config import SUPERVISED, TASKS, Config, has_cs, resolve
+from .config import SUPERVISED, TASKS, Config, has_cs, resolve, unused_fields
 from .data import Dataset, labelled_rows
 from .files import RunLocked, generator
 from csrae_nb.labels import (
@@ -354,7 +354,10 @@ def first_phase(cfg: Config) -> Config:  # resolved
     name = cfg.name and f"{cfg.name}-pretrained"
     off = dict(labels=0.0, pretrain=0, answers=Config.answers, balance=Config.balance)
     without = replace(cfg, **off, epochs=cfg.pretrain, warmup=None, beta=beta, name=name)
-    return resolve(without)
+    idle = unused_fields(without)
+    usual = {k: getattr(Config, k) for k in idle if k in Config.__dataclass_fields__}
+    brought = {k: v for k, v in dict(cfg.extra).items() if k not in idle}
+    return resolve(replace(without, **usual, extra=brought))
 
 
 def _waited_for(run_first, cfg):

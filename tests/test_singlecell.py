@@ -2,6 +2,7 @@
 
 import logging
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -291,6 +292,30 @@ def test_the_noise_falls_with_the_draws(trained):
     assert noise["cs"] < 1e-10 and 4 < noise[1] / noise[9] < 18
     loss = sc.gradient_noise(trained.module, [batch(trained)], whole=True)
     assert loss > 1e-6  # the reconstruction has draws
+
+
+def test_a_cell_is_mixed_with_as_many_neighbours_as_asked_for():
+    "Of single neighbours in a row of a, b, a, b, … each is of one batch: nothing is mixed."
+    assert sc.batch_mixing(np.arange(20.0)[:, None], np.tile(["a", "b"], 10), 1) == 0
+
+
+def test_clusters_are_joined_by_the_seed(monkeypatch):
+    asked, p = [], GMM(torch.zeros(1), torch.zeros(1, 2), torch.ones(1, 2))
+    monkeypatch.setattr(sc, "merge_components", lambda p, *how: asked.append(how) or torch.zeros(1).long())
+    own = SimpleNamespace(prior=lambda: p)
+    model = SimpleNamespace(module=own, get_latent_representation=lambda *a, **how: (np.zeros((3, 2)), None))
+    assert sc.MixtureSCVI.get_clusters(model, None, 1, 5).tolist() == [0, 0, 0]
+    assert asked == [(1, 5)]
+
+
+def test_who_was_placed_goes_on_in_training_mode():
+    prior = SimpleNamespace(init_from_codes=lambda codes: None)
+    module = torch.nn.Dropout()
+    module.prior, module.placed, module._get_inference_input = prior, torch.tensor(False), dict
+    module.inference = lambda **x: dict(qz=torch.distributions.Normal(torch.zeros(3, 2), 1.0))
+    trainer = SimpleNamespace(current_epoch=3, max_epochs=4, train_dataloader=[{}])
+    sc.PlaceComponents(0.75).on_train_epoch_start(trainer, SimpleNamespace(module=module))
+    assert module.placed and module.training
 
 
 # --- bad input
