@@ -39,7 +39,7 @@ def run_in(folder, cfg):
 def test_killed_at_five_random_moments_ends_the_same_to_the_bit():
     processes, seed = multiprocessing.get_context("forkserver"), random.randrange(2**32)
     processes.set_forkserver_preload(["csrae_nb.runs"])
-    rnd, cfg, folder = random.Random(seed), dict(epochs=24, warmup=5), runs_folder()
+    rnd, cfg, folder = random.Random(seed), dict(epochs=36, warmup=5), runs_folder()
 
     def start(name):
         p = processes.Process(target=run_in, args=(str(folder), {**cfg, "name": name}))
