@@ -352,9 +352,9 @@ def first_phase(cfg: Config) -> Config:  # resolved
     "The run without labels that a run with labels starts from."
     beta = 1.0 if has_cs(cfg) else cfg.beta
     name = cfg.name and f"{cfg.name}-pretrained"
-    off = dict(labels=0.0, pretrain=0, answers=Config.answers, balance=Config.balance)
+    off = dict(labels=0.0, pretrain=0, answers=Config.answers)
     without = replace(cfg, **off, epochs=cfg.pretrain, warmup=None, beta=beta, name=name)
-    idle = unused_fields(without)
+    idle = unused_fields(without)  # what is said of labels
     usual = {k: getattr(Config, k) for k in idle if k in Config.__dataclass_fields__}
     brought = {k: v for k, v in dict(cfg.extra).items() if k not in idle}
     return resolve(replace(without, **usual, extra=brought))

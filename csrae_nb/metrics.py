@@ -214,7 +214,7 @@ def train_classifier(
     progress: bool = True,  # show a progress bar on stderr
 ) -> Classifier:  # in eval mode
     """A classifier, of the epoch that does best on validation; ValueError without labels. It is trained on
-    the CPU and in double precision, or the last digits, other on each machine, would make it another one."""
+    the CPU, in double precision: else the last digits, which differ by machine, grow into another one."""
     if data.y_train is None:
         raise ValueError(f"{data.name} has no labels; a classifier needs y_train")
     rows, order = labelled_rows(data, "train"), generator(seed, "classifier")

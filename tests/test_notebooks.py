@@ -103,10 +103,10 @@ def tables_as_they_were():
 @pytest.fixture(autouse=True)
 def shells_end(monkeypatch):
     "What a chapter has made goes with it: nbdev's shells would keep all variables of all chapters."
-    made, shell = [], nbdev.test.CaptureShell
+    made, kind = [], nbdev.test.CaptureShell
 
     def begun(*args, **kw):
-        made.append(shell(*args, **kw))
+        made.append(kind(*args, **kw))
         return made[-1]
 
     monkeypatch.setattr(nbdev.test, "CaptureShell", begun)
