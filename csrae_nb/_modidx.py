@@ -1905,6 +1905,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'csrae_nb.sweeps.rows_there': ('nbs/sweeps.html#rows_there', 'csrae_nb/sweeps.py'),
                                  'csrae_nb.sweeps.run_sweep': ('nbs/sweeps.html#run_sweep', 'csrae_nb/sweeps.py'),
                                  'csrae_nb.sweeps.seedless': ('nbs/sweeps.html#seedless', 'csrae_nb/sweeps.py'),
+                                 'csrae_nb.sweeps.several_classifiers': ('nbs/sweeps.html#several_classifiers', 'csrae_nb/sweeps.py'),
                                  'csrae_nb.sweeps.sweep_table': ('nbs/sweeps.html#sweep_table', 'csrae_nb/sweeps.py'),
                                  'csrae_nb.sweeps.until_closed': ('nbs/sweeps.html#until_closed', 'csrae_nb/sweeps.py')},
             'csrae_nb.tasks': { 'csrae_nb.tasks.Epochs': ('nbs/tasks.html#epochs', 'csrae_nb/tasks.py'),

@@ -184,14 +184,10 @@ def _check_data(cfg, data):
     for split in SPLITS:
         if isinstance(x := getattr(data, f"x_{split}"), Tensor):
             make_likelihood(data.likelihood).check(x, f"x_{split}")
-    n = len(data.x_train)
-    if cfg.batch_size > n:
-        raise ValueError(
-            f"batch_size={cfg.batch_size} is larger than the {n} training examples of {data.name}; "
-            f"set batch_size={n} or less"
-        )
-    if "components" not in unused_fields(cfg) and cfg.components > n:
-        raise ValueError(f"components={cfg.components}; {data.name} has only {n} training examples")
+    n, used = len(data.x_train), {"batch_size", "components"} - {*unused_fields(cfg)}
+    if given := [f"{k}={v}" for k in sorted(used) if (v := getattr(cfg, k)) > n]:
+        what = f"{' and '.join(given)}: more than the {n} training examples of {data.name}"
+        raise ValueError(f"{what}; set {n} or less")
 
 # %% ../nbs/09e_runs.ipynb #095013
 def fit(

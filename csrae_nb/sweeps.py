@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRELOAD', 'UNGUARDED', 'local_engine', 'ray_engine', 'pieces', 'check_data', 'run_sweep', 'sweep_table', 'seedless',
-           'evaluated_by', 'rows_there', 'until_closed', 'main']
+           'evaluated_by', 'rows_there', 'several_classifiers', 'until_closed', 'main']
 
 # %% ../nbs/12b_sweeps.ipynb #120002
 import argparse
@@ -16,7 +16,7 @@ import re
 import signal
 import sys
 import threading
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from functools import wraps
@@ -408,6 +408,20 @@ def rows_there(path):
         )
     return there
 
+# %% ../nbs/12b_sweeps.ipynb #120343
+def several_classifiers(rows: Iterable[dict]) -> list[str]:  # a line per data set; [] if all is well
+    "The data sets of a table whose Fréchet distances do not compare, since several classifiers saw them."
+    floors = {}
+    for r in rows:
+        if (floor := r.get("frechet_classifier_floor_mean")) not in (None, ""):
+            floors.setdefault((r["dataset"], str(r.get("images"))), Counter())[f"{float(floor):.5g}"] += 1
+    return [
+        f"Fréchet distances of {name} are by {len(count)} classifiers and do not compare; by the distance "
+        f"of real validation images: {', '.join(f'{floor} (rows: {n})' for floor, n in count.most_common())}"
+        for (name, _), count in floors.items()
+        if len(count) > 1
+    ]
+
 # %% ../nbs/12b_sweeps.ipynb #120147
 def _parser():
     p = argparse.ArgumentParser(
@@ -525,6 +539,8 @@ def _write_csv(path, configs):
         if rows := sweep_table(configs, rows_there(path)):
             write_table(path, rows)
     print(f"{path}: {f'{len(rows)} rows' if rows else 'not written, no run is finished'}")
+    for line in several_classifiers(rows):
+        print(f"{path}: {line}")
 
 # %% ../nbs/12b_sweeps.ipynb #120249
 def _check_sources(configs):

@@ -289,7 +289,7 @@ def test_a_parameter_file_that_cannot_be_read_is_named(raw, says, runs, tmp_path
         (["-p", "model", "GAN"], "expected one of VAE"),
         (["-p", "dataset", "none.npz"], "there is no file or folder 'none.npz'"),
         (["-p", "dataset", "nan.npz"], "NaN"),
-        (["-p", "batch_size", "5000"], "larger than the"),
+        (["-p", "batch_size", "5000"], "more than the"),
         (["-p", "dataset", "arrays"], "arrays"),
         (["-y", "[lam]"], "of the form name: value"),
         (["-y", "{lam: ["], "{lam: [ cannot be read as YAML"),

@@ -122,7 +122,7 @@ def test_data_are_split_by_the_seed_of_the_run():
 
 def test_a_mixture_has_at_most_as_many_components_as_examples():
     many = TINY | dict(components=200)
-    with pytest.raises(ValueError, match="components=200; arrays has only 96 training examples"):
+    with pytest.raises(ValueError, match="components=200: more than the 96 training examples of arrays"):
         prepare_data(resolve(Config(**many)), dict(x=ROWS))
     assert prepare_data(resolve(Config(**many, model="VAE")), dict(x=ROWS))
 
