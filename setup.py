@@ -28,6 +28,7 @@ setup(
     long_description_content_type="text/markdown",
     author=cfg["author"],
     license=cfg["license"],
+    project_urls={"Paper": cfg["paper"]},
     keywords=cfg["keywords"],
     classifiers=[
         f"Development Status :: {cfg['development_status']}",

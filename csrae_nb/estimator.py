@@ -9,7 +9,6 @@ __all__ = ['CSRAEEmbedding', 'SharedPoints']
 import copy
 import dataclasses
 import math
-import threading
 import warnings
 from collections.abc import Mapping
 from numbers import Integral, Real
@@ -35,7 +34,7 @@ from .config import EVALUATION, Config, ModelConfig, identity, make_config, prio
 from .config import resolve, unused_fields
 from .files import generator, progress_bar
 from .priors import full_em, merge_components
-from .process import accelerator, torch_defaults
+from .process import accelerator, one_training, torch_defaults
 from .runs import Run, fit
 from .sharing import open_run
 from .tasks import draw_codes, mean_codes, mean_terms, task_of
@@ -371,9 +370,6 @@ def _dataset(est, train, val):
     data = from_arrays(arrays, est.likelihood_)
     return dataclasses.replace(data, units=None)  # the estimator has its own
 
-# %% ../nbs/20_estimator.ipynb #200018
-_turn = threading.Lock()  # one training at a time in a process
-
 # %% ../nbs/20_estimator.ipynb #200118
 def _check_clusters(est, cfg, C):  # resolved, of the rows that there are; clusters
     "ValueError, before anything is trained, for clusters that the prior's components cannot be joined into."
@@ -440,7 +436,7 @@ def _whole_run(est, X):
     asked = est.components if est.components != CSRAEEmbedding().components else 0  # 0: by nobody
     if "components" not in unused_fields(cfg) and cfg.components < asked:
         warnings.warn(f"components={asked}, but {len(train)} rows to train on: that many are used")
-    with _turn, TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder:
         return cfg, fit(cfg, data, bool(est.verbose), folder, checkpoints=False)
 
 # %% ../nbs/20_estimator.ipynb #200024
@@ -487,7 +483,7 @@ def _one_pass(est, X):
     config, state, history, batch_size = _left_off(est, len(x))
     data, cfg = _dataset(est, x, x), dataclasses.replace(config, batch_size=batch_size)
     weights, epoch = est.model_.state_dict() if history else None, len(history) + 1
-    with _turn, torch_defaults(cfg.threads), accelerator(cfg) as acc:
+    with one_training, torch_defaults(cfg.threads), accelerator(cfg) as acc:
         model, opt, terms = _pass(acc, data, cfg, epoch, weights, state, bool(est.verbose))
     row = dict(epoch=epoch, weight=warmed_up(epoch, cfg.warmup))
     row |= {f"train_{k}": v for k, v in terms.items()}

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 from torch import Tensor
 
-from .catalogue import is_ink
+from .catalogue import is_ink, loader_of
 from .data import Dataset, names_of_labels
 from .divergence import cs_divergence
 from .mixtures import GMM
@@ -870,7 +870,8 @@ def _newest():
 
 
 def _data_key(c):
-    return c.dataset, c.likelihood, c.split_seed, c.fold, c.image_size, c.validation, c.answers
+    "What a run's data are told apart by."
+    return tuple(getattr(c, f) for f in ("dataset", "likelihood", "split_seed", *loader_of(c.dataset)[1]))
 
 # %% ../nbs/22_explorers.ipynb #220054
 def _tabs(parts, guard):

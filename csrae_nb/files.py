@@ -123,10 +123,12 @@ def writing(path, variable="CSRAE_RUNS"):
     try:
         yield
     except OSError as e:
-        raise OSError(
+        said = type(e)(
             f"cannot write to {path} ({e.strerror or e}); "
             f"free some space there, or name another folder in {variable}"
-        ) from e
+        )
+        said.errno = e.errno
+        raise said from e
 
 # %% ../nbs/07b_files.ipynb #072018
 def project_root() -> Path | None:  # None outside of this project

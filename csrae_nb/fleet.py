@@ -35,7 +35,7 @@ from .files import RunLocked, generator, progress_bar, run_lock
 from .kernels import NotEnoughMemory, free_memory, members_first
 from .mixtures import Draws
 from .models import rows_at_once
-from .process import accelerator, cores, torch_defaults
+from .process import accelerator, cores, one_training, torch_defaults
 from .runs import Run, load_run, claim_folder, prepare_data, run_folder
 from .tasks import Task, task_of
 from csrae_nb.training import (
@@ -128,11 +128,24 @@ class _Asked(nn.Module):
     def forward(self, f, *args):
         return f(self.model, *args)
 
+# %% ../nbs/09f_fleet.ipynb #170713
+def _check_alike(models):
+    "ValueError for models that differ in a number that is no buffer: the first's would be all members'."
+    for (name, first), *others in zip(*(m.named_modules() for m in models)):
+        for k, v in vars(first).items():
+            told = isinstance(v, int | float | str) and not k.startswith("_")  # as a Weight's `_full`
+            if told and any(vars(m).get(k) != v for _, m in others):
+                raise ValueError(
+                    f"members of a fleet differ in {'.'.join(filter(None, (name, k)))}={v!r}, which is no "
+                    "tensor, and each would have the first's: register it as a buffer, or train them alone"
+                )
+
 # %% ../nbs/09f_fleet.ipynb #170513
 class Fleet:
     "R models of one architecture, whose parameters and buffers are parts of stacks (R, …)."
 
     def __init__(self, models: list[nn.Module]):
+        _check_alike(models)
         asked = [*map(_Asked, models)]
         self.models, self.first = tuple(models), deepcopy(asked[0])  # its tensors are never used
         self.params, self.buffers = stack_module_state(asked)
@@ -535,7 +548,7 @@ def fit_fleet(
             "these runs do not go together: a fleet's differ in seed, lam, beta and a constraint's bound "
             "only, and none begins with another run (pretrain)"
         )
-    with torch_defaults(configs[0].threads):
+    with one_training, torch_defaults(configs[0].threads):
         data = prepare_data(configs[0], data)
         with accelerator(configs[0]) as acc:
             return _fit_fleet(configs, data, acc, progress)

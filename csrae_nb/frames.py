@@ -487,8 +487,8 @@ _PER_FRAME = ("Landmark*/{0}", "BP4D-training/{1}")  # folders
 
 def _listed(folder):
     "The files below a folder, hidden ones aside, by their paths in it, sorted."
-    walk, start = os.walk(folder, followlinks=True), len(os.fspath(folder))
-    return sorted(f"{at}/{f}"[start:] for at, _, files in walk for f in files if not f.startswith("."))
+    files = files_below(folder) if folder.is_dir() else ()
+    return sorted(f"/{f.relative_to(folder).as_posix()}" for f in files)
 
 
 def _size_and_start(file):

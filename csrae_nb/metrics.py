@@ -218,7 +218,7 @@ def train_classifier(
     if data.y_train is None:
         raise ValueError(f"{data.name} has no labels; a classifier needs y_train")
     rows, order = labelled_rows(data, "train"), generator(seed, "classifier")
-    torch.manual_seed(seed)  # for the weights and the dropout
+    torch.default_generator.manual_seed(seed)  # for weights and dropout; not those of GPUs, too
     with torch.device("cpu"):
         net = Classifier(data.x_shape, len(names_of_labels(data)), units=data.units)
         net.double().apply(_drawn_anew)

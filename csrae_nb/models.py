@@ -266,7 +266,7 @@ class LogLikelihood(Unchecked):
     ) -> tuple[Float[Tensor, "S B"], Float[Tensor, "S B"]]:
         "log p(x|z) and log p(z) − log r(z|x) at each draw from r, q at each of the widths."
         q = widened(q, widths)
-        q = GMM(*(t.expand(samples, *t.shape) for t in (q.logw, q.mu, q.var)))
+        q = GMM(*(t.expand(samples, *t.shape) for t in q.broadcast()))
         z = q.rsample(generator)  # (S, B, D)
         xs = x.expand(samples, *x.shape).flatten(0, 1)  # (S·B, *X)
         rec = self.likelihood.log_prob(xs, self.decode(z.flatten(0, 1))).view(samples, -1)

@@ -393,7 +393,7 @@ def resnet18_features(
         )
     seed = torch.empty((), dtype=torch.long, device="cpu").random_(generator=generator).item()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not those of GPUs, too
         net = torchvision_module("torchvision.models").resnet18(weights=None)
     net.fc = nn.Identity()
     return nn.Sequential(nn.Unflatten(1, tuple(x_shape)), net)

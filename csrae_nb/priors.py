@@ -273,7 +273,7 @@ def _normalises_batches(net):
 
 def _rows(q, rows):
     "Some rows of a tensor or of a GMM."
-    return GMM(q.logw[rows], q.mu[rows], q.var[rows]) if isinstance(q, GMM) else q[rows]
+    return GMM(*(t[rows] for t in q.broadcast())) if isinstance(q, GMM) else q[rows]
 
 # %% ../nbs/03_priors.ipynb #030116
 class VampPrior(Prior):

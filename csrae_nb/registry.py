@@ -14,6 +14,7 @@ from dataclasses import is_dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
+from threading import RLock
 from typing import Any
 
 # %% ../nbs/02b_registry.ipynb #022005
@@ -111,13 +112,18 @@ class Registry(_Table):
 GROUP = "csrae_nb.plugins"  # of entry points
 PLUGINS: list[str] = []  # modules of this package that register something, named by its __init__
 _loaded: list[str] = []
+_loading = RLock()  # a second thread waits until all of it is there
 
 
 def load_plugins() -> None:
     "Import what registers itself, ours first, once per process; a warning for what cannot be imported."
-    if _loaded:
-        return
-    _loaded.append(GROUP)
+    with _loading:
+        if not _loaded:
+            _loaded.append(GROUP)
+            _load()
+
+
+def _load():
     try:
         for name in PLUGINS:
             import_module(name)

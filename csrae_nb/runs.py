@@ -34,7 +34,7 @@ from .data import CENTRED, SPLITS, Dataset
 from .files import load_tensors, run_lock, runs_folder, write_atomic, writing
 from .likelihoods import make_likelihood
 from .models import Autoencoder
-from .process import accelerator, check_device, torch_defaults
+from .process import accelerator, check_device, one_training, torch_defaults
 from .tasks import Task, task_of
 from .training import is_trained, same_run, tidied, train
 
@@ -210,7 +210,7 @@ def fit(
             f"{cfg.epochs / cfg.warmup:.0%} of its weight",
             stacklevel=2,
         )
-    with torch_defaults(cfg.threads):
+    with one_training, torch_defaults(cfg.threads):
         data = prepare_data(cfg, data)
         with accelerator(cfg) as acc:
             return _fit(cfg, data, acc, progress, folder, checkpoints)

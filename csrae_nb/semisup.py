@@ -360,6 +360,19 @@ class _LabelByLabel(Autoencoder):
         by_label = [_Given(self, code).log_likelihood(x, samples, generator, prior, rows) for code in every]
         return (torch.stack(by_label, 1) + self.kind.log_prob(self.label_prior[None])).logsumexp(1)
 
+# %% ../nbs/14b_semi_supervised.ipynb #140517
+def _take_parts(model, inner):
+    "Modules that a divergence has of its own are the model's, too; ValueError for a tensor outside of one."
+    loose = [k for k, _ in (*inner.named_parameters(recurse=False), *inner.named_buffers(recurse=False))]
+    if loose:
+        raise ValueError(
+            f"{type(inner).__name__} holds {', '.join(loose)} itself; with labels it would not be trained or "
+            "saved: keep it in a module of the model"
+        )
+    for name, part in inner.named_children():
+        if not hasattr(model, name):
+            model.add_module(name, part)
+
 # %% ../nbs/14b_semi_supervised.ipynb #140017
 class SemiSupervised(_Objective, _Trials, _Picturing, _LabelByLabel):
     "M2: an autoencoder with the label as a second latent variable, Eqs. (25)–(27) corrected."
@@ -383,7 +396,9 @@ class SemiSupervised(_Objective, _Trials, _Picturing, _LabelByLabel):
                 f"with labels there are no terms of a whole batch: {', '.join(inner.batch_terms)}"
             )
         self.kind, self.divergence = inner.encoder.kind, inner.divergence
-        self.share, self.alpha, self.beta, self.balance = share, alpha, beta, balance
+        _take_parts(self, inner)
+        self.share, self.alpha, self.balance = share, alpha, balance
+        self.register_buffer("beta", torch.tensor(float(beta)), persistent=False)
         self.trust = Weight(1.0, inner.weights["divergence"].warmup)
         softened = None if temperature is None else torch.tensor(temperature)
         self.register_buffer("temperature", softened, persistent=False)

@@ -108,6 +108,9 @@ class PlaceComponents(Callback):
         module.eval()
         inputs = map(module._get_inference_input, trainer.train_dataloader)
         module.prior.init_from_codes(torch.cat([module.inference(**x)["qz"].sample() for x in inputs]))
+        for opt in trainer.optimizers:  # their means of gradients are of the components before
+            for p in module.prior.parameters():
+                opt.state.pop(p, None)
         module.placed.fill_(True)
         module.train()
 

@@ -9,6 +9,7 @@ from sklearn.datasets import load_digits
 from csrae_nb.explorers import (
     LADDERS,
     TABS,
+    _data_key,
     pinwheel_configs,
     pinwheel_explorer,
     run_explorer,
@@ -413,3 +414,9 @@ def test_in_voila(page, house, runs):
         page.goto(address)
         visit(page, lambda name: shots / f"voila_{name}.png")
         page.screenshot(path=shots / "voila.png", full_page=True)
+
+
+def test_runs_of_other_data_are_told_apart_by_all_fields_of_a_data_set():
+    faces = Config(dataset="disfa", labels=0.5)
+    for other in (dict(mirror=False), dict(answers="intensity"), dict(fold=1), dict(split_seed=1)):
+        assert _data_key(dataclasses.replace(faces, **other)) != _data_key(faces), other

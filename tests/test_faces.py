@@ -1121,6 +1121,14 @@ def test_what_was_changed_is_prepared_anew_and_nothing_else(own_faces):
     assert not load()[1]
 
 
+def test_a_folder_of_frames_that_links_to_itself_is_read_once(tmp_path):
+    write_fera2015(tmp_path, ("F001_T1",), frames=10)
+    before, folder = frames.made_from(tmp_path, "F001_T1"), tmp_path / "BP4D-training" / "F001" / "T1"
+    for name in ("once", "again"):
+        (folder / name).symlink_to(folder)
+    assert frames.made_from(tmp_path, "F001_T1") == before
+
+
 def test_one_per_frame_is_looked_at_here_and_there(tmp_path):
     "A hundred pictures that are replaced together are seen, and by its name every one that comes or goes."
     write_fera2015(tmp_path, ("F001_T1", "F001_T2"), frames=100)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from csrae_nb import fleet
 from csrae_nb.fleet import fit_fleet, fleets, train_fleets
@@ -13,6 +14,7 @@ from csrae_nb.catalogue import load_data
 from csrae_nb.config import Config, resolve
 from csrae_nb.data import LazyImages
 from csrae_nb.files import load_tensors, runs_folder
+from csrae_nb.models import MODELS
 from csrae_nb.networks import Encoder
 from csrae_nb.runs import Run, fit
 from csrae_nb.tasks import make_model
@@ -131,12 +133,18 @@ KINDS = [
 
 
 def together_and_alone(y, **fields):
-    "Two seeds in a fleet, and by themselves: the last rows of their histories."
-    data = dict(x=X, y=y)
+    "Two runs in a fleet, which differ in all that they may, and alone: the last rows of their histories."
+    data, model = dict(x=X, y=y), fields.get("model", Config.model)
+    weights = {MODELS.about(model, "weight"): 3.0} if model in MODELS else {}
+    if "labels" in fields and weights:
+        weights["beta"] = 4.0  # of the divergence of labels
+    if "constraint" in fields:
+        weights["constraint"] = fields["constraint"].replace("4", "4.2")
+    both = [fields | dict(seed=0), fields | dict(seed=1) | weights]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*performance drop.*")  # vmap would go through the members in turn
-        runs = fit_fleet([config(f"t{s}", seed=s, **fields) for s in range(2)], data, progress=False)
-    alone = [fit(config(f"a{s}", seed=s, **fields), data, progress=False) for s in range(2)]
+        runs = fit_fleet([config(f"t{f['seed']}", **f) for f in both], data, progress=False)
+        alone = [fit(config(f"a{f['seed']}", **f), data, progress=False) for f in both]
     return [(a.history[-1], b.history[-1]) for a, b in zip(runs, alone, strict=True)]
 
 
@@ -151,6 +159,12 @@ def test_rows_of_answers_go_in_a_fleet(model):
     labels = dict(labels=1.0 if model == "Supervised" else 30, labelled_batch=5)
     for a, b in together_and_alone(ANSWERS, model=model, network="mlp", **labels):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+
+
+def test_members_that_differ_in_a_number_which_is_no_tensor_are_refused():
+    models = [nn.Sequential(nn.Dropout(p)) for p in (0.1, 0.2)]
+    with pytest.raises(ValueError, match="differ in 0.p=0.1, which is no tensor"):
+        fleet.Fleet(models)
 
 
 def test_images_that_are_read_when_needed_go_in_a_fleet():

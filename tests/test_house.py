@@ -329,10 +329,13 @@ def test_examples_of_the_pages(tmp_path, monkeypatch):
 
 
 def test_the_wheel_works_away_from_the_repository(copy, tmp_path_factory):
-    "It holds the package and nothing else, and trains where there is no notebook."
+    "Made from the sources' own archive, it holds the package alone, and trains where there is no notebook."
     away = tmp_path_factory.mktemp("away")
+    build = f"from setuptools.build_meta import build_sdist; build_sdist({str(away)!r})"
+    in_copy(copy, sys.executable, "-c", build)
+    (archive,) = away.glob("csrae_nb-*.tar.gz")
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", away, copy], check=True)
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", away, archive], check=True)
     (wheel,) = away.glob("csrae_nb-*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", away / "site", wheel], check=True)
     assert {p.name for p in (away / "site").iterdir()} - {"bin"} == {

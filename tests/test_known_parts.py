@@ -17,10 +17,10 @@ from csrae_nb.fleet import fleets
 from csrae_nb.layers import layered_networks, two_layers
 from csrae_nb.likelihoods import Bernoulli, DiscretizedLogistic, Gaussian
 from csrae_nb.mixtures import GMM, matrix_log_prob
-from csrae_nb.models import CSRAE
+from csrae_nb.models import CSRAE, IWAE, VAE, VampPriorVAE
 from csrae_nb.networks import make_networks, mlp
 from csrae_nb.patterns import Patterns, em_of_patterns
-from csrae_nb.priors import StandardNormal
+from csrae_nb.priors import StandardNormal, VampPrior
 from csrae_nb.rivals import OF_WEIGHTS, RAE, SmallWeights
 
 
@@ -194,3 +194,34 @@ def test_how_a_run_is_evaluated_is_no_part_of_what_it_is():
 def test_runs_that_bound_another_term_go_in_another_fleet():
     bounds = [Config(constraint=c) for c in ("divergence<=3", "divergence<=5", "reconstruction<=80")]
     assert [len(group) for group in fleets(bounds)] == [2]
+
+
+class OneWidth(nn.Module):
+    "An encoder whose q(z|x) share their weight and their variances, which broadcast."
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
+
+    def forward(self, x):
+        return GMM(torch.zeros(1), self.net(x)[:, None], torch.ones(1, 2))
+
+
+class InFull(OneWidth):
+    "The same, of whole tensors."
+
+    def forward(self, x):
+        return GMM(*super().forward(x).broadcast())
+
+
+@pytest.mark.parametrize("kind", [VAE, IWAE, VampPriorVAE])
+def test_an_encoder_may_give_what_broadcasts(kind):
+    x, found = torch.rand(6, 4, generator=seeded()).round(), []
+    torch.manual_seed(0)
+    both, decoder = (OneWidth(), InFull()), nn.Sequential(nn.Linear(2, 4), nn.Unflatten(1, (1, 4)))
+    both[1].load_state_dict(both[0].state_dict())
+    for encoder in both:
+        prior = VampPrior(encoder, x[:3]) if kind is VampPriorVAE else StandardNormal(2)
+        model = kind(encoder, decoder, prior, Bernoulli())
+        found.append((model.loss(x, seeded()).loss, model.log_likelihood(x, 5, seeded())))
+    assert all(map(torch.equal, *found))

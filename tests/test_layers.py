@@ -371,3 +371,12 @@ def test_a_table_of_examples_has_the_reconstruction_of_the_model(own_runs):
     assert block["reconstruction"] == pytest.approx(known.tolist(), rel=1e-4)
     parts = np.array([block[k] for k in ("reconstruction", "divergence", "divergence_lower")])
     assert (parts > 0).all() and block["unusual"] == pytest.approx(parts.sum(0).tolist(), rel=1e-5)
+
+
+def test_a_class_that_is_mixed_by_hand_has_the_same_log_likelihood():
+    made, x = model(VAE), images()
+    own = type("Mine", (TwoLayers, VAE), {})(
+        made.encoder, made.decoder, made.prior, made.likelihood, lower=made.lower
+    )
+    both = (m.log_likelihood(x, 50, torch.Generator().manual_seed(0)) for m in (own, made))
+    assert torch.equal(*both)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from textwrap import dedent
 
 import numpy as np
 import pytest
@@ -295,3 +296,25 @@ def test_what_was_said_of_an_entry_holds_for_what_replaces_it():
     assert (shapes.find("square"), shapes.about("square", "sides")) == ("b", 4)
     with pytest.raises(ValueError, match=r"add\(…, sides=…\) takes a new shape, 'cube'"):
         shapes["cube"] = "c"
+
+
+def test_two_threads_ask_for_a_plugin_at_once():
+    script = """
+        import threading
+        from csrae_nb.models import MODELS
+
+        found, both = [], threading.Barrier(2)
+
+        def ask():
+            both.wait()
+            found.append(MODELS.find("WAE").__name__)
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        assert found == ["WAE"] * 2, found
+    """
+    done = subprocess.run([sys.executable, "-c", dedent(script)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

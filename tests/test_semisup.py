@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
 
 from csrae_nb import training
 from csrae_nb.catalogue import load_data
@@ -11,9 +12,13 @@ from csrae_nb.mixtures import Draws, Share
 from csrae_nb.evaluation import complete_run, results_table
 from csrae_nb.few_labels import LabelTask
 from csrae_nb.labels import ManyLabels, OneLabel
+from csrae_nb.likelihoods import Bernoulli
+from csrae_nb.models import CSRAE
+from csrae_nb.priors import StandardNormal
 from csrae_nb.config import Config, resolve
 from csrae_nb.files import runs_folder
 from csrae_nb.runs import fit, load_run
+from csrae_nb.semisup import LABEL_NETWORKS, LabelDecoder, LabelEncoder, SemiSupervised
 from csrae_nb.tasks import task_of
 
 CFG = Config(
@@ -197,3 +202,31 @@ def test_the_first_phase_goes_where_the_run_goes(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine"]
     assert (load_run(tmp_path / "mine" / "first").cfg.epochs, run.path) == (3, tmp_path / "mine")
     assert saved == [("first", 0), ("first", 3), ("mine", 0), ("mine", 3)]
+
+
+class Scaled(CSRAE):
+    "With a divergence that has something of its own."
+
+    def __init__(self, *args, loose=False, **kw):
+        super().__init__(*args, **kw)
+        self.scale = nn.Parameter(torch.ones(())) if loose else nn.Linear(1, 1)
+
+    def divergence(self, q, p, z, generator=None):
+        return super().divergence(q, p, z) * self.scale(torch.ones(1))
+
+
+def with_labels(**kw):
+    kind, net = OneLabel(3), LABEL_NETWORKS["mlp"]
+    encoder, decoder = LabelEncoder((8,), 2, kind, net), LabelDecoder((1, 8), 2, kind, net)
+    inner = Scaled(encoder, decoder, StandardNormal(2), Bernoulli(), **kw)
+    return SemiSupervised(inner, torch.zeros(3), 0.5)
+
+
+def test_what_a_divergence_has_of_its_own_is_trained_and_saved_with_labels():
+    model = with_labels()
+    assert "scale.weight" in model.state_dict()
+    model.loss(torch.rand(6, 8).round(), y=torch.arange(3)).loss.backward()
+    assert model.scale.weight.grad.abs().sum() > 0
+    assert model.to("meta").divergence.__self__.scale.weight.is_meta
+    with pytest.raises(ValueError, match="Scaled holds scale itself; .* keep it in a module"):
+        with_labels(loose=True)

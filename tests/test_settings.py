@@ -1,6 +1,7 @@
 "A run depends on its configuration alone, not on its folder or its process, whose settings it leaves alone."
 
 import os
+import threading
 from contextlib import nullcontext
 
 import numpy as np
@@ -307,3 +308,35 @@ def test_a_path_is_one_however_it_is_written():
     assert len({*map(run_name, spelled)}) == 1
     assert run_name(Config(dataset="/data/own/")) == run_name(Config(dataset="/data/own"))
     assert run_name(Config(dataset="./mnist")) != run_name(Config(dataset="mnist"))  # a folder, a name
+
+
+def test_threads_train_in_turns_and_leave_the_process_as_it_was():
+    alone, done = [weights(fit(arrays(name=f"a{s}", seed=s), dict(x=X), progress=False)) for s in (0, 1)], {}
+
+    def work(s, epochs):
+        cfg = arrays(name=f"t{s}", seed=s)
+        done[s] = weights(fit(cfg, dict(x=X), progress=False))
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        threads = [threading.Thread(target=work, args=(s, 2)) for s in (0, 1)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(done[s], alone[s]) for s in (0, 1))
+
+
+def test_the_random_numbers_of_gpus_are_left_alone(monkeypatch):
+    from csrae_nb import metrics, networks
+
+    def refused(seed):
+        raise AssertionError("the caller's GPUs are seeded")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", refused)
+    data = load_data(dict(x=X, y=np.arange(80) % 2))
+    metrics.train_classifier(data, examples=1, progress=False)
+    networks.resnet18_features((3, 32, 32))

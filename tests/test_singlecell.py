@@ -308,14 +308,17 @@ def test_clusters_are_joined_by_the_seed(monkeypatch):
     assert asked == [(1, 5)]
 
 
-def test_who_was_placed_goes_on_in_training_mode():
-    prior = SimpleNamespace(init_from_codes=lambda codes: None)
-    module = torch.nn.Dropout()
+def test_who_was_placed_goes_on_in_training_mode_and_with_no_means_of_old_gradients():
+    prior, module = torch.nn.Linear(2, 2), torch.nn.Dropout()
+    prior.init_from_codes = lambda codes: None
     module.prior, module.placed, module._get_inference_input = prior, torch.tensor(False), dict
     module.inference = lambda **x: dict(qz=torch.distributions.Normal(torch.zeros(3, 2), 1.0))
-    trainer = SimpleNamespace(current_epoch=3, max_epochs=4, train_dataloader=[{}])
+    other = torch.zeros(1)
+    opt = SimpleNamespace(state={prior.weight: dict(step=1), other: dict(step=1)})
+    trainer = SimpleNamespace(current_epoch=3, max_epochs=4, train_dataloader=[{}], optimizers=[opt])
     sc.PlaceComponents(0.75).on_train_epoch_start(trainer, SimpleNamespace(module=module))
     assert module.placed and module.training
+    assert [*opt.state] == [other]  # Adam's means were of the components before
 
 
 # --- bad input

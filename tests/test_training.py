@@ -255,3 +255,13 @@ def test_a_run_goes_to_no_device_that_is_not_here():
     run = fit(Config(epochs=1, warmup=1), progress=False)
     with pytest.raises(ValueError, match="there is no device 'cuda:99' here"):
         load_run(run.path, "cuda:99")
+
+
+def test_a_failing_write_keeps_its_kind(monkeypatch, tmp_path):
+    def refused(*args, **kw):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "fsync", refused)
+    with pytest.raises(PermissionError, match="cannot write to .*Permission denied.*CSRAE_RUNS") as e:
+        fit(Config(**SHORT, name="p"), progress=False)
+    assert e.value.errno == errno.EACCES
