@@ -1875,6 +1875,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'csrae_nb.sweeps._add_how': ('nbs/sweeps.html#_add_how', 'csrae_nb/sweeps.py'),
                                  'csrae_nb.sweeps._add_what': ('nbs/sweeps.html#_add_what', 'csrae_nb/sweeps.py'),
                                  'csrae_nb.sweeps._as_full': ('nbs/sweeps.html#_as_full', 'csrae_nb/sweeps.py'),
+                                 'csrae_nb.sweeps._at_once': ('nbs/sweeps.html#_at_once', 'csrae_nb/sweeps.py'),
                                  'csrae_nb.sweeps._begin_ray': ('nbs/sweeps.html#_begin_ray', 'csrae_nb/sweeps.py'),
                                  'csrae_nb.sweeps._carry_out': ('nbs/sweeps.html#_carry_out', 'csrae_nb/sweeps.py'),
                                  'csrae_nb.sweeps._check_guard': ('nbs/sweeps.html#_check_guard', 'csrae_nb/sweeps.py'),

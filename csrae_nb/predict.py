@@ -45,7 +45,8 @@ from .process import refuse_in_workers, worker_processes
 from .reading import files_below, reason
 from .runs import Run
 from .labels import Intensities, OneLabel
-from .trained import Examples, check_output, is_own_folder, numbers_of, open_run, read_examples
+from .sharing import open_run
+from .trained import Examples, check_output, is_own_folder, numbers_of, read_examples
 from .trained import whole_blocks
 from .videos import as_file_name, frame_numbers
 
@@ -77,7 +78,7 @@ def predict_examples(
     with progress_bar(progress, total=len(examples), unit="example", desc="predicting") as bar:
         for i in range(0, len(examples), rows):
             logits = run.model.predict(examples.x[i : i + rows].to(run.device))
-            best = [names[k] for k in kind.best(logits)] if isinstance(kind, OneLabel) else None
+            best = [names[k] for k in kind.best(logits).tolist()] if isinstance(kind, OneLabel) else None
             block = dict(name=list(examples.names[i : i + rows])) | (dict(answer=best) if best else {})
             yield block | _columns(names, block, kind.expected(logits).T.tolist())
             bar.update(len(logits))

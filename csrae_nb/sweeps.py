@@ -447,7 +447,8 @@ def _add_what(p):
         "--jobs",
         type=int,
         metavar="N",
-        help="runs at a time, of one thread each (default: one per core); "
+        help="runs at a time, of one thread each (default: one per core, or where they share a GPU one, "
+        "for which --fleet is made); "
         "a cluster that is joined decides itself",
     )
     p.add_argument(
@@ -601,6 +602,12 @@ def main(
         parser.exit(2, f"csrae-sweep: {e}\n")
 
 # %% ../nbs/12b_sweeps.ipynb #120350
+def _at_once(configs, engine):
+    "How many runs at a time, if nobody says it."
+    share_a_gpu = engine == "local" and torch.cuda.is_available() and any(c.device != "cpu" for c in configs)
+    return 1 if share_a_gpu else cores()
+
+
 def _carry_out(o):
     whole, how, status = distinct(asked := read_words(o.grid)), _engine(o), 0
     for line in without_effect(asked):
@@ -613,7 +620,7 @@ def _carry_out(o):
     if o.list:
         _show_states(configs)
     else:
-        status = _run(configs, o.jobs or cores(), how)
+        status = _run(configs, o.jobs or _at_once(configs, o.engine), how)
     if o.csv:
         _write_csv(o.csv, whole)
     return status

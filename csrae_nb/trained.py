@@ -61,7 +61,6 @@ from .models import Autoencoder, rows_at_once
 from .pictures import plot_history, show_examples
 from .priors import MOST_MAPPED, component_map, full_em, merge_components, merged_labels, occupancy
 from .runs import Run, prepare_data
-from .sharing import open_run as open_run
 from .tasks import mean_codes
 
 # %% ../nbs/23_after_training.ipynb #230008
@@ -267,7 +266,7 @@ def _by_label(m, x, ll_samples, g):
             column = out.setdefault(name, [None] * len(x))
             for row, value in zip(rows.tolist(), values):
                 column[row] = value
-    return dict(label=[_label_name(m.kind, b) for b in best]) | out
+    return dict(label=[_label_name(m.kind, b) for b in best.cpu()]) | out
 
 
 def _label_name(kind, label):

@@ -29,13 +29,13 @@ from .detection import DETECTORS
 from .grids import about_run, read_words, run_folders, sweep_fields
 from .predict import LeftOut, examples_of, write_predictions
 from .runs import run_folder
+from .sharing import open_run
 from csrae_nb.trained import (
     CODES,
     check_output,
     cluster_examples,
     cluster_table,
     most_unusual,
-    open_run,
     refitted_prior,
     report,
     sample_examples,

@@ -22,7 +22,8 @@ from csrae_nb.evaluation import complete_run
 from csrae_nb.predict import AT_ONCE, COLUMNS, LeftOut, _are_examples, examples_of, face_examples, find_clips
 from csrae_nb.predict import write_predictions
 from csrae_nb.runs import fit
-from csrae_nb.trained import open_run, read_examples
+from csrae_nb.sharing import open_run
+from csrae_nb.trained import read_examples
 from csrae_nb.verbs import main
 
 cv2 = pytest.importorskip("cv2")

@@ -11,10 +11,12 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from filelock import FileLock
 
 from bench import many
@@ -472,3 +474,12 @@ def test_runs_that_are_finished_are_not_taken_for_runs_of_files_that_changed(tmp
     file.unlink()
     with pytest.warns(UserWarning, match="whether its data are the same now is not known"):
         assert complete_run(cfg, progress=False) == now
+
+
+def test_runs_that_share_a_gpu_come_one_after_another(monkeypatch):
+    grid = [Config(dataset="digits", seed=s) for s in (0, 1)]
+    on_cpu = [replace(c, device="cpu") for c in grid]
+    for gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        found = [sweeps._at_once(*args) for args in ((grid, "local"), (on_cpu, "local"), (grid, "ray"))]
+        assert found == [1 if gpu else sweeps.cores(), sweeps.cores(), sweeps.cores()]

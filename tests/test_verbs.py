@@ -22,7 +22,8 @@ from csrae_nb.grids import sweep_fields
 from csrae_nb.runs import fit, load_run
 from csrae_nb import trained
 from csrae_nb.sharing import Pretrained
-from csrae_nb.trained import Examples, open_run, read_examples, show_sheet, write_encoded, write_scored
+from csrae_nb.sharing import open_run
+from csrae_nb.trained import Examples, read_examples, show_sheet, write_encoded, write_scored
 from csrae_nb.verbs import VERBS, main
 
 PROGRAM = "import sys; from csrae_nb.{} import main; sys.exit(main())"

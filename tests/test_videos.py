@@ -28,7 +28,8 @@ from csrae_nb.files import runs_folder
 from csrae_nb.predict import COLUMNS, face_examples, predict_examples, write_predictions
 from csrae_nb.runs import fit, load_run, prepare_data
 from csrae_nb.sharing import Pretrained
-from csrae_nb.trained import Examples, open_run, read_examples
+from csrae_nb.sharing import open_run
+from csrae_nb.trained import Examples, read_examples
 from csrae_nb.videos import Coding, as_file_name, coded_videos, video_eyes
 
 cv2 = pytest.importorskip("cv2")
