@@ -229,9 +229,10 @@ def answers(folder: Path | str | None = None) -> list[Answer]:  # of the tables;
 def claims_in_short(folder: Path | str | None = None) -> str:
     "How many of the paper's claims hold, of those that the tables can judge, in a sentence."
     found = Counter(c.verdict for c in claims(folder) if not c.claim.startswith("Not in the paper"))
-    words = ("hold", "hold in part", "are mixed", "do not hold", "come to no difference", "are undecided")
-    of = dict(zip(VERDICTS, (*words, "are not measured yet"), strict=True))
-    counts = [f"{found[v]} {of[v]}" for v in VERDICTS if v in found]
+    one = "holds", "holds in part", "is mixed", "does not hold", "comes to no difference", "is undecided"
+    many = "hold", "hold in part", "are mixed", "do not hold", "come to no difference", "are undecided"
+    words = zip(VERDICTS, (*one, "is not measured yet"), (*many, "are not measured yet"), strict=True)
+    counts = [f"{found[v]} {one if found[v] == 1 else more}" for v, one, more in words if v in found]
     return f"Of the paper's claims, {found.total()} are judged by the tables: {', '.join(counts)}."
 
 
