@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'SMALL', 'OTHER', 'DATASETS', 'FOLDERS', 'TABLES', 'ARRAYS', 'OWN_DATA', 'add_arrays', 'is_ink', 'is_source',
-           'dataset_name', 'folder_kind', 'about_data', 'preset', 'loader_of', 'load_data', 'unknown_source']
+           'dataset_name', 'folder_kind', 'about_data', 'preset', 'loader_of', 'load_data', 'unknown_source',
+           'sums_of_file']
 
 # %% ../nbs/08c_catalogue.ipynb #083002
 import os
@@ -208,12 +209,19 @@ def unknown_source(dataset: str | Path) -> str:
     return f"unknown dataset {str(dataset)!r}; expected one of {known}, or an existing {OWN_DATA}"
 
 
+def sums_of_file(dataset: str | Path) -> dict[str, str] | None:  # None: it is no file of arrays
+    "Name and SHA-256 of a file as its data set has them, whether or not its content can be used."
+    path = Path(dataset).expanduser()
+    is_one = str(dataset) not in DATASETS and path.suffix.lower() in ARRAYS and path.is_file()
+    return {path.name: sha256(path.read_bytes())} if is_one else None
+
+
 def _read_path(dataset):
     "The arrays of a file or a folder of images, their sums, and the names of a table's columns."
     path = Path(dataset).expanduser()
     if (kind := path.suffix.lower()) in TABLES and path.is_file():
         arrays, columns = TABLES[kind](path)
-        return arrays, {path.name: sha256(path.read_bytes())}, columns
+        return arrays, sums_of_file(path), columns
     if kind in ARRAYS and path.is_file():
         return *read_arrays(path), ()
     if str(dataset) and path.is_dir():

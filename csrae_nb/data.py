@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SPLITS', 'BINARISATION_SEED', 'CENTRED', 'ROOM', 'LazyImages', 'Dataset', 'names_of_labels', 'labelled_rows',
            'is_binary', 'is_bytes', 'default_likelihood', 'scaled', 'values_of', 'table_as', 'seen_as', 'scaled_as',
-           'column_units', 'channels_first', 'cut_splits', 'check_examples', 'numbered', 'check_arrays', 'sha256',
-           'from_arrays', 'some', 'chosen_columns', 'row_numbers', 'without_numbers', 'table_arrays', 'is_table',
-           'data_columns', 'as_named_arrays']
+           'column_units', 'channels_first', 'cut_splits', 'check_examples', 'filled', 'numbered', 'check_arrays',
+           'sha256', 'from_arrays', 'some', 'chosen_columns', 'row_numbers', 'without_numbers', 'table_arrays',
+           'is_table', 'data_columns', 'as_named_arrays']
 
 # %% ../nbs/08_data.ipynb #080002
 import hashlib
@@ -311,8 +311,10 @@ def check_examples(
     return x
 
 # %% ../nbs/08_data.ipynb #080029
-def _filled(y):
-    "Text, or what a table holds: numbers if there is nothing else, NaN for no label; else text, '' for none."
+def filled(
+    y: np.ndarray,  # of text or objects, such as a table's cells
+) -> np.ndarray:  # of its shape
+    "Numbers where there is nothing else, NaN for what is missing; else text, '' for that."
     if y.dtype.kind != "O":
         y = y.astype(str)
     none = np.array([v is None or str(v) in ("", "nan", "<NA>") for v in y.flat], bool).reshape(y.shape)
@@ -341,7 +343,7 @@ def _labels(name, y):
     if y.ndim == 1 and y.dtype.kind == "b":
         y = y.astype(str)
     if y.dtype.kind in "OSU":
-        y = _filled(y)
+        y = filled(y)
     if y.dtype.kind == "f":
         y = _whole(name, y)
     if y.dtype.kind in "biu":
@@ -522,7 +524,7 @@ def without_numbers(columns: Mapping[str, np.ndarray]) -> list[str]:
 def _numbers(columns, names, table):  # (n, names)
     "Columns side by side, NaN for none: bytes as they are, others as floats. ValueError for those of others."
     parts = {name: np.asarray(columns[name]) for name in names}
-    parts = {k: _filled(a) if a.dtype.kind == "O" and a.ndim == 1 else a for k, a in parts.items()}
+    parts = {k: filled(a) if a.dtype.kind == "O" and a.ndim == 1 else a for k, a in parts.items()}
     if odd := without_numbers(parts):
         raise ValueError(f"{table}'s columns {some(odd)} hold no numbers: leave them out, and call labels y")
     x = np.stack(list(parts.values()), 1)

@@ -23,8 +23,9 @@ from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from .catalogue import about_data
-from .data import CENTRED, column_units, data_columns, default_likelihood, from_arrays, is_table
-from .data import scaled_as, some, table_as, values_of, without_numbers
+from .data import CENTRED, chosen_columns, column_units, data_columns, default_likelihood, filled
+from .data import from_arrays, is_table, scaled_as, some, table_arrays, table_as, values_of
+from .data import without_numbers
 from .mixtures import GMM, Draws, FullGMM
 from .likelihoods import make_likelihood
 from .models import MODELS, Autoencoder, warmed_up
@@ -106,7 +107,8 @@ class _Codes(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Parameters):
         return mean_codes(self.model_, x).numpy().astype(dtype)
 
     def inverse_transform(self, X) -> np.ndarray:  # (n, features), of codes (n, D)
-        """E[x|z] of codes, in the data's units, but bytes as the model saw them: x / 255, or x / 255 - 0.5.
+        """E[x|z] of codes, in the data's units, but bytes under another likelihood than a gaussian as the
+        model saw them: x / 255, or x / 255 - 0.5.
         ValueError for another number of columns."""
         return _rows_of_codes(self, X)
 
@@ -187,6 +189,7 @@ class CSRAEEmbedding(_Codes, _Components):
 
     def partial_fit(self, X, y=None) -> "CSRAEEmbedding":  # itself; y is ignored
         """One pass over the rows X in shuffled batches, from where the last call or fit left off.
+        Batches are of one size, at most `batch_size`: where rows do not come out even, a few count twice.
         Nothing validates; the first rows should be as many as `components`. ValueError as in fit."""
         cfg, model, optimizer, history = _one_pass(self, X)
         for known in ("refitted_", "best_epoch_"):
@@ -243,13 +246,15 @@ def _columns_of(X, likelihood, standardize):  # float64
 def _without_row_numbers(est, X, start):
     "A table without the columns that number its rows, which none of a file has either."
     names, known = list(getattr(X, "column_names", X.columns)), getattr(est, "feature_names_in_", None)
-    if start:
+    if hasattr(est, "run_") and known is not None and {*known} <= {*names}:
+        kept = [*known]  # a run's columns, by name
+    elif start:
         kept = data_columns(X, "X")
     elif known is None:
         return X
     else:
         kept = [k for k in names if k in known or str(k) and not str(k).startswith("Unnamed: 0")]
-    if len(kept) == len(names):
+    if kept == names:
         return X
     return X.select(kept) if hasattr(X, "select") else X[kept]
 
@@ -259,13 +264,29 @@ def _grey_levels(X):
     x = np.asarray(X) if hasattr(X, "__array__") else X
     return x if getattr(x, "dtype", None) == np.uint8 else None
 
-
-def _tell_columns(table, error):
-    "ValueError that names the columns of a table that hold no numbers, if there are any."
-    names = getattr(table, "column_names", getattr(table, "columns", ()))
-    if odd := without_numbers({str(k): np.asarray(table[k]) for k in names}):
+# %% ../nbs/20_estimator.ipynb #200209c
+def _tell_columns(est, table, error):
+    "ValueError that names a table's columns that hold no numbers, or nothing in a row, if there are any."
+    keys = list(getattr(table, "column_names", table.columns))
+    names = tuple(map(str, keys))
+    if {*names} - {*getattr(est, "feature_names_in_", names)}:
+        return  # of columns unseen at fit scikit-learn tells
+    chosen_columns(names, names, "X")
+    columns = {str(k): np.asarray(table[k]) for k in keys}
+    known = {k: filled(a) if a.dtype.kind == "O" and a.ndim == 1 else a for k, a in columns.items()}
+    if odd := without_numbers(known):
         remedy = "leave them out, or write them as numbers, by OneHotEncoder say"
         raise ValueError(f"X's columns {some(odd)} hold no numbers: {remedy}") from error
+    table_arrays(columns, names, "X")
+
+
+def _check_kinds(X):
+    "ValueError for dates, spans of time and complex numbers, which would be read as numbers."
+    kinds = getattr(X, "dtypes", None)
+    kinds = [getattr(X, "dtype", None)] if kinds is None else list(kinds)
+    if odd := sorted({str(k) for k in kinds if getattr(k, "kind", "f") in "cmM"}):
+        start = "Complex data not supported: " if "complex" in str(odd) else ""  # as scikit-learn has it
+        raise ValueError(f"{start}X holds {', '.join(odd)}; expected real numbers")
 
 # %% ../nbs/20_estimator.ipynb #200119
 def _rows(est, X, start, **kw):  # start: a training begins
@@ -274,11 +295,13 @@ def _rows(est, X, start, **kw):  # start: a training begins
     X = _without_row_numbers(est, X, start) if (table := is_table(X)) else X
     X = X if start else _flat(X, est.x_shape_)
     X = X.detach().cpu().numpy() if isinstance(X, torch.Tensor) else X
+    _check_kinds(X)
     grey = _grey_levels(X)
     try:
         X = validate_data(est, X, reset=start, dtype=[np.float64, np.float32], **kw)
     except (ValueError, TypeError) as e:
-        _tell_columns(X if table else {}, e)
+        if table:
+            _tell_columns(est, X, e)
         raise
     x = X.astype(np.float64)
     if start:
@@ -324,10 +347,18 @@ _fields = (
 def _plain(v):
     return v.item() if isinstance(v, np.generic) else v  # a grid of numpy's numbers
 
+# %% ../nbs/20_estimator.ipynb #200312
+def _check_given(own):
+    "ValueError for None in the place of a number or a name."
+    usual = CSRAEEmbedding().get_params()
+    if none := [k for k, v in own.items() if v is None and usual[k] is not None]:
+        raise ValueError(f"{none[0]}=None; expected a value, such as {none[0]}={usual[none[0]]!r}")
+
 # %% ../nbs/20_estimator.ipynb #200112
 def _config(est, n, seed):  # of n training rows
     "The resolved Config of an estimator's parameters; ValueError for those that cannot be, or are set twice."
     own = {k: _plain(getattr(est, k)) for k in _fields}
+    _check_given(own)
     own |= dict(likelihood=est.likelihood_, seed=seed, dataset="arrays", labels=0)
     if own["model"] not in MODELS:
         raise ValueError(f"unknown model {own['model']!r}; expected one of {', '.join(MODELS)}")
@@ -479,9 +510,12 @@ def _pass(acc, data, cfg, epoch, weights, state, verbose):
 # %% ../nbs/20_estimator.ipynb #200025
 def _one_pass(est, X):
     "One more pass: configuration, model, the optimiser's state, and the history with one more row."
-    x, _ = _rows(est, X, not hasattr(est, "model_"))
-    config, state, history, batch_size = _left_off(est, len(x))
-    data, cfg = _dataset(est, x, x), dataclasses.replace(config, batch_size=batch_size)
+    x, _ = _rows(est, X, start := not hasattr(est, "model_"), ensure_min_samples=1 + start)
+    config, state, history, most = _left_off(est, len(x))
+    steps = math.ceil(len(x) / most)
+    size = math.ceil(len(x) / steps)  # all rows in batches of one size, a few of them twice
+    whole = torch.cat([x, x[: steps * size - len(x)]])
+    data, cfg = _dataset(est, whole, x), dataclasses.replace(config, batch_size=size)
     weights, epoch = est.model_.state_dict() if history else None, len(history) + 1
     with one_training, torch_defaults(cfg.threads), accelerator(cfg) as acc:
         model, opt, terms = _pass(acc, data, cfg, epoch, weights, state, bool(est.verbose))

@@ -28,7 +28,7 @@ from torch import Tensor
 
 # %% ../nbs/10b_evaluation.ipynb #100102
 from . import __version__
-from .catalogue import dataset_name, load_data, preset
+from .catalogue import dataset_name, load_data, preset, sums_of_file
 from .data import Dataset, labelled_rows
 from .mixtures import GMM, FullGMM, as_mixture, unchecked
 from csrae_nb.metrics import (
@@ -602,14 +602,13 @@ def complete_run(
 ) -> dict:  # metrics; of several processes, only the main one's are not empty
     """All of a run: fit it, evaluate it, write metrics.json. What its folder holds already is not done again;
     ValueError if that is of other data."""
-    there = finished_metrics(cfg)
     try:
         data = prepare_data(cfg := resolve(cfg), data)
     except (OSError, ValueError) as e:
-        if there is None or data is not None:
+        if data is not None or finished_metrics(cfg, sums_of_file(cfg.dataset)) is None:
             raise
         warnings.warn(f"{run_name(cfg)} is finished; whether its data are the same now is not known: {e}")
-        return there
+        return finished_metrics(cfg)
     if metrics := finished_metrics(cfg, data.sha256):
         if idle := idle_fields(cfg):  # of others fit says it
             warnings.warn(idle, stacklevel=2)

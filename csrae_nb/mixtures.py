@@ -514,7 +514,7 @@ class FullGMM(Mixture):
 
     def __post_init__(self):
         _check_covariances(self)
-        if not _can_look(self.logw):
+        if not _can_look(self.logw) or not self.cov.numel():
             return
         _check_weights(self.logw)
         _check_means(self.mu)

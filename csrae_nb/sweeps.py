@@ -28,7 +28,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 # %% ../nbs/12b_sweeps.ipynb #120102
-from .catalogue import is_source, loader_of, unknown_source
+from .catalogue import is_source, loader_of, sums_of_file, unknown_source
 from .config import EVALUATION, Config, command, run_name
 from .evaluation import finished_metrics, results_table, write_table
 from .files import progress_bar, runs_folder
@@ -291,8 +291,8 @@ def pieces(
 def check_data(
     configs: Iterable[Config],  # of finished runs
 ) -> None:
-    """ValueError for runs of files of one's own, or of faces, that have changed since. What cannot be loaded
-    now is not looked at."""
+    """ValueError for runs of files of one's own, or of faces, that have changed since. What is not there
+    any more is not looked at."""
     of = defaultdict(list)
     for c in configs:
         fields = loader_of(c.dataset)[1]
@@ -303,11 +303,11 @@ def check_data(
         try:
             sums = prepare_data(runs[0]).sha256
         except (OSError, ValueError):
-            continue
+            sums = sums_of_file(runs[0].dataset)  # of one that is there, and cannot be used
         if other := [run_name(c) for c in runs if finished_metrics(c, sums) is None]:
             raise ValueError(
                 f"{len(other)} finished runs are of other data than {runs[0].dataset} is now, {other[0]} "
-                "for one; move them away to run them anew, or keep both apart by `name` or another CSRAE_RUNS"
+                "for one; move them away to run them anew, or keep both apart by another CSRAE_RUNS"
             )
 
 # %% ../nbs/12b_sweeps.ipynb #120037

@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 # %% ../nbs/23_after_training.ipynb #230102
-from .catalogue import DATASETS, TABLES, dataset_name, is_ink, load_data, loader_of
+from .catalogue import ARRAYS, DATASETS, TABLES, dataset_name, is_ink, load_data, loader_of
 from .config import command, identity
 from csrae_nb.data import (
     BINARISATION_SEED,
@@ -131,7 +131,7 @@ def read_examples(
         return _test_split(run, str(source))
     path = Path(source).expanduser() if isinstance(source, (str, Path)) else None
     x, names, of_table = _read(path, run.columns) if path else _in_memory(source, run.columns)
-    x = _one_array(x)
+    x = _one_array(x, str(path or "the examples"))
     x = as_trained(
         run, table_as(x, run.values, str(path or "the table")) if of_table else x, str(path or "x")
     )
@@ -195,7 +195,7 @@ def _check_scale(run, values, source):
 def _read(path, columns):
     "Arrays by name, or one; the names of the examples, None if they have none; whether it is a table."
     kind = path.suffix.lower()
-    if path.is_dir() or kind in IMAGES:
+    if path.is_dir() or kind in IMAGES and path.is_file():
         files, x = folder_images(path)
         return x, tuple(f.as_posix() for f in files), False
     if kind in VIDEOS:
@@ -204,6 +204,9 @@ def _read(path, columns):
         )
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there, nor one of {', '.join(DATASETS)}")
+    if kind not in ARRAYS:
+        known = ", ".join((*ARRAYS, *IMAGES))
+        raise ValueError(f"{path} is none of {known}, or a folder of pictures: convert it to one of these")
     return (TABLES[kind](path, columns) if kind in TABLES else read_arrays(path))[0], None, kind in TABLES
 
 
@@ -212,13 +215,15 @@ def _in_memory(source, columns):
     return arrays, None, bool(names) or is_table(source)
 
 
-def _one_array(x):
-    "Of several the one that is meant."
+def _one_array(x, name):
+    "Of several the one that is meant; a warning that names it, if there are others."
     if not isinstance(x, dict):
         return x
     keys = [k for k in ("x", "x_test", "x_val", "x_train") if k in x]
     if not keys:
         raise ValueError(f"there are {', '.join(x)}; expected x")
+    if others := keys[1:]:
+        warnings.warn(f"{name}: its {keys[0]} is read; {', '.join(others)} are not, give them by themselves")
     return x[keys[0]]
 
 # %% ../nbs/23_after_training.ipynb #230012

@@ -9,6 +9,7 @@ import warnings
 import jaxtyping
 import joblib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.base import clone
@@ -20,6 +21,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+from csrae_nb import estimator
 from csrae_nb.estimator import CSRAEEmbedding
 from csrae_nb.config import Config
 from csrae_nb.evaluation import complete_run
@@ -83,8 +85,8 @@ def test_without_checkpoints_a_run_ends_the_same(tmp_path):
 
 def test_one_partial_fit_is_one_epoch_of_fit():
     "Over the k-means, which comes after epoch 3, and over scales, order and noise."
-    there = quick(epochs=5, validation_fraction=0).fit(X)
-    here = quick(epochs=5)
+    there = quick(epochs=5, validation_fraction=0, batch_size=75).fit(X)
+    here = quick(epochs=5, batch_size=75)
     for _ in range(5):
         here.partial_fit(X)
     assert there.best_epoch_ == 5
@@ -107,7 +109,51 @@ def test_partial_fit_on_chunks_of_all_sizes():
         est.partial_fit(X[rows])
     assert est.config_.components == 4 and est.n_iter_ == 5 and np.isfinite(est.transform(X)).all()
     assert quick().partial_fit(X[:3]).config_.components == 3
-    assert np.isfinite(quick().partial_fit(X[:1]).transform(X)).all()
+    with pytest.raises(ValueError, match="minimum of 2 is required"):
+        quick().partial_fit(X[:1])  # which has no scale
+
+
+@pytest.mark.parametrize("n, steps, size", [(40, 1, 40), (41, 2, 21), (79, 2, 40), (80, 2, 40), (81, 3, 27)])
+def test_partial_fit_learns_from_all_rows(n, steps, size, monkeypatch):
+    seen, epoch = [], estimator.train_epoch
+
+    def spied(task, acc, model, opt, data, *args):
+        rows = task.rows(data, args[0])
+        seen.append((tuple(rows.shape), len(data.x_train[rows.flatten()].unique(dim=0))))
+        return epoch(task, acc, model, opt, data, *args)
+
+    monkeypatch.setattr(estimator, "train_epoch", spied)
+    quick(batch_size=40).partial_fit(np.random.default_rng(0).normal(size=(n, 3)))
+    assert seen == [((steps, size), n)]
+
+
+TABLE = pd.DataFrame(X[:, :3], columns=list("abc"))
+ODD = {
+    "X, row 1, column 'd' holds nothing": TABLE.assign(d=[None] + [1.0] * (len(X) - 1)),
+    "X, row 2, column 'd' holds nothing": TABLE.assign(d=[1.0, np.nan] + [1.0] * (len(X) - 2)),
+    "columns d hold no numbers: .* OneHotEncoder": TABLE.assign(d="x"),
+    "more than one column a": pd.DataFrame(X[:, :2], columns=["a", "a"]),
+    r"X holds datetime64\[D\]; expected real numbers": X.astype("M8[D]"),
+    "X holds complex128; expected real numbers": TABLE.assign(d=1j),
+}
+
+
+@pytest.mark.parametrize("says", ODD)
+def test_what_is_wrong_with_a_table_is_said_with_its_place(says):
+    with pytest.raises(ValueError, match=says):
+        quick().fit(ODD[says])
+
+
+def test_columns_unseen_at_fit_are_called_so_whatever_they_hold():
+    est = quick().fit(TABLE)
+    with pytest.raises(ValueError, match="unseen at fit time:\n- city"):
+        est.transform(TABLE.assign(city="Rome"))
+
+
+@pytest.mark.parametrize("field", ["components", "latent_dim", "epochs", "batch_size", "prior"])
+def test_none_is_no_value(field):
+    with pytest.raises(ValueError, match=f"{field}=None; expected a value, such as"):
+        quick(**{field: None}).fit(X)
 
 
 def test_partial_fit_goes_on_after_fit(fitted):
@@ -674,3 +720,10 @@ def test_components_that_are_asked_for_and_too_many_are_said():
     with pytest.warns(UserWarning, match="components=50, but 20 rows to train on"):
         est = quick(components=50, validation_fraction=0.0).fit(X[:20])
     assert est.config_.components == 20
+
+
+def test_a_run_takes_its_columns_of_a_table_by_name(tmp_path):
+    cfg = Config(dataset="arrays", latent_dim=2, epochs=1, components=4, batch_size=50)
+    run = fit(cfg, TABLE, progress=False, folder=tmp_path / "run")
+    est = CSRAEEmbedding.from_run(run)
+    assert np.array_equal(est.transform(TABLE.assign(y="x")[["c", "y", "a", "b"]]), est.transform(TABLE))

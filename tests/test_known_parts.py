@@ -16,7 +16,7 @@ from csrae_nb.divergence import log_overlap
 from csrae_nb.fleet import fleets
 from csrae_nb.layers import layered_networks, two_layers
 from csrae_nb.likelihoods import Bernoulli, DiscretizedLogistic, Gaussian
-from csrae_nb.mixtures import GMM, matrix_log_prob
+from csrae_nb.mixtures import GMM, FullGMM, matrix_log_prob
 from csrae_nb.models import CSRAE, IWAE, VAE, VampPriorVAE
 from csrae_nb.networks import make_networks, mlp
 from csrae_nb.patterns import Patterns, em_of_patterns
@@ -41,6 +41,10 @@ def test_a_gmm_beside_another_family_has_its_variances():
     q = GMM.gaussian(torch.zeros(2), 4.0)
     same = Independent(Normal(torch.zeros(2), torch.full((2,), 2.0)), 1)
     torch.testing.assert_close(log_overlap(q, box), log_overlap(same, box))
+
+
+def test_an_empty_batch_of_full_covariances():
+    assert FullGMM(torch.zeros(0, 1), torch.zeros(0, 1, 2), torch.zeros(0, 1, 2, 2)).batch_shape == (0,)
 
 
 def test_narrow_components_far_apart_are_not_left_to_a_matrix_product():

@@ -449,7 +449,7 @@ def test_two_sweeps_that_end_together_lose_no_rows(tmp_path, monkeypatch):
     assert {r["command"] for r in sweeps.rows_there(tmp_path / "table.csv")} == {"a", "b"}
 
 
-def test_runs_that_are_finished_are_not_taken_for_runs_of_files_that_changed(tmp_path):
+def test_runs_that_are_finished_are_not_taken_for_runs_of_files_that_changed(tmp_path, capsys):
     "The data of one's own may be mended: neither their numbers nor their tables mix with those of before."
     file, words = tmp_path / "d.csv", "epochs=1 latent_dim=2 ll_samples=0 fid_layer=0 components=5".split()
     x = np.random.default_rng(0).normal(size=(300, 4))
@@ -471,6 +471,12 @@ def test_runs_that_are_finished_are_not_taken_for_runs_of_files_that_changed(tmp
     (run.parent / "checkpoint.safetensors").unlink(missing_ok=True)
     now = complete_run(cfg, progress=False)  # trained anew, and so evaluated anew
     assert now["reconstruction"] > json.loads(before)["metrics"]["reconstruction"] + 1
+    file.write_text("a,b,c,d\n1,2,,4\n")  # there, other, and of no use
+    with pytest.raises(ValueError, match="row 1, column 'c' holds nothing"):
+        complete_run(cfg, progress=False)
+    with pytest.raises(SystemExit):
+        main([f"dataset={file}", "model=CSRAE", *words, "seed=0", "--jobs", "1"])
+    assert "finished runs are of other data than" in capsys.readouterr().err
     file.unlink()
     with pytest.warns(UserWarning, match="whether its data are the same now is not known"):
         assert complete_run(cfg, progress=False) == now

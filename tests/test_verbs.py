@@ -532,3 +532,25 @@ def test_a_loss_that_is_not_finite_and_an_extra_that_is_missing_are_a_line_each(
             main(["train", *words, "epochs=2", "warmup=0", "ll_samples=0", "name=odd"])
         said.append((stop.value.code, capsys.readouterr().err.strip().splitlines()[-1]))
     assert [code for code, _ in said] == [2, 2] and all(text.startswith("csrae train: ") for _, text in said)
+
+
+def test_of_an_npz_with_splits_it_is_said_which_is_read(runs, tmp_path):
+    x = load_data("digits").fixed("test")[:6].numpy()
+    np.savez(tmp_path / "split.npz", x_train=x[:4], x_test=x[4:])
+    with pytest.warns(UserWarning, match="split.npz: its x_test is read; x_train are not"):
+        assert len(read_examples(load_run(runs / "mixture"), tmp_path / "split.npz")) == 2
+
+
+@pytest.mark.parametrize(
+    "name, there, error, says",
+    [
+        ("one.webp", True, ValueError, "one.webp is none of .npz, .*: convert it to one of these"),
+        ("make.py", True, ValueError, "make.py is none of .npz"),
+        ("none.png", False, FileNotFoundError, "none.png is not there, nor one of digits"),
+    ],
+)
+def test_a_file_of_no_known_kind_or_none_at_all(name, there, error, says, runs, tmp_path):
+    if there:
+        (tmp_path / name).write_bytes(b"RIFF")
+    with pytest.raises(error, match=says):
+        read_examples(load_run(runs / "mixture"), tmp_path / name)
