@@ -209,7 +209,7 @@ def _read(path, columns):
         raise ValueError(f"{path} is none of {known}, or a folder of pictures: convert it to one of these")
     return (TABLES[kind](path, columns) if kind in TABLES else read_arrays(path))[0], None, kind in TABLES
 
-
+# %% ../nbs/23_after_training.ipynb #230418
 def _in_memory(source, columns):
     arrays, names = as_named_arrays(source, columns)
     return arrays, None, bool(names) or is_table(source)
