@@ -253,4 +253,5 @@ def gradient_noise(
         term = out.loss if whole else out.kl_local["kl_divergence_z"].mean()
         rows.append(torch.cat([t.flatten() for t in torch.autograd.grad(term, parameters)]))
     g = torch.stack(rows).double()
-    return (g.var(0).sum() / g.mean(0).square().sum()).item()
+    noise = g.var(0).sum()
+    return (noise / (g.mean(0).square().sum() - noise / draws)).item()  # the mean of draws has noise, too
