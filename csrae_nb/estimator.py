@@ -280,11 +280,13 @@ def _tell_columns(est, table, error):
     table_arrays(columns, names, "X")
 
 
-def _check_kinds(X):
+def _check_kinds(est, X, table):
     "ValueError for dates, spans of time and complex numbers, which would be read as numbers."
     kinds = getattr(X, "dtypes", None)
     kinds = [getattr(X, "dtype", None)] if kinds is None else list(kinds)
     if odd := sorted({str(k) for k in kinds if getattr(k, "kind", "f") in "cmM"}):
+        if table:
+            _tell_columns(est, X, None)
         start = "Complex data not supported: " if "complex" in str(odd) else ""  # as scikit-learn has it
         raise ValueError(f"{start}X holds {', '.join(odd)}; expected real numbers")
 
@@ -295,7 +297,7 @@ def _rows(est, X, start, **kw):  # start: a training begins
     X = _without_row_numbers(est, X, start) if (table := is_table(X)) else X
     X = X if start else _flat(X, est.x_shape_)
     X = X.detach().cpu().numpy() if isinstance(X, torch.Tensor) else X
-    _check_kinds(X)
+    _check_kinds(est, X, table)
     grey = _grey_levels(X)
     try:
         X = validate_data(est, X, reset=start, dtype=[np.float64, np.float32], **kw)

@@ -455,8 +455,9 @@ def test_an_estimator_of_a_run_says_what_csrae_encode_writes(run, tmp_path):
     with torch.no_grad():
         assert np.allclose(back, run.model.reconstruct(torch.from_numpy(VALUES).float()), rtol=1e-4)
     assert np.isfinite(est.score(FRAME[[*NAMES]])) and est.sample(5)[0].shape == (5, 3)
+    assert est.transform(FRAME[["age", "weight", "height"]]).equals(z)  # as csrae encode takes them
     with pytest.raises(ValueError, match="feature names"):
-        est.transform(FRAME[["age", "weight", "height"]])
+        est.transform(FRAME[["age", "weight"]])
 
 
 def test_set_output_of_polars():

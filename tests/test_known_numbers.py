@@ -275,7 +275,8 @@ def test_em_afterwards_stops_by_codes_that_it_does_not_fit(run, data, monkeypatc
 
 
 def test_of_several_arrays_the_test_is_meant():
-    assert trained._one_array(dict(x_train=1, x_test=2)) == 2
+    with pytest.warns(UserWarning, match="s.npz: its x_test is read; x_train are not"):
+        assert trained._one_array(dict(x_train=1, x_test=2), "s.npz") == 2
 
 
 # tables

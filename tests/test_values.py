@@ -377,7 +377,10 @@ TWO = torch.zeros(1), torch.zeros(1, 2)  # a weight's logarithm, and means of on
         (lambda: GMM.gaussian(torch.zeros(2), 1.0).sample(-1), "n=-1; expected the number of draws"),
         (lambda: fit("digits"), "cfg is a str; expected a Config"),
         (lambda: load_run("no run"), "open_run finds them by name"),
-        (lambda: fit(Config(dataset="arrays"), np.zeros((50, 3))), "set batch_size=40 or less"),
+        (
+            lambda: fit(Config(dataset="arrays"), np.zeros((50, 3))),
+            "more than the 40 training examples of arrays; set 40 or less",
+        ),
     ],
 )
 def test_what_would_go_wrong_later_is_refused(make, says, monkeypatch):
