@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.func import functional_call, stack_module_state
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
@@ -53,6 +52,8 @@ from csrae_nb.training import (
 # %% ../nbs/09f_fleet.ipynb #170005
 def _as_one(f, *tensors):
     "f of tensors under vmap, called once with the members first in each; ValueError if none is mapped."
+    from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter  # which may move
+
     at_work = retrieve_current_functorch_interpreter()  # vmap's
     values, axes = zip(*(torch._C._functorch._unwrap_batched(t, at_work.level()) for t in tensors))
     sizes = [t.shape[a] for t, a in zip(values, axes) if a is not None]
