@@ -28,7 +28,7 @@ from torch import Tensor
 
 # %% ../nbs/10b_evaluation.ipynb #100102
 from . import __version__
-from .catalogue import dataset_name, load_data, preset, sums_of_file
+from .catalogue import dataset_name, load_data, loader_of, preset, sums_of_file
 from .data import Dataset, labelled_rows
 from .mixtures import GMM, FullGMM, as_mixture, unchecked
 from csrae_nb.metrics import (
@@ -216,8 +216,9 @@ def _real_statistics(cfg, real, features, some):
         n=len(some),
         features=features.name,
     )
-    if cfg.fold:
-        key["fold"] = cfg.fold  # of faces: other subjects are tested
+    key |= {
+        f: getattr(cfg, f) for f in loader_of(cfg.dataset)[1]
+    }  # as the fold of faces, who are others then
 
     def of_real():
         found = feature_statistics(features.of, (real.x_test[i] for i in some.split(500)))

@@ -10,13 +10,16 @@ from textwrap import dedent
 
 import numpy as np
 import pytest
+import torch
 from sklearn.base import clone
 
 from csrae_nb.catalogue import DATASETS, SMALL
-from csrae_nb.config import Config, make_config
+from csrae_nb.config import Config, make_config, resolve
 from csrae_nb.data import from_arrays
 from csrae_nb.estimator import CSRAEEmbedding
+from csrae_nb.evaluation import _real_statistics
 from csrae_nb.grids import without_effect
+from csrae_nb.metrics import Features
 from csrae_nb.models import CSRAE, MODELS
 from csrae_nb.priors import PRIORS
 from csrae_nb.registry import Registry
@@ -318,3 +321,21 @@ def test_two_threads_ask_for_a_plugin_at_once():
     """
     done = subprocess.run([sys.executable, "-c", dedent(script)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_real_statistics_are_kept_apart_by_a_data_sets_own_fields(tmp_path, monkeypatch):
+    monkeypatch.setenv("CSRAE_CACHE", str(tmp_path))
+    x = torch.rand(60, 4)
+
+    def part(likelihood=None, split_seed=0, part=0):
+        arrays = dict(x_train=x, x_val=x[:10], x_test=x[30 * part :][:30])
+        return from_arrays(arrays, "gaussian", split_seed, "parts", dict(file="0" * 64))
+
+    DATASETS.add("parts", part, preset=SMALL, fields=dict(part=0), uses=("part",))
+    try:
+        features, some = Features("flat", lambda x: x.flatten(1)), torch.arange(30)
+        configs = [resolve(make_config(dict(dataset="parts", part=k))) for k in (0, 1)]
+        found = [_real_statistics(c, part(part=k), features, some).mean for k, c in enumerate(configs)]
+    finally:
+        del DATASETS["parts"]
+    assert not torch.equal(*found)
