@@ -216,9 +216,8 @@ def _real_statistics(cfg, real, features, some):
         n=len(some),
         features=features.name,
     )
-    key |= {
-        f: getattr(cfg, f) for f in loader_of(cfg.dataset)[1]
-    }  # as the fold of faces, who are others then
+    # such as the fold of faces, where other subjects are tested
+    key |= {f: getattr(cfg, f) for f in loader_of(cfg.dataset)[1]}
 
     def of_real():
         found = feature_statistics(features.of, (real.x_test[i] for i in some.split(500)))
