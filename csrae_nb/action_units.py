@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .frames import UNKNOWN
 from .claims import LEVEL, Estimate, p_value
-from .results import holm, markdown_table, n_seeds, read_paper, shown, where
+from .results import holm, markdown_table, n_seeds, read_paper, settings, shown, where
 from .config import SUPERVISED
 
 # %% ../nbs/16_action_units.ipynb #160007
@@ -242,10 +242,14 @@ def ways_table(
     metrics: dict[str, str] = WAYS,  # and what they are called
     answer: str | None = None,  # one of them; None: the mean
 ) -> str:  # Markdown
-    "What answers are judged by: one row per setting, with errors over seeds."
-    of = "" if answer is None else f"_{answer}"
-    name = lambda r: r.get("settings") or "balance=batches"
-    lines = [[name(r), *(shown(r, m + of, _digits(m)) for m in metrics)] for r in rows]
+    "What answers are judged by: one row per setting in which they differ, with errors over seeds."
+    of, found = "" if answer is None else f"_{answer}", [settings(r).items() for r in rows]
+    shared = set(found[0]).intersection(*found) if len(rows) > 1 else set()
+    names = [" ".join(f"{k}={v}" for k, v in own if (k, v) not in shared) for own in found]
+    lines = [
+        [name or "balance=batches", *(shown(r, m + of, _digits(m)) for m in metrics)]
+        for name, r in zip(names, rows)
+    ]
     return markdown_table(["", *metrics.values()], lines)
 
 # %% ../nbs/16_action_units.ipynb #160125

@@ -6,7 +6,7 @@
 __all__ = ['TASKS', 'SUPERVISED', 'EVALUATION', 'ModelConfig', 'Config', 'known_models', 'has_cs', 'fields_of_data',
            'check_fields_of_data', 'brought_fields', 'known_fields', 'check_fields', 'make_config', 'resolve',
            'prior_kind', 'divergence_weight', 'task_class', 'used_fields', 'unused_fields', 'identity', 'run_name',
-           'command', 'idle_fields']
+           'given_fields', 'command', 'idle_fields']
 
 # %% ../nbs/09_config.ipynb #090002
 import dataclasses
@@ -550,7 +550,7 @@ def run_name(cfg: Config) -> str:  # a folder name
     return f"{dataset_name(c.dataset)}-{c.model}{mixture}{size}{labels}-seed{c.seed}-{digest}"
 
 # %% ../nbs/09_config.ipynb #090026
-def _fields_set(cfg):
+def _given(cfg):
     "The fields that neither the defaults nor the preset give, but for the data set; with their values."
     # with the warm-up of these epochs
     usual = resolve(Config(dataset=cfg.dataset, epochs=cfg.epochs, batch_size=cfg.batch_size))
@@ -563,19 +563,21 @@ def _fields_set(cfg):
     return own | dict(cfg.extra)
 
 
+def given_fields(cfg: Config) -> dict[str, Any]:  # field: value
+    "What a run looks at and neither the defaults nor its data set's preset give."
+    unused = unused_fields(cfg)
+    changed = {k: v for k, v in _given(cfg).items() if k not in unused}
+    return changed if cfg.dataset == Config.dataset else {"dataset": cfg.dataset, **changed}
+
+# %% ../nbs/09_config.ipynb #090126
 def command(cfg: Config) -> str:  # as typed in a terminal
     "What makes this run: papermill on train.ipynb, with the fields that neither default nor preset gives."
-    unused = unused_fields(cfg)
-    changed = {k: v for k, v in _fields_set(cfg).items() if k not in unused}
-    if cfg.dataset != Config.dataset:
-        changed = {"dataset": cfg.dataset, **changed}
-    return " ".join(
-        ["papermill nbs/train.ipynb", *(f"-p {k} {shlex.quote(str(v))}" for k, v in changed.items())]
-    )
+    values = (f"-p {k} {shlex.quote(str(v))}" for k, v in given_fields(cfg).items())
+    return " ".join(["papermill nbs/train.ipynb", *values])
 
 
 def idle_fields(cfg: Config) -> str:  # empty if there are none
     "What a configuration sets and its run does not look at, in words."
     unused = unused_fields(cfg)
-    idle = [f"{k}={v!r}" for k, v in _fields_set(cfg).items() if k in unused]
+    idle = [f"{k}={v!r}" for k, v in _given(cfg).items() if k in unused]
     return f"without effect on this {cfg.model}: {', '.join(idle)}" if idle else ""

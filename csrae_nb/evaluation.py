@@ -68,6 +68,8 @@ from csrae_nb.config import (
     Config,
     command,
     divergence_weight,
+    given_fields,
+    has_cs,
     idle_fields,
     identity,
     make_config,
@@ -629,21 +631,17 @@ def _row_key(c):
         with_labels |= dict(fold=c.fold, labels=c.labels, pretrain=c.pretrain)
     if c.labels and c.validation != "frames":
         with_labels["validation"] = c.validation
-    settings = dict(settings=_settings(c))
-    what, how = dict(dataset=dataset_name(c.dataset), model=c.model), _model_key(c)
-    return what | how | settings | with_labels | dict(epochs=c.epochs, ll_samples=c.ll_samples)
+    what, last = dict(dataset=dataset_name(c.dataset), model=c.model), dict(epochs=c.epochs)
+    key = what | _model_key(c) | dict(settings="") | with_labels | last | dict(ll_samples=c.ll_samples)
+    return key | dict(settings=_settings(c, {k for k, v in key.items() if v is not None}))
 
 
-def _settings(c):
-    "Fields of the model that no column says and that are not at their defaults: field=value field=value."
-    fields = "objective constraint posterior_components posterior_draws prior_network learned_weights"
-    fields += " layers lower_dim lower_weight skip"
-    fields += " prior_objective queue kmeans_epoch answers mirror balance encoder_weights"
-    fields += " patterns lam_patterns"
-    default, used = Config(), identity(c)
-    names = *fields.split(), *dict(c.extra)
-    values = {k: used[k] for k in names if k in used and used[k] != getattr(default, k)}
-    return " ".join(f"{k}={v}" for k, v in values.items())
+def _settings(c, columns):
+    "What a configuration sets and no column says: field=value field=value."
+    said = {*columns, "importance_samples", "kl_samples", "seed"}
+    said |= set() if has_cs(c) else {"beta"}  # which stands in column lam
+    others = identity(c).keys() - said
+    return " ".join(f"{k}={v}" for k, v in given_fields(c).items() if k in others)
 
 # %% ../nbs/10b_evaluation.ipynb #100450
 def _model_key(c):

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['ROW_KEY', 'WEIGHED', 'MARGIN', 'SIZES', 'TITLES', 'TABLES', 'SEMISUP', 'KS', 'LABELS', 'IMAGES', 'SHOWN', 'ROLES',
-           'results_folder', 'read_rows', 'with_name', 'n_seeds', 'joined', 'merge', 'read_results', 'read_table',
-           'read_paper', 'where', 'markdown_table', 'shown', 'choose', 'equal_training', 'cell_key', 'table2',
-           'distance_kind', 'distance_title', 'best_of_cells', 'table1', 'is_doubtful', 'doubts', 'rank_correlation',
-           'rank_p', 'holm', 'show_rank', 'resemblance', 'clear_ranks', 'plain_log', 'by_lam', 'lowest', 'is_cs',
-           'plot_selected', 'plot_criterion', 'selected_weights', 'plot_weights', 'plot_figure3', 'rank_over_weights',
-           'where_lowest', 'plot_figure4', 'label_names', 'table3', 'sweep_command', 'fill_commands', 'command_list']
+           'results_folder', 'read_rows', 'settings', 'with_name', 'n_seeds', 'joined', 'merge', 'read_results',
+           'read_table', 'read_paper', 'where', 'markdown_table', 'shown', 'choose', 'equal_training', 'cell_key',
+           'table2', 'distance_kind', 'distance_title', 'best_of_cells', 'table1', 'is_doubtful', 'doubts',
+           'rank_correlation', 'rank_p', 'holm', 'show_rank', 'resemblance', 'clear_ranks', 'plain_log', 'by_lam',
+           'lowest', 'is_cs', 'plot_selected', 'plot_criterion', 'selected_weights', 'plot_weights', 'plot_figure3',
+           'rank_over_weights', 'where_lowest', 'plot_figure4', 'label_names', 'table3', 'sweep_command',
+           'fill_commands', 'command_list']
 
 # %% ../nbs/13_results.ipynb #130002
 import csv
@@ -66,6 +67,11 @@ def read_rows(
     if missing := [c for c in columns if c not in there]:
         raise ValueError(f"{path} has no column {', '.join(missing)}; make it with csrae-sweep --csv")
     return [{k: _typed(k, v) for k, v in r.items()} for r in rows]
+
+
+def settings(row: dict) -> dict[str, str]:  # field: value
+    "What a row's column `settings` says: what was set for its runs and no other column tells."
+    return dict(s.split("=", 1) for s in (row.get("settings") or "").split())
 
 # %% ../nbs/13_results.ipynb #130008
 def with_name(r: dict) -> dict:

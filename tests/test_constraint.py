@@ -92,7 +92,7 @@ def test_rows_of_tables_tell_constraints_and_posteriors_apart(own_runs):
         for c in configs:
             complete_run(c, progress=False)
     wanted = ["", "constraint=divergence<=2 ", "posterior_components=2 "]
-    wanted = [w + "kmeans_epoch=1" for w in wanted]
+    wanted = [w + "kmeans_epoch=1 batch_size=20" for w in wanted]
     assert [r["settings"] for r in results_table([runs_folder() / run_name(c) for c in configs])] == wanted
 
 

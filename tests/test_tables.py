@@ -9,7 +9,10 @@ import pytest
 from scipy.stats import ttest_1samp, ttest_ind
 
 from csrae_nb import answers, claims, matched, pressure, results
-from csrae_nb.evaluation import METRICS, SETS, write_table
+from csrae_nb.config import run_name
+from csrae_nb.evaluation import METRICS, SETS, complete_run, results_table, write_table
+from csrae_nb.grids import expand
+from csrae_nb.files import runs_folder
 
 KL, CS = ("VAE", "VampPriorVAE"), ("CSRAE", "MixtureCSRAE")
 KINDS = {"VAE": "normal", "CSRAE": "normal", "VampPriorVAE": "vamp", "MixtureCSRAE": "mog"}
@@ -222,12 +225,10 @@ def test_a_matched_prior_nearer_than_its_reconstructions_wins_nothing(tmp_path):
 def test_what_three_seeds_and_nine_runs_say_of_action_units():
     "The p values in the chapter on action units."
     runs = results.read_rows(results.results_folder() / "faces_answers.csv", ("model", "settings", "f1_mean"))
+    way = lambda r: results.settings(r).get("balance", results.settings(r).get("answers", "batches"))
     asymmetric, batches = (
-        [
-            np.mean([r["f1_mean"] for r in runs if (r["settings"] or "") == how and r["seeds"] == s])
-            for s in "012"
-        ]
-        for how in ("balance=asymmetric", "")
+        [np.mean([r["f1_mean"] for r in runs if way(r) == how and r["seeds"] == s]) for s in "012"]
+        for how in ("asymmetric", "batches")
     )
     assert np.round([asymmetric, batches], 1).tolist() == [[38.7, 40.0, 42.6], [37.0, 36.1, 37.2]]
     assert round(ttest_ind(asymmetric, batches, equal_var=False).pvalue, 2) == 0.08
@@ -334,3 +335,20 @@ def test_doubt_goes_by_reconstructions_in_the_same_features():
 def test_a_gain_of_one_seed_is_no_error():
     one, three = claims.Estimate(3.0, 0.1, 1), claims.Estimate(4.0, 0.1, 3)
     assert claims.Gain(one, three, "mnist").beyond() == (1, 1.0)
+
+
+def test_rows_tell_all_that_was_set(tmp_path, monkeypatch):
+    "Runs that differ in any field that is set differ in a row's columns, too, and not in the command alone."
+    monkeypatch.setenv("CSRAE_RUNS", str(tmp_path))
+    usual = dict(model="VAE", network="mlp", latent_dim=2, epochs=1, warmup=0, pretrain=0)
+    usual |= dict(ll_samples=0, fid_layer=0, expost_components=2)
+    axes = dict(lr=[1e-3, 2e-3], batch_size=[50, 100], split_seed=[0, 1])
+    with_labels = dict(labels=100, alpha=[2.0, 12.0], labelled_batch=[5, 10])
+    configs = expand(usual | axes) + expand(usual | with_labels)
+    for c in configs:
+        complete_run(c, progress=False)
+    rows = results_table([runs_folder() / run_name(c) for c in configs])
+    keys = {tuple(r[k] for k in ("model", "labels", "settings")) for r in rows}
+    assert len(keys) == len(configs) == 12
+    assert rows[0]["settings"] == "batch_size=50 lr=0.001"
+    assert results.settings(rows[-1]) == dict(alpha="12.0", labelled_batch="10")
