@@ -20,7 +20,7 @@ from .models import BatchTerm
 from .registry import Registry
 
 # %% ../nbs/06b_aggregate.ipynb #061010
-PRIOR_OBJECTIVES = Registry("prior objective")  # functions that make a BatchTerm of a configuration
+PRIOR_OBJECTIVES = Registry("prior objective", may=("fields",))  # functions of a configuration: a BatchTerm
 PRIOR_OBJECTIVES.add("image", None)  # the paper's: the prior learns from the divergence of each image
 
 # %% ../nbs/06b_aggregate.ipynb #061020

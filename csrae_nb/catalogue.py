@@ -57,8 +57,10 @@ OTHER = SMALL | dict(
 )  # own arrays, and data sets without a preset
 
 # %% ../nbs/08c_catalogue.ipynb #083008
-DATASETS = Registry("dataset")
-FOLDERS = Registry("kind of folder")  # that is a data set of its own kind, known by what it `holds`
+_SAID = "preset", "uses", "fields", "choices"
+DATASETS = Registry("dataset", may=(*_SAID, "ink", "public"))
+# folders that are a data set of their own kind, known by what they hold
+FOLDERS = Registry("kind of folder", needs=("holds",), may=_SAID)
 
 
 def add_arrays(
@@ -67,6 +69,7 @@ def add_arrays(
     likelihood: str,  # its own, a key of LIKELIHOODS
     preset: dict = OTHER,
     ink: bool = False,  # whether grey levels are ink on paper, which is 0
+    public: bool = False,  # whether anybody may see its examples, as a VampPrior's pseudo-inputs show them
 ) -> None:
     "Register a data set that is read as arrays."
 
@@ -75,7 +78,7 @@ def add_arrays(
         return from_arrays(arrays, chosen or likelihood, split_seed, name, hashes)
 
     load.__module__, load.__qualname__ = read.__module__, f"load by {read.__qualname__}"  # one of its own
-    DATASETS.add(name, load, preset=preset, ink=ink)
+    DATASETS.add(name, load, preset=preset, ink=ink, public=public)
 
 
 def is_ink(dataset: str) -> bool:
@@ -83,18 +86,17 @@ def is_ink(dataset: str) -> bool:
     return dataset in DATASETS and DATASETS.about(dataset, "ink", False)
 
 # %% ../nbs/08c_catalogue.ipynb #083008b
-add_arrays("digits", read_digits, "bernoulli", SMALL, ink=True)  # 8×8, dynamically binarised; no download
-add_arrays(
-    "pinwheel", read_pinwheel, "gaussian", SMALL | dict(network="pinwheel", latent_dim=2, components=4)
-)
-add_arrays("mnist", read_mnist, "bernoulli", PAPER, ink=True)  # 28×28, dynamically binarised; 12 MB
-add_arrays("static_mnist", read_static_mnist, "bernoulli", PAPER, ink=True)  # 28×28, binary; no labels; 94 MB
-add_arrays("omniglot", read_omniglot, "bernoulli", PAPER, ink=True)  # 28×28, dynamically binarised
-add_arrays("caltech101", read_caltech101, "bernoulli", PAPER, ink=True)  # 28×28, binary
-add_arrays(
-    "cifar10", read_cifar10, "discretized_logistic", PAPER | dict(network="residual")
-)  # 3×32×32; 170 MB
-add_arrays("fashion_mnist", read_fashion_mnist, "bernoulli", PAPER, ink=True)  # binarised as MNIST; 31 MB
+_drawn = dict(ink=True, public=True)
+add_arrays("digits", read_digits, "bernoulli", SMALL, **_drawn)  # 8×8, dynamically binarised; no download
+_plane = SMALL | dict(network="pinwheel", latent_dim=2, components=4)
+add_arrays("pinwheel", read_pinwheel, "gaussian", _plane, public=True)
+add_arrays("mnist", read_mnist, "bernoulli", PAPER, **_drawn)  # 28×28, dynamically binarised; 12 MB
+add_arrays("static_mnist", read_static_mnist, "bernoulli", PAPER, **_drawn)  # 28×28, binary; no labels; 94 MB
+add_arrays("omniglot", read_omniglot, "bernoulli", PAPER, **_drawn)  # 28×28, dynamically binarised
+add_arrays("caltech101", read_caltech101, "bernoulli", PAPER, **_drawn)  # 28×28, binary
+_coloured = PAPER | dict(network="residual")
+add_arrays("cifar10", read_cifar10, "discretized_logistic", _coloured, public=True)  # 3×32×32; 170 MB
+add_arrays("fashion_mnist", read_fashion_mnist, "bernoulli", PAPER, **_drawn)  # binarised as MNIST; 31 MB
 
 # %% ../nbs/08c_catalogue.ipynb #083010
 TABLES = dict([(".csv", read_csv), (".parquet", read_parquet)])  # endings of tables
@@ -148,8 +150,14 @@ def preset(dataset: str) -> dict:  # field: value
         return OTHER | about_data(dataset, "preset", {})
     name = dataset_name(dataset)
     table = dataset not in DATASETS and Path(dataset).suffix.lower() in TABLES
-    known = max((k for k in DATASETS if name.startswith(k)), key=len, default=None)
+    begins = lambda k: name.startswith(k) and not name[len(k) :][:1].isalnum()
+    known = max(filter(begins, DATASETS), key=len, default=None)
     return OTHER | DATASETS.about(known, "preset", {}) if known and not table else OTHER
+
+
+def _fields_of(table, name):
+    "The fields that an entry takes: those that it uses, and those that it brings."
+    return (*dict.fromkeys((*table.about(name, "uses", ()), *table.about(name, "fields", {}))),)
 
 
 def loader_of(
@@ -157,10 +165,10 @@ def loader_of(
 ) -> tuple[Callable | None, tuple[str, ...]]:  # (likelihood, split_seed, **fields) -> Dataset; the fields
     "What loads a data set of DATASETS or FOLDERS, and the fields that it takes; None for any other."
     if isinstance(dataset, str) and dataset in DATASETS:
-        return DATASETS[dataset], DATASETS.about(dataset, "uses", ())
+        return DATASETS[dataset], _fields_of(DATASETS, dataset)
     kind = folder_kind(dataset) if isinstance(dataset, (str, os.PathLike)) else None
     if kind:
-        return partial(FOLDERS[kind], Path(dataset).expanduser()), FOLDERS.about(kind, "uses", ())
+        return partial(FOLDERS[kind], Path(dataset).expanduser()), _fields_of(FOLDERS, kind)
     return None, ()
 
 # %% ../nbs/08c_catalogue.ipynb #083013

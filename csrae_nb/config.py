@@ -23,7 +23,7 @@ from typing import Any, get_args
 # %% ../nbs/09_config.ipynb #090003
 from .aggregate import PRIOR_OBJECTIVES
 from .catalogue import ARRAYS, DATASETS, FOLDERS, OWN_DATA
-from .catalogue import about_data, dataset_name, folder_kind, preset
+from .catalogue import about_data, dataset_name, folder_kind, is_source, preset
 from .constraint import Constraint
 from .layers import check_skip, two_layers
 from .likelihoods import LIKELIHOODS
@@ -352,6 +352,11 @@ def brought_fields() -> dict[str, Any]:  # name: default
     parts = [(table, part) for table in _TABLES for part in table]
     for table, part in parts:
         for name, default in table.about(part, "fields", {}).items():
+            if not isinstance(default, bool | int | float | str):
+                raise ValueError(
+                    f"the {table.kind} {part!r} brings a field {name}={default!r}; expected a default that "
+                    "is a number, a word, True or False, whose type values have"
+                )
             if name in own or out.setdefault(name, default) != default:
                 raise ValueError(
                     f"the {table.kind} {part!r} brings a field {name!r}, which is there already; "
@@ -381,12 +386,16 @@ def _brought(values, c):
         known = ", ".join(usual) or "there are none"
         raise ValueError(f"extra names {unknown[0]!r}; the fields that registered parts bring: {known}")
     typed = {k: _of_type(k, type(usual[k]), v) for k, v in values.items()}
+    if odd := [k for k, v in typed.items() if isinstance(v, float) and not math.isfinite(v)]:
+        raise ValueError(f"{odd[0]}={typed[odd[0]]}; expected a finite number")
     return tuple(sorted((k, v) for k, v in typed.items() if v != usual[k]))
 
 
 def _check_parts(c, field):
     "ValueError for a part that is named and not registered, to which a field may belong."
     tables = dict(model=known_models(), prior=PRIORS, network=NETWORKS, likelihood=LIKELIHOODS)
+    tables |= dict(objective=DIVERGENCES, prior_objective=PRIOR_OBJECTIVES)
+    tables |= {} if c.dataset == "arrays" or is_source(c.dataset) else dict(dataset=DATASETS)
     for kind, table in tables.items():
         if (name := getattr(c, kind)) is not None and name not in table:
             raise ValueError(
@@ -539,7 +548,8 @@ def run_name(cfg: Config) -> str:  # a folder name
     if cfg.name:
         return cfg.name
     c = resolve(cfg)
-    mixture = "" if prior_kind(c) == "normal" else f"-{prior_kind(c)}{c.components}"
+    K = c.components if "components" in used_fields(c) else ""
+    mixture = "" if prior_kind(c) == "normal" else f"-{prior_kind(c)}{K}"
     fields = identity(c)
     n = fields.get("labels")
     labels = f"-labels{n if n == 'one' else format(n, 'g')}" if n else ""

@@ -174,11 +174,11 @@ def scaled(
     "The values in the range of the likelihood, by the table above."
     with np.errstate(over="ignore"):
         t = torch.from_numpy(x.astype(np.float32))  # a copy; what overflows is refused below
-    if x.dtype == np.uint8 and not binary:
-        t /= 255
-    if x.dtype == np.uint8 and likelihood == "discretized_logistic":
-        t -= 0.5
-    return t
+    if x.dtype != np.uint8 or (levels := make_likelihood(likelihood).of_bytes) is None:
+        return t
+    low, high = levels
+    t /= (1 if binary else 255) / (high - low)
+    return t.add_(low)
 
 # %% ../nbs/08_data.ipynb #080215
 CENTRED = "centred bytes"  # what faces come as: a model sees x/255 - 0.5 of them, whatever its likelihood
@@ -467,7 +467,7 @@ def from_arrays(
     for k, v in x.items():
         make_likelihood(likelihood).check(v, k)
     about = dict(units=_units_for(likelihood, x["x_train"]), values=values)
-    about |= dict(dynamic=likelihood == "bernoulli" and not binary)
+    about |= dict(dynamic=make_likelihood(likelihood).binarises and not binary)
     return Dataset(name, **x, **y, likelihood=likelihood, sha256=hashes, classes=classes, **about)
 
 # %% ../nbs/08_data.ipynb #080045

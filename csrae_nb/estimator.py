@@ -32,7 +32,7 @@ from .models import MODELS, Autoencoder, warmed_up
 
 # %% ../nbs/20_estimator.ipynb #200102
 from .config import EVALUATION, Config, ModelConfig, identity, make_config, prior_kind
-from .config import resolve, unused_fields
+from .config import resolve, unused_fields, used_fields
 from .files import generator, progress_bar
 from .priors import full_em, merge_components
 from .process import accelerator, one_training, torch_defaults
@@ -322,10 +322,8 @@ def _as_trained(est, x, grey, table):
     if of_run and table:
         of_table = table_as(x if grey is None else grey, values, "X")
         grey = of_table if of_table.dtype == np.uint8 else None
-    if (
-        grey is None or est.likelihood_ == "gaussian" and not of_run
-    ):  # numbers, for the estimator's own scaler
-        return x
+    if grey is None or hasattr(make_likelihood(est.likelihood_), "units") and not of_run:
+        return x  # numbers, for the estimator's own scaler
     return scaled_as(grey, est.likelihood_, values, "X").double().numpy()
 
 # %% ../nbs/20_estimator.ipynb #200209
@@ -406,7 +404,9 @@ def _dataset(est, train, val):
 # %% ../nbs/20_estimator.ipynb #200118
 def _check_clusters(est, cfg, C):  # resolved, of the rows that there are; clusters
     "ValueError, before anything is trained, for clusters that the prior's components cannot be joined into."
-    K = 1 if prior_kind(cfg) == "normal" else cfg.components
+    if (kind := prior_kind(cfg)) != "normal" and "components" not in used_fields(cfg):
+        return  # a prior of somebody's own, which has as many as it likes
+    K = 1 if kind == "normal" else cfg.components
     if C is not None and K < 3:
         raise ValueError(
             f"clusters={C!r}; expected None, as this {cfg.model} has fewer than 3 components: {K}"
@@ -654,7 +654,7 @@ def _parameters_of(run):
     known = {k: getattr(run.cfg, k) for k in _fields}
     known |= dict(likelihood=run.likelihood, random_state=run.cfg.seed)
     # which the run saw within -0.5 and 1
-    as_bytes = run.values in ("bytes", CENTRED) and run.likelihood == "gaussian"
+    as_bytes = run.values in ("bytes", CENTRED) and hasattr(run.model.likelihood, "units")
     known["standardize"] = as_bytes or getattr(run.model.likelihood, "units", None) is not None
     usual = {f.name: f.default for f in dataclasses.fields(Config)}
     others = {*(f.name for f in dataclasses.fields(ModelConfig)), "precision"} - {"dataset", *known}

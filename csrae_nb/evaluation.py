@@ -76,7 +76,9 @@ from csrae_nb.config import (
     prior_kind,
     resolve,
     run_name,
+    used_fields,
 )
+from .likelihoods import make_likelihood
 from .reading import reason
 from .files import generator, progress_bar, project_root, run_lock, write_atomic
 from .process import is_main_process, torch_defaults
@@ -230,7 +232,7 @@ def _real_statistics(cfg, real, features, some):
 # %% ../nbs/10b_evaluation.ipynb #100235
 def _shown(x, real):
     "Pictures as they are compared with real ones: black and white, where these are."
-    return (x > 0.5).to(x.dtype) if real.likelihood == "bernoulli" and not real.dynamic else x
+    return (x > 0.5).to(x.dtype) if make_likelihood(real.likelihood).binarises and not real.dynamic else x
 
 
 def _samples(run, real, source, n):
@@ -650,7 +652,7 @@ def _model_key(c):
     draws = [getattr(c, k) for k in ("importance_samples", "kl_samples") if k in options]
     key = dict(
         prior=kind,
-        components=1 if kind == "normal" else c.components,
+        components=1 if kind == "normal" else c.components if "components" in used_fields(c) else None,
         latent_dim=c.latent_dim,
         lam=divergence_weight(c),
         samples=draws[0] if draws else "",
@@ -677,7 +679,8 @@ def results_table(
     found = dict.fromkeys(m for g in groups for r in g for m in r["metrics"])
     of_answers = tuple(f"{m}_" for m in OF_ANSWERS)
     answers = [m for m in found if m.startswith(of_answers) and m not in OF_TASKS]
-    all_metrics = [*METRICS, *DIAGNOSTICS, *OF_TASKS, *answers]
+    known = dict.fromkeys([*METRICS, *DIAGNOSTICS, *OF_TASKS, *answers])
+    all_metrics = [*known, *(m for m in found if m not in known and _is_measured(groups, m))]
     rows = [_row(g, all_metrics) for g in groups]
     never = {m for m in all_metrics if all(row[f"{m}_mean"] is None for row in rows)}
     left_out = {f"{m}_{k}" for m in never for k in ("mean", "se")}
@@ -730,6 +733,13 @@ def _commands(cfg, seeds):
     if len(seeds.split()) == 1:
         return command(dataclasses.replace(cfg, seed=int(seeds)))
     return f"for seed in {seeds}; do {command(cfg)} -p seed $seed; done"
+
+
+def _is_measured(groups, metric):
+    "Whether a metric that only some task or plugin knows is a number of every run, and no column already."
+    values = [r["metrics"].get(metric, 0) for g in groups for r in g]
+    is_number = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    return is_number and metric not in ("images", "fid_layer")
 
 # %% ../nbs/10b_evaluation.ipynb #100251
 def incomparable(row: dict, unlike: Iterable[str]) -> list[str]:  # unlike: names in EVALUATION

@@ -32,7 +32,7 @@ from csrae_nb.labels import (
     ranks_of_answers,
 )
 from .likelihoods import Units, make_likelihood
-from .models import MODELS
+from .models import MODELS, Autoencoder
 from .patterns import Patterns, fit_patterns, informed, patterns_divergence
 from .pictures import show_examples
 from .runs import Run
@@ -161,11 +161,13 @@ class _MadeWithLabels(Task):
 def _check_for_labels(c):
     "ValueError for a model, a prior or a network that labels have not."
     networks = ", ".join(LABEL_NETWORKS)
-    if c.model == "IWAE":
-        others = "VAE, MixtureVAE, VampPriorVAE, CSRAE or MixtureCSRAE"
-        raise ValueError(f"labels have no IWAE: its bound has no term for each y; use {others}")
     if c.model in MODELS and not MODELS[c.model].has_likelihood:
         raise ValueError(f"labels have no {c.model}: its codes are points, which have no divergence each")
+    if c.model in MODELS and MODELS[c.model].loss is not Autoencoder.loss:
+        others = "VAE, MixtureVAE, VampPriorVAE, CSRAE or MixtureCSRAE"
+        raise ValueError(
+            f"labels have no {c.model}: its loss is one of its own, without a term for each y; use {others}"
+        )
     if c.prior_objective != "image":
         what = f"prior_objective={c.prior_objective!r}"
         raise ValueError(f"with labels the prior learns from each image; {what} is for runs without")

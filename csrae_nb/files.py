@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'write_atomic', 'save_tensors', 'load_tensors', 'load_metadata', 'writing', 'project_root', 'runs_folder',
-           'RunLocked', 'run_lock', 'generator', 'progress_bar']
+           'RunLocked', 'run_lock', 'generator', 'seeded', 'progress_bar']
 
 # %% ../nbs/07b_files.ipynb #072002
 import hashlib
@@ -178,6 +178,17 @@ def generator(
     "A generator that depends on the seed and the purpose, and on nothing else."
     digest = hashlib.sha256("/".join(map(str, (seed, *purpose))).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "little"))
+
+
+@contextmanager
+def seeded(seed: int, *purpose: str | int):  # as of `generator`
+    "Inside a with, torch's global random numbers on the CPU come from these; afterwards they are as before."
+    before = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(generator(seed, "global", *purpose).initial_seed())
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(before)
 
 # %% ../nbs/07b_files.ipynb #072025
 def progress_bar(

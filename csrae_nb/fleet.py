@@ -18,6 +18,7 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -130,15 +131,27 @@ class _Asked(nn.Module):
         return f(self.model, *args)
 
 # %% ../nbs/09f_fleet.ipynb #170713
+def _alike(a, b):
+    "Whether two attributes hold the same numbers and words; of anything else it is not asked."
+    if isinstance(a, Tensor | np.ndarray):
+        return np.array_equal(np.asarray(torch.as_tensor(a).cpu()), np.asarray(torch.as_tensor(b).cpu()))
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_alike(v, b[k]) for k, v in a.items())
+    return a == b or not isinstance(a, int | float | str)
+
+
 def _check_alike(models):
-    "ValueError for models that differ in a number that is no buffer: the first's would be all members'."
+    "ValueError for models that differ in what is no buffer: the first's would be all members'."
     for (name, first), *others in zip(*(m.named_modules() for m in models)):
         for k, v in vars(first).items():
-            told = isinstance(v, int | float | str) and not k.startswith("_")  # as a Weight's `_full`
-            if told and any(vars(m).get(k) != v for _, m in others):
+            own = [vars(m).get(k) for _, m in others]
+            if not k.startswith("_") and not all(type(o) is type(v) and _alike(v, o) for o in own):
+                where = ".".join(filter(None, (name, k)))
                 raise ValueError(
-                    f"members of a fleet differ in {'.'.join(filter(None, (name, k)))}={v!r}, which is no "
-                    "tensor, and each would have the first's: register it as a buffer, or train them alone"
+                    f"members of a fleet differ in {where}, which is no parameter or buffer, and each would "
+                    "have the first's: register it as a buffer, or train them alone"
                 )
 
 # %% ../nbs/09f_fleet.ipynb #170513

@@ -26,6 +26,8 @@ class Likelihood:
     n_params = 1  # decoder outputs for each value of x
     low, high = -math.inf, math.inf  # values that x may take
     remedy = ""  # what to do with others
+    of_bytes = 0.0, 1.0  # what 0 and 255 of bytes become; None: bytes are numbers as any other
+    binarises = False  # whether grey levels are how probable a one is, and zeros and ones are drawn
 
     def inputs(self, x: Float[Tensor, "B *X"]) -> Float[Tensor, "B *X"]:
         "x as the networks are given it."
@@ -56,6 +58,7 @@ class Bernoulli(Likelihood):
     "p(x|z) of binary x, by logits, Eq. (19); grey levels in [0, 1] are taken as probabilities."
 
     low, high = 0.0, 1.0
+    binarises = True
     remedy = (
         "divide grey levels by the largest that there can be, or give them as uint8 if that is 255; "
         "other numbers call for gaussian"
@@ -169,7 +172,7 @@ class DiscretizedLogistic(Likelihood):
 
     bins: int = 256  # values that a pixel can take, evenly from low to high
     n_params = 2
-    low, high = -0.5, 0.5
+    low, high = of_bytes = -0.5, 0.5
     remedy = "give grey levels from 0 to 255 as uint8, or as x/255 - 0.5; other numbers call for gaussian"
 
     @property
@@ -202,7 +205,7 @@ class DiscretizedLogistic(Likelihood):
         return ((x.clamp(self.low, self.high) - self.low) / self.width).round() * self.width + self.low
 
 # %% ../nbs/04_likelihoods.ipynb #040018
-LIKELIHOODS = Registry("likelihood")
+LIKELIHOODS = Registry("likelihood", may=())
 LIKELIHOODS.update(bernoulli=Bernoulli, gaussian=Gaussian, discretized_logistic=DiscretizedLogistic)
 
 

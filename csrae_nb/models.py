@@ -40,7 +40,7 @@ from .registry import Registry
 
 # %% ../nbs/06_models.ipynb #060005
 MODELS = Registry("model", needs=("weight",), may=("prior", "options", "points", "fields"))
-DIVERGENCES = Registry("objective")  # of a CSRAE, by the names of `objective`: q and p, both GMMs, to (B,)
+DIVERGENCES = Registry("objective", may=())  # of a CSRAE: functions of q and p, both GMMs, to (B,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +112,10 @@ class Weight(nn.Module):
         "An epoch, counted from 1, begins."
         if not self.learns:
             self.now.copy_(torch.as_tensor(self.full * warmed_up(epoch, self.warmup)))
+
+    def charged(self, term: float) -> float:
+        "What a term on validation images counts where epochs are compared: by one weight in all of them."
+        return float(self.full) * term
 
     def update(self, terms: dict[str, Tensor]) -> None:
         "After a step: what follows from its terms, each a mean over the batch of all processes."

@@ -94,7 +94,7 @@ class Registry(_Table):
         if missing := [k for k in self.needs if k not in about]:
             raise ValueError(f"the {self.kind} {name!r} is registered without {', '.join(missing)}=…")
         if odd:
-            known = ", ".join((*self.needs, *self.may))
+            known = ", ".join((*self.needs, *self.may)) or "nothing more"
             raise ValueError(f"the {self.kind} {name!r} is registered with {odd[0]}=…; expected {known}")
 
     def find(self, name: str):

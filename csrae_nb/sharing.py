@@ -213,8 +213,7 @@ def _download(name, limit, kw):
 def _may_show(run):
     "That pseudo-inputs may show examples that are not public; None if there are none."
     cfg, pseudo = run.cfg, [t for k, t in run.model.state_dict().items() if k.endswith("pseudo_inputs")]
-    public = cfg.dataset in DATASETS and "fold" not in DATASETS.about(cfg.dataset, "uses", ())
-    if not pseudo or public:
+    if not pseudo or cfg.dataset in DATASETS and DATASETS.about(cfg.dataset, "public"):
         return None
     return (
         f"{run.path.name} has {len(pseudo[0])} pseudo-inputs, which began as training examples of "

@@ -7,6 +7,7 @@ __all__ = ['make_prior', 'assemble', 'make_model', 'terms_on', 'mean_terms', 'dr
            'posterior_used', 'check_rows', 'Validation', 'validated', 'Epochs', 'Task', 'task_of']
 
 # %% ../nbs/09b_tasks.ipynb #092002
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from .aggregate import PRIOR_OBJECTIVES, Aggregate
 from .constraint import Constraint, Multiplier
 from .config import TASKS, Config, divergence_weight, prior_kind, task_class
 from .data import Dataset, LazyImages
-from .files import generator
+from .files import generator, seeded
 from .layers import Lower, layered_networks, two_layers
 from .likelihoods import Likelihood, Units, make_likelihood
 from .mixtures import GMM, Draws
@@ -117,9 +118,10 @@ def make_model(
 ) -> Autoencoder:
     "The untrained model of a configuration; its weights depend on the seed alone."
     lik, g = make_likelihood(likelihood, units), generator(cfg.seed, "weights")
-    encoder, decoder, lower = _networks(cfg, x_shape, lik.n_params, g)
     first = torch.zeros(cfg.components, *x_shape) if pseudo_inputs is None else lik.inputs(pseudo_inputs)
-    return assemble(cfg, encoder, decoder, lik, first, lower)
+    with seeded(cfg.seed, "weights"):  # for parts that draw without g
+        encoder, decoder, lower = _networks(cfg, x_shape, lik.n_params, g)
+        return assemble(cfg, encoder, decoder, lik, first, lower)
 
 # %% ../nbs/09b_tasks.ipynb #092010
 @in_eval_mode
@@ -194,6 +196,23 @@ def check_rows(cfg: Config, *networks: nn.Module) -> None:
             "take 2 rows or more, better 20, or another network"
         )
 
+
+def _check_outputs(cfg, encoder, decoder):
+    "ValueError if a network gives rows of another length than a model takes; both on the device meta."
+    D, N = cfg.latent_dim, cfg.posterior_components
+    parts = dict(encoder=(encoder.net, math.prod(encoder.x_shape), 2 * D if N == 1 else N * (1 + 2 * D)))
+    parts |= dict(decoder=(decoder.net, D, math.prod(decoder.out_shape)))
+    for part, (net, inputs, outputs) in parts.items():
+        try:
+            given = tuple(net(torch.zeros(2, inputs)).shape)
+        except NotImplementedError:
+            continue  # it needs numbers, and there are none
+        if given != (2, outputs):
+            raise ValueError(
+                f"network={cfg.network!r}: of two rows of {inputs} numbers its {part} makes {given}; "
+                f"expected (2, {outputs})"
+            )
+
 # %% ../nbs/09b_tasks.ipynb #092015
 class Validation:
     """How a task judges an epoch: what a model computes, in a fleet all at once, and what is made of it."""
@@ -221,9 +240,9 @@ class Validation:
         "Of a row of the history: what is smallest in the epoch to keep, by full weights or a constraint."
         if self.cfg.constraint:
             return Constraint.read(self.cfg.constraint).score(row)
-        full = {k: w().item() if w.learns else w.full for k, w in model.weights.items()}
-        weighed = (w * row[f"val_{k}"] for k, w in full.items())
-        return row["val_reconstruction"] + sum(weighed)
+        charged = [w.charged(row[f"val_{k}"]) for k, w in model.weights.items()]
+        others = (k for k, t in model.batch_terms.items() if k not in model.weights and not t.trains_prior)
+        return row["val_reconstruction"] + sum(charged) + sum(row[f"val_{k}"] for k in others)
 
     def breaks_tie(self, row: dict, best: dict) -> bool:
         "Whether an epoch is to be kept in place of the best whose score it has, by rows of the history."
@@ -285,6 +304,8 @@ class Task(Epochs, Validation):
         "ValueError if the data do not serve."
         with torch.device("meta"):
             networks = _networks(self.cfg, data.x_shape, 1)
+            if self.cfg.layers == 1:
+                _check_outputs(self.cfg, *networks[:2])
         check_rows(self.cfg, *filter(None, networks))
 
     def about(self, data: Dataset) -> dict:

@@ -108,7 +108,7 @@ def as_trained(
     t = scaled_as(x, seen_as(run.likelihood, run.values), values, name)
     kind.check(t, name)
     _warn_of_levels(run, t, name)
-    if run.likelihood == "bernoulli":  # zeros and ones stay as they are
+    if kind.binarises:  # zeros and ones stay as they are
         t = torch.bernoulli(t, generator=torch.Generator().manual_seed(BINARISATION_SEED))
     return t
 

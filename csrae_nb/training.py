@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['train', 'NonFiniteLoss', 'check_finite', 'train_epoch', 'place_components', 'to_be_placed', 'same_run', 'Checkpoint',
-           'is_trained', 'tidied', 'untrained', 'History', 'Training', 'warn_of_collapse', 'warn_of_constraint']
+           'is_trained', 'tidied', 'check_prior', 'untrained', 'History', 'Training', 'warn_of_collapse',
+           'warn_of_constraint']
 
 # %% ../nbs/09d_training.ipynb #094002
 import csv
@@ -28,10 +29,10 @@ from tqdm import tqdm
 from .config import Config, has_cs, identity, make_config, unused_fields
 from .constraint import Constraint
 from .data import Dataset, some
-from .mixtures import Share
-from .files import generator, load_tensors, progress_bar, save_tensors, write_atomic, writing
-from .models import rows_at_once, warmed_up
-from .priors import distinct_components, occupancy
+from .mixtures import Share, as_mixture
+from .files import generator, load_tensors, progress_bar, save_tensors, seeded, write_atomic, writing
+from .models import in_eval_mode, rows_at_once, warmed_up
+from .priors import Prior, distinct_components, occupancy
 from .process import of_main_process, share_buffers
 from .tasks import Task, active_units, draw_codes
 
@@ -266,6 +267,18 @@ def tidied(path: Path) -> bool:
             f.unlink(missing_ok=True)
     return found
 
+# %% ../nbs/09d_training.ipynb #094219
+@in_eval_mode
+@torch.no_grad()
+def check_prior(model: nn.Module) -> None:
+    "ValueError if a model's prior gives no mixture that can be: in training nobody looks."
+    prior = getattr(model, "prior", None)
+    if isinstance(prior, Prior):
+        try:
+            as_mixture(prior.forward())  # called, it would go unchecked
+        except ValueError as e:
+            raise ValueError(f"the prior {type(prior).__name__}: {e}") from e
+
 # %% ../nbs/09d_training.ipynb #094019
 def untrained(task: Task, data: Dataset, device) -> tuple[nn.Module, torch.optim.Optimizer]:
     "Model and optimiser of a task, before the first epoch."
@@ -277,6 +290,7 @@ def untrained(task: Task, data: Dataset, device) -> tuple[nn.Module, torch.optim
     if len(first) == cfg.components:
         pseudo_inputs = data.draw(data.x_train[first], generator(cfg.seed, "pseudo-inputs", device=device))
     model = task.make_model(task.about(data), pseudo_inputs).to(device)
+    check_prior(model)
     if likelihood := getattr(model, "likelihood", None):
         model.likelihood = likelihood.on(device)
     return model, torch.optim.Adam(model.parameters(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
@@ -352,7 +366,8 @@ class Training(Checkpoint, History):
         "One epoch."
         start, epoch, task = time.perf_counter(), self.meta["epoch"] + 1, self.task
         self.model.train()
-        terms = train_epoch(task, self.acc, self.net, self.opt, self.data, epoch, bar)
+        with seeded(self.cfg.seed, "noise", epoch):  # for layers that draw without a generator, as dropout
+            terms = train_epoch(task, self.acc, self.net, self.opt, self.data, epoch, bar)
         share_buffers(self.acc, self.model)
         if to_be_placed(self.model, self.cfg, epoch):
             place_components(self.model, self.opt, self.data, self.cfg)

@@ -1,6 +1,7 @@
 "A member of a fleet fails, is killed and is finished like a run of its own."
 
 import warnings
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -161,10 +162,28 @@ def test_rows_of_answers_go_in_a_fleet(model):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
 
 
-def test_members_that_differ_in_a_number_which_is_no_tensor_are_refused():
-    models = [nn.Sequential(nn.Dropout(p)) for p in (0.1, 0.2)]
-    with pytest.raises(ValueError, match="differ in 0.p=0.1, which is no tensor"):
-        fleet.Fleet(models)
+class Holding(nn.Linear):
+    def __init__(self, held):
+        super().__init__(2, 2)
+        self.held = held
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (0.1, 0.2),
+        ("a", "b"),
+        (torch.zeros(3), torch.ones(3)),
+        (np.zeros(3), np.zeros(4)),
+        ([1.0, 2.0], [1.0, 3.0]),
+        (dict(a=(1, torch.zeros(2))), dict(a=(1, torch.ones(2)))),
+        (None, 1),
+    ],
+)
+def test_members_that_differ_in_what_is_no_buffer_are_refused(one, other):
+    fleet.Fleet([nn.Sequential(Holding(deepcopy(one))) for _ in range(2)])
+    with pytest.raises(ValueError, match="differ in 0.held, which is no parameter or buffer"):
+        fleet.Fleet([nn.Sequential(Holding(v)) for v in (one, other)])
 
 
 def test_images_that_are_read_when_needed_go_in_a_fleet():

@@ -5,26 +5,35 @@ import os
 import subprocess
 import sys
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from sklearn.base import clone
+from torch import nn
 
-from csrae_nb.catalogue import DATASETS, SMALL
-from csrae_nb.config import Config, make_config, resolve
+from csrae_nb.catalogue import DATASETS, SMALL, load_data, preset
+from csrae_nb.config import TASKS, Config, make_config, resolve, run_name
 from csrae_nb.data import from_arrays
+from csrae_nb.divergence import GMM
 from csrae_nb.estimator import CSRAEEmbedding
-from csrae_nb.evaluation import _real_statistics
+from csrae_nb.evaluation import _real_statistics, complete_run, results_table
+from csrae_nb.files import runs_folder
 from csrae_nb.grids import without_effect
+from csrae_nb.likelihoods import LIKELIHOODS, Bernoulli, Gaussian
 from csrae_nb.metrics import Features
-from csrae_nb.models import CSRAE, MODELS
-from csrae_nb.priors import PRIORS
+from csrae_nb.models import CSRAE, DIVERGENCES, MODELS, VAE, BatchTerm, Weight
+from csrae_nb.networks import NETWORKS
+from csrae_nb.priors import PRIORS, Prior
 from csrae_nb.registry import Registry
 from csrae_nb.results import read_rows
-from csrae_nb.runs import fit
+from csrae_nb.runs import fit, prepare_data
+from csrae_nb.sharing import _may_show
+from csrae_nb.tasks import Task, make_model, task_of
 
 ROOT = Path(__file__).parents[1]
 THEIRS = '''
@@ -277,6 +286,8 @@ def test_a_data_sets_fields_are_not_a_clones(tmp_path, monkeypatch):
 
     try:
         cfg = make_config(dict(dataset="spread", width=0.5, epochs=1, warmup=0, components=3, batch_size=20))
+        assert load_data("spread", width=0.5).x_train.equal(load_data("spread").x_train / 2)
+        assert prepare_data(resolve(cfg)).x_train.equal(load_data("spread").x_train / 2)
         est = CSRAEEmbedding.from_run(fit(cfg, progress=False))
         assert clone(est).fit(np.random.default_rng(1).normal(size=(60, 4))).transform(np.zeros((2, 4))).shape
     finally:
@@ -339,3 +350,176 @@ def test_real_statistics_are_kept_apart_by_a_data_sets_own_fields(tmp_path, monk
     finally:
         del DATASETS["parts"]
     assert not torch.equal(*found)
+
+
+SMALL_RUN = dict(
+    dataset="arrays", latent_dim=2, components=3, network="mlp", epochs=2, warmup=0, batch_size=20
+)
+SMALL_RUN |= dict(ll_samples=0, fid_layer=0, expost_components=2)
+
+
+@pytest.fixture
+def parts(tmp_path, monkeypatch):
+    "A place for runs; what a test registers is gone after it."
+    monkeypatch.setenv("CSRAE_RUNS", str(tmp_path))
+    tables = DATASETS, DIVERGENCES, LIKELIHOODS, MODELS, NETWORKS, PRIORS, TASKS
+    before = [[*t] for t in tables]
+    yield
+    for table, names in zip(tables, before):
+        for name in {*table} - {*names}:
+            del table[name]
+
+
+def rows_of(n=100, scale=1.0):
+    x = torch.randn(n, 4, generator=torch.Generator().manual_seed(0)).numpy() * scale
+    return load_data(dict(x=x, y=np.arange(n) % 3))
+
+
+class Wheel(Prior):
+    "Components on a circle; without `own`, weights that are not normalised."
+
+    def __init__(self, n, own=True):
+        super().__init__()
+        self.mu = nn.Parameter(torch.randn(n, 2, generator=torch.Generator().manual_seed(0)))
+        self.own = own
+
+    def forward(self):
+        logw = torch.zeros(len(self.mu))
+        return GMM(logw.log_softmax(0) if self.own else logw, self.mu, torch.ones_like(self.mu))
+
+
+def test_a_prior_whose_weights_are_not_normalised_is_refused_before_training(parts):
+    PRIORS.register("wheel", uses=())(lambda cfg, *_: Wheel(5, own=False))
+    with pytest.raises(ValueError, match="the prior Wheel: .*logw"):
+        fit(make_config(SMALL_RUN | dict(prior="wheel")), rows_of(), progress=False)
+
+
+def test_components_of_a_prior_that_has_its_own_are_not_those_of_a_configuration(parts):
+    PRIORS.register("wheel", uses=(), fields=dict(spokes=5))(lambda cfg, *_: Wheel(cfg.spokes))
+    cfg = make_config(SMALL_RUN | dict(prior="wheel", spokes=4, name=None))
+    assert "-wheel-z2" in run_name(cfg)
+    measured = complete_run(cfg, rows_of(), progress=False)
+    (row,) = results_table([runs_folder() / run_name(cfg)])
+    assert measured and row["components"] is None and row["settings"].startswith("batch_size=20 spokes=4")
+    est = CSRAEEmbedding(
+        latent_dim=2, prior="wheel", components=2, clusters=4, epochs=1, config=dict(spokes=6)
+    )
+    assert est.fit(rows_of().x_train.numpy()).n_clusters_ == 4
+
+
+def test_a_loss_of_ones_own_is_not_passed_by_labels(parts):
+    @MODELS.register(weight="beta", prior="normal")
+    class Own(VAE):
+        def loss(self, x, generator=None):
+            raise AssertionError("is called")
+
+    with pytest.raises(ValueError, match="labels have no Own: its loss is one of its own"):
+        make_config(SMALL_RUN | dict(model="Own", labels=10))
+
+
+def test_the_best_epoch_is_that_of_what_is_trained(parts):
+    class Term(BatchTerm):
+        def forward(self, q, p):
+            return q.mu.square().mean()
+
+    class Growing(Weight):
+        learns = True
+
+    cfg = resolve(Config(**SMALL_RUN, model="VAE"))
+    model = make_model(cfg, (4,), "gaussian")
+    row = dict(val_reconstruction=1.0, val_divergence=2.0, val_more=4.0)
+    model.batch_terms["more"] = Term()
+    assert task_of(cfg).score(model, row) == 7.0
+    model.weights["more"] = Growing(0.5)
+    model.weights["more"].now.fill_(100.0)
+    assert task_of(cfg).score(model, row) == 5.0
+
+
+@pytest.mark.parametrize("table", [DIVERGENCES, LIKELIHOODS, NETWORKS])
+def test_a_field_that_would_reach_nobody_is_refused(table):
+    with pytest.raises(ValueError, match="is registered with fields=…; expected"):
+        table.add("mine", None, fields=dict(temper=2.0))
+
+
+@pytest.mark.parametrize("default", [None, (1, 2), [1.0]])
+def test_a_field_has_a_default_of_a_type(parts, default):
+    PRIORS.register("wheel", uses=(), fields=dict(spokes=default))(lambda *_: None)
+    with pytest.raises(ValueError, match="'wheel' brings a field spokes=.*; expected a default that is"):
+        make_config({})
+
+
+def test_a_fields_value_is_finite(parts):
+    PRIORS.register("wheel", uses=(), fields=dict(turns=2.0))(lambda *_: None)
+    with pytest.raises(ValueError, match="turns=nan; expected a finite number"):
+        make_config(dict(turns=float("nan")))
+
+
+@pytest.mark.parametrize("kind", ["objective", "prior_objective", "dataset"])
+def test_an_objective_or_data_that_are_not_installed_are_named(kind):
+    with pytest.raises(ValueError, match=f"unknown {kind} 'theirs', to which 'temper' may belong; install"):
+        Config(**{kind: "theirs"}, extra=dict(temper=2.0))
+
+
+def test_a_likelihood_says_what_bytes_become(parts):
+    class Counts(Gaussian):
+        low, of_bytes = 0.0, None
+
+    class Coin(Bernoulli):
+        pass
+
+    LIKELIHOODS.update(counts=Counts, coin=Coin)
+    x = np.arange(240, dtype=np.uint8).reshape(60, 4)
+    assert load_data(dict(x=x), "counts").x_train.max() > 200
+    grey = load_data(dict(x=x), "coin")
+    assert grey.dynamic and grey.x_train.max() <= 1
+
+
+def test_a_networks_rows_are_looked_at_before_training(parts):
+    good = NETWORKS["mlp"]
+    longer = replace(good, encoder=lambda x_shape, n, g: good.encoder(x_shape, n + 2, g))
+    NETWORKS.add("longer", longer)
+    with pytest.raises(ValueError, match=r"'longer': of two rows of 4 numbers its encoder makes \(2, 6\)"):
+        fit(Config(**SMALL_RUN | dict(network="longer")), rows_of(), progress=False)
+
+
+def test_layers_that_draw_without_a_generator_depend_on_the_seed(parts, tmp_path):
+    def encoder(x_shape, n, generator):
+        return nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.ReLU(), nn.Linear(16, n))
+
+    NETWORKS.add("plain", replace(NETWORKS["mlp"], encoder=encoder))
+    found, data = [], rows_of()
+    for k, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(k)
+        before = torch.get_rng_state()
+        run = fit(Config(**SMALL_RUN | dict(network="plain"), seed=seed, name=f"r{k}"), data, progress=False)
+        assert torch.get_rng_state().equal(before)
+        found.append([{k: v for k, v in r.items() if k != "seconds"} for r in run.history])
+    assert found[0] == found[1] != found[2]
+
+
+def test_what_a_task_measures_is_in_the_table(parts):
+    class Mine(Task):
+        @staticmethod
+        def serves(cfg):
+            return cfg.name == "mine"
+
+        def metrics(self, model, data):
+            return dict(my_metric=3.5, words="no number")
+
+    TASKS.register("mine")(Mine)
+    complete_run(Config(**SMALL_RUN, name="mine"), rows_of(), progress=False)
+    (row,) = results_table([runs_folder() / "mine"])
+    assert row["my_metric_mean"] == 3.5 and "words_mean" not in row and "images_mean" not in row
+
+
+def test_a_preset_is_of_files_whose_names_begin_with_a_whole_word(parts):
+    DATASETS.add("blob", load_data, preset=dict(latent_dim=3))
+    dims = [preset(f"/tmp/{name}.npz")["latent_dim"] for name in ("blob", "blob_of_mine", "blobs")]
+    assert dims == [3, 3, preset("/tmp/other.npz")["latent_dim"]]
+
+
+def test_a_plugins_data_are_not_public(parts):
+    DATASETS.add("clinic", load_data, preset=SMALL)
+    model = SimpleNamespace(state_dict=lambda: {"prior.pseudo_inputs": torch.zeros(4, 2)})
+    run = SimpleNamespace(cfg=SimpleNamespace(dataset="clinic"), model=model, path=Path("a"))
+    assert "may show them" in _may_show(run)
