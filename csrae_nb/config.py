@@ -352,11 +352,7 @@ def brought_fields() -> dict[str, Any]:  # name: default
     parts = [(table, part) for table in _TABLES for part in table]
     for table, part in parts:
         for name, default in table.about(part, "fields", {}).items():
-            if not isinstance(default, bool | int | float | str):
-                raise ValueError(
-                    f"the {table.kind} {part!r} brings a field {name}={default!r}; expected a default that "
-                    "is a number, a word, True or False, whose type values have"
-                )
+            _check_default(table.kind, part, name, default)
             if name in own or out.setdefault(name, default) != default:
                 raise ValueError(
                     f"the {table.kind} {part!r} brings a field {name!r}, which is there already; "
@@ -367,6 +363,22 @@ def brought_fields() -> dict[str, Any]:  # name: default
         if not callable(uses) and (odd := sorted(set(uses) - own - out.keys())):
             raise ValueError(f"the {table.kind} {part!r} uses {odd[0]!r}, which is no field")
     return out
+
+# %% ../nbs/09_config.ipynb #090733
+def _check_default(kind, part, name, default):
+    "ValueError for a field whose default has no type that values could have."
+    if not isinstance(default, bool | int | float | str):
+        raise ValueError(
+            f"the {kind} {part!r} brings a field {name}={default!r}; expected a default that is a number, a "
+            "word, True or False, whose type values have"
+        )
+
+
+def _finite(name, value):
+    "The value of a field; ValueError for a number that is none, or infinite."
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name}={value}; expected a finite number")
+    return value
 
 
 def known_fields() -> list[str]:
@@ -385,9 +397,7 @@ def _brought(values, c):
         _check_parts(c, unknown[0])
         known = ", ".join(usual) or "there are none"
         raise ValueError(f"extra names {unknown[0]!r}; the fields that registered parts bring: {known}")
-    typed = {k: _of_type(k, type(usual[k]), v) for k, v in values.items()}
-    if odd := [k for k, v in typed.items() if isinstance(v, float) and not math.isfinite(v)]:
-        raise ValueError(f"{odd[0]}={typed[odd[0]]}; expected a finite number")
+    typed = {k: _finite(k, _of_type(k, type(usual[k]), v)) for k, v in values.items()}
     return tuple(sorted((k, v) for k, v in typed.items() if v != usual[k]))
 
 

@@ -401,12 +401,17 @@ def _dataset(est, train, val):
     data = from_arrays(arrays, est.likelihood_)
     return dataclasses.replace(data, units=None)  # the estimator has its own
 
+# %% ../nbs/20_estimator.ipynb #200108
+def _components(cfg):
+    "How many components a prior has; of one that takes no `components` nobody knows, and it may be many."
+    if "components" in used_fields(cfg):
+        return cfg.components
+    return 1 if prior_kind(cfg) == "normal" else math.inf
+
 # %% ../nbs/20_estimator.ipynb #200118
 def _check_clusters(est, cfg, C):  # resolved, of the rows that there are; clusters
     "ValueError, before anything is trained, for clusters that the prior's components cannot be joined into."
-    if (kind := prior_kind(cfg)) != "normal" and "components" not in used_fields(cfg):
-        return  # a prior of somebody's own, which has as many as it likes
-    K = 1 if kind == "normal" else cfg.components
+    K = _components(cfg)
     if C is not None and K < 3:
         raise ValueError(
             f"clusters={C!r}; expected None, as this {cfg.model} has fewer than 3 components: {K}"

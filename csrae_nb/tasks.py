@@ -197,6 +197,7 @@ def check_rows(cfg: Config, *networks: nn.Module) -> None:
         )
 
 
+@torch.no_grad()
 def _check_outputs(cfg, encoder, decoder):
     "ValueError if a network gives rows of another length than a model takes; both on the device meta."
     D, N = cfg.latent_dim, cfg.posterior_components

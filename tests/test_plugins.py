@@ -404,7 +404,7 @@ def test_components_of_a_prior_that_has_its_own_are_not_those_of_a_configuration
     est = CSRAEEmbedding(
         latent_dim=2, prior="wheel", components=2, clusters=4, epochs=1, config=dict(spokes=6)
     )
-    assert est.fit(rows_of().x_train.numpy()).n_clusters_ == 4
+    assert {*est.fit(rows_of().x_train.numpy()).predict(np.eye(4))} <= {*range(4)}
 
 
 def test_a_loss_of_ones_own_is_not_passed_by_labels(parts):
