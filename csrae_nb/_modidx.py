@@ -1639,6 +1639,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'csrae_nb.registry._path': ('nbs/registry.html#_path', 'csrae_nb/registry.py'),
                                    'csrae_nb.registry._same': ('nbs/registry.html#_same', 'csrae_nb/registry.py'),
                                    'csrae_nb.registry.load_plugins': ('nbs/registry.html#load_plugins', 'csrae_nb/registry.py'),
+                                   'csrae_nb.registry.plugin_versions': ('nbs/registry.html#plugin_versions', 'csrae_nb/registry.py'),
                                    'csrae_nb.registry.with_parameters': ('nbs/registry.html#with_parameters', 'csrae_nb/registry.py')},
             'csrae_nb.results': { 'csrae_nb.results._chance_ranks': ('nbs/results.html#_chance_ranks', 'csrae_nb/results.py'),
                                   'csrae_nb.results._gap': ('nbs/results.html#_gap', 'csrae_nb/results.py'),

@@ -348,16 +348,16 @@ _TABLES = TASKS, MODELS, PRIORS, DIVERGENCES, PRIOR_OBJECTIVES, LIKELIHOODS, NET
 def brought_fields() -> dict[str, Any]:  # name: default
     """The fields that registered parts bring beside Config's own. ValueError for a name that is taken, or a
     field that a part uses and nothing brings."""
-    own, out = {f.name for f in dataclasses.fields(Config)}, {}
+    own, out, whose = {f.name for f in dataclasses.fields(Config)}, {}, {}
     parts = [(table, part) for table in _TABLES for part in table]
     for table, part in parts:
         for name, default in table.about(part, "fields", {}).items():
             _check_default(table.kind, part, name, default)
             if name in own or out.setdefault(name, default) != default:
-                raise ValueError(
-                    f"the {table.kind} {part!r} brings a field {name!r}, which is there already; "
-                    "choose another name"
-                )
+                there = "in Config" if name in own else f"of the {whose[name]}, with default {out[name]!r}"
+                what = f"the {table.kind} {part!r} brings a field {name!r}, which is there already, {there}"
+                raise ValueError(f"{what}; choose another name")
+            whose.setdefault(name, f"{table.kind} {part!r}")
     for table, part in parts:
         uses = table.about(part, "uses", ())
         if not callable(uses) and (odd := sorted(set(uses) - own - out.keys())):

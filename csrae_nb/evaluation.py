@@ -80,6 +80,7 @@ from csrae_nb.config import (
 )
 from .likelihoods import make_likelihood
 from .reading import reason
+from .registry import plugin_versions
 from .files import generator, progress_bar, project_root, run_lock, write_atomic
 from .process import is_main_process, torch_defaults
 from .runs import Run, fit, prepare_data, run_folder
@@ -510,6 +511,7 @@ def provenance(run: Run) -> dict:
             "csrae_nb": __version__,
             "python": platform.python_version(),
             **{p: version(p) for p in ("torch", "numpy", "scikit-learn")},
+            **plugin_versions(),
         },
     )
 

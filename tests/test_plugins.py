@@ -32,7 +32,7 @@ from csrae_nb.priors import PRIORS, Prior
 from csrae_nb.registry import Registry
 from csrae_nb.results import read_rows
 from csrae_nb.runs import fit, prepare_data
-from csrae_nb.sharing import _may_show
+from csrae_nb.sharing import _may_show, check_model
 from csrae_nb.tasks import Task, make_model, task_of
 
 ROOT = Path(__file__).parents[1]
@@ -186,7 +186,9 @@ def test_what_plugins_add_is_trained_killed_resumed_and_evaluated(run, tmp_path)
         "assert a['weights.missing.now'] > 0 and a['prior.radius'] != 1",
     )
     run("-c", same)
-    metrics = json.loads((tmp_path / "runs" / "killed" / "metrics.json").read_text())["metrics"]
+    content = json.loads((tmp_path / "runs" / "killed" / "metrics.json").read_text())
+    metrics = content["metrics"]
+    assert content["provenance"]["versions"]["their-package"] == "1.0"
     assert metrics["multiplier"] > 0 and metrics["knn3"] is not None
 
 
@@ -523,3 +525,22 @@ def test_a_plugins_data_are_not_public(parts):
     model = SimpleNamespace(state_dict=lambda: {"prior.pseudo_inputs": torch.zeros(4, 2)})
     run = SimpleNamespace(cfg=SimpleNamespace(dataset="clinic"), model=model, path=Path("a"))
     assert "may show them" in _may_show(run)
+
+
+def test_a_field_that_two_bring_names_both(parts):
+    PRIORS.register("wheel", uses=(), fields=dict(spokes=5))(lambda *_: None)
+    DATASETS.add("blob", load_data, fields=dict(spokes=6))
+    there = "the dataset 'blob' brings a field 'spokes', which is there already, of the prior 'wheel', with"
+    with pytest.raises(ValueError, match=f"{there} default 5; choose another name"):
+        make_config({})
+
+
+def test_a_prior_that_needs_numbers_is_opened(parts):
+    class Counted(Wheel):
+        def __init__(self, n):
+            super().__init__(n)
+            self.names = [f"{m:.2f}" for m in self.mu[:, 0].tolist()]
+
+    PRIORS.register("counted", uses=("components",))(lambda cfg, *_: Counted(cfg.components))
+    run = fit(make_config(SMALL_RUN | dict(prior="counted", name="a")), rows_of(), progress=False)
+    check_model(run.path / "model.safetensors")
