@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'SUPERVISED', 'EVALUATION', 'ModelConfig', 'Config', 'known_models', 'has_cs', 'fields_of_data',
-           'check_fields_of_data', 'brought_fields', 'known_fields', 'check_fields', 'make_config', 'resolve',
-           'prior_kind', 'divergence_weight', 'task_class', 'used_fields', 'unused_fields', 'identity', 'run_name',
-           'given_fields', 'command', 'idle_fields']
+           'check_fields_of_data', 'brought_fields', 'known_fields', 'described_fields', 'check_fields', 'make_config',
+           'resolve', 'prior_kind', 'divergence_weight', 'task_class', 'used_fields', 'unused_fields', 'identity',
+           'run_name', 'given_fields', 'command', 'idle_fields']
 
 # %% ../nbs/09_config.ipynb #090002
 import dataclasses
@@ -30,7 +30,7 @@ from .likelihoods import LIKELIHOODS
 from .models import DIVERGENCES, MODELS
 from .networks import NETWORKS
 from .priors import PRIORS
-from .registry import Registry
+from .registry import Registry, comments
 
 # %% ../nbs/09_config.ipynb #090006
 TASKS = Registry("task")  # what a run can do; the next chapter has the first
@@ -73,9 +73,7 @@ class Config(ModelConfig):
     "Everything that a run depends on; ValueError for a value that cannot be."
 
     epochs: int | None = None  # passes over the training data, at most
-    warmup: int | None = (
-        None  # epochs in which the divergence's weight grows from 0; None: the preset's share
-    )
+    warmup: int | None = None  # epochs in which the divergence's weight grows from 0; None: a preset's share
     patience: int | None = None  # stop after so many epochs without a better validation loss, warm-up aside
     batch_size: int = 100  # examples per step, over all processes together
     labels: int | float | None = None  # training images with labels: 1 is one, 1.0 all; 0: without labels
@@ -384,6 +382,14 @@ def _finite(name, value):
 def known_fields() -> list[str]:
     "The names of all fields that can be set: Config's own, and those that parts bring."
     return [f.name for f in dataclasses.fields(Config) if f.name != "extra"] + [*brought_fields()]
+
+# %% ../nbs/09_config.ipynb #090763
+def described_fields() -> list[str]:  # a line each: name=default, and what it is
+    "All fields that can be set, Config's own and those that parts bring."
+    said, own = comments(ModelConfig) | comments(Config), dataclasses.fields(Config)
+    lines = [(f"{f.name}={f.default}", said[f.name]) for f in own if f.name != "extra"]
+    lines += [(f"{k}={v}", "of a part that a plugin registers") for k, v in brought_fields().items()]
+    return [f"{name:<26} {what}" for name, what in lines]
 
 # %% ../nbs/09_config.ipynb #090743
 def _brought(values, c):

@@ -428,7 +428,7 @@ def _parser():
         "csrae-sweep",
         description="Run a grid of configurations: what is finished is skipped, what was stopped goes on, "
         "what fails leaves the others alone.",
-        epilog=f"Fields: {', '.join(sweep_fields())}; train.ipynb describes them. "
+        epilog=f"Fields: {', '.join(sweep_fields())}; `csrae train --help` describes them. "
         "Runs are kept in $CSRAE_RUNS, or _runs/.",
     )
     p.add_argument(

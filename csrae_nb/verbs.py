@@ -26,7 +26,8 @@ from .catalogue import ARRAYS, is_ink
 from .evaluation import complete_run, write_table
 from .files import RunLocked, runs_folder, write_atomic
 from .detection import DETECTORS
-from .grids import about_run, read_words, run_folders, sweep_fields
+from .config import described_fields
+from .grids import about_run, read_words, run_folders
 from .predict import LeftOut, examples_of, write_predictions
 from .runs import run_folder
 from .sharing import open_run
@@ -275,9 +276,12 @@ def _with_draws(p):
 
 # %% ../nbs/23b_csrae.ipynb #235409
 def _add_train(verbs):
-    said = "Prints the run's folder, and on stderr its main metrics. Runs are kept in $CSRAE_RUNS, or _runs/."
-    about = f"Fields: name, {', '.join(sweep_fields())}; train.ipynb describes them."
+    said = (
+        "Prints the run's folder,\nand on stderr its main metrics. Runs are kept in $CSRAE_RUNS, or _runs/."
+    )
+    about = "\n  ".join(["Fields, with their defaults:", *described_fields()])
     what = dict(description=f"Train and evaluate one run. {said}", epilog=about)
+    what |= dict(formatter_class=argparse.RawDescriptionHelpFormatter)
     train = verbs.add_parser("train", help="train and evaluate one run", **what)
     train.add_argument("fields", nargs="+", help="field=value, as in csrae_nb.Config; or one TOML file")
 

@@ -17,8 +17,8 @@ from PIL import Image
 
 from csrae_nb import __version__
 from csrae_nb.catalogue import ARRAYS, is_ink, load_data
-from csrae_nb.config import Config
-from csrae_nb.grids import sweep_fields
+from csrae_nb.config import Config, ModelConfig, known_fields
+from csrae_nb.registry import comments
 from csrae_nb.runs import fit, load_run
 from csrae_nb import trained
 from csrae_nb.sharing import Pretrained
@@ -412,9 +412,13 @@ def test_help_of_train_lists_the_fields_and_data_what_is_taken(capsys):
     for verb in ("train", "encode", "score", "predict", "reconstruct", "clusters"):
         with pytest.raises(SystemExit):
             main([verb, "--help"])
-        said[verb] = " ".join(capsys.readouterr().out.split())
-    named = said.pop("train").split("Fields: ")[1].split(";")[0].split(", ")
-    assert named == ["name", *sweep_fields()]
+        said[verb] = capsys.readouterr().out
+    lines = said.pop("train").split("Fields, with their defaults:\n")[1].splitlines()
+    described = {line.split("=")[0].strip(): line for line in lines}
+    assert [*described] == known_fields() and "lam=1.0" in described["lam"]
+    told = comments(ModelConfig) | comments(Config)
+    assert all(line.endswith(told.get(k, "registers")) for k, line in described.items())
+    said = {k: " ".join(text.split()) for k, text in said.items()}
     for text in said.values():
         assert all(ending in text for ending in ARRAYS) and "folder of videos" in text
     assert "or of pictures, all of which are looked at" in said["predict"]
