@@ -65,7 +65,7 @@ class Multiplier(Weight):
     MEMORY = 20  # steps that the mean of the term looks back
     SUM, NOW = 0.02, 1.0  # κ_I and κ_P: what the sum of all errors counts, and the present one
     ANSWER = dict(divergence=1.0, reconstruction=4.0)  # to errors: λ moves a reconstruction less
-    REACH = 10.0  # log λ ends so far from where it started, either way
+    REACH = 10.0  # the sum's part of log λ, either way
 
     def __init__(self, constraint: Constraint, start: float = 1.0):  # of λ
         super().__init__(start)
