@@ -447,6 +447,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'csrae_nb.estimator._without_row_numbers': ( 'nbs/estimator.html#_without_row_numbers',
                                                                                  'csrae_nb/estimator.py')},
             'csrae_nb.evaluation': { 'csrae_nb.evaluation._by_settings': ('nbs/evaluation.html#_by_settings', 'csrae_nb/evaluation.py'),
+                                     'csrae_nb.evaluation._check_own': ('nbs/evaluation.html#_check_own', 'csrae_nb/evaluation.py'),
                                      'csrae_nb.evaluation._clusters': ('nbs/evaluation.html#_clusters', 'csrae_nb/evaluation.py'),
                                      'csrae_nb.evaluation._commands': ('nbs/evaluation.html#_commands', 'csrae_nb/evaluation.py'),
                                      'csrae_nb.evaluation._commit': ('nbs/evaluation.html#_commit', 'csrae_nb/evaluation.py'),

@@ -437,6 +437,18 @@ def _fid_features(real, layer):
         warnings.warn(f"no FID: {e}")
         return None, isinstance(e, FIDUnavailable)
 
+# %% ../nbs/10b_evaluation.ipynb #100438
+def _check_own(run, data):
+    "ValueError for data that a run was not trained on: its answers, and its test split, are of others."
+    if sorted(data.sha256.values()) != sorted(run.sha256.values()):
+        own = "the arrays of its training"
+        if run.cfg.dataset != "arrays":
+            own = f"{run.cfg.dataset} as it was then, prepare_data(run.cfg)"
+        raise ValueError(
+            f"{data.name} holds other data than {run.path.name} was trained on, and a run is measured on its "
+            f"own test split; give {own}"
+        )
+
 # %% ../nbs/10b_evaluation.ipynb #100039
 def evaluate(
     run: Run,  # a finished run
@@ -444,7 +456,9 @@ def evaluate(
     progress: bool = True,  # show a progress bar on stderr
     known: dict | None = None,  # metrics of this run from before: its log-likelihood is not estimated again
 ) -> dict:  # metric: value
-    "Metrics of a run; None for those that lack labels, are switched off or cannot be had."
+    """Metrics of a run; None for those that lack labels, are switched off or cannot be had. ValueError for
+    data that it was not trained on."""
+    _check_own(run, data)
     data = data.to(run.device)
     with torch_defaults(run.cfg.threads), torch.no_grad():
         return _evaluate(run, data, progress, known or {})
@@ -588,7 +602,9 @@ def _written(folder):
 
 # %% ../nbs/10b_evaluation.ipynb #100047
 def measure(run: Run, data: Dataset, progress: bool = True) -> dict:  # metric: value
-    "Metrics of a run: those in its folder, or from `evaluate`, and then written there."
+    """Metrics of a run: those in its folder, or from `evaluate`, and then written there. ValueError for data
+    that it was not trained on."""
+    _check_own(run, data)
     if metrics := _finished(run.path, run.cfg, run.sha256):
         return metrics
     with run_lock(run.path):

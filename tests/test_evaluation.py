@@ -98,3 +98,16 @@ def test_a_classifier_is_the_same_on_an_older_processor():
         for more in ({}, PLAIN)
     ]
     assert said[0].stdout and said[0].stdout == said[1].stdout, said[1].stderr
+
+
+def test_a_run_is_measured_on_its_own_data_alone(own_runs):
+    "It gave the numbers in its folder, or held answers of its own against those of others."
+    run, metrics = measured()
+    other = load_data(dict(x=1 - ROWS))
+    for of in (measure, evaluation.evaluate):
+        with pytest.raises(ValueError, match="arrays holds other data than .*; give the arrays of its train"):
+            of(run, other, progress=False)
+    named = replace(run, cfg=replace(run.cfg, dataset="digits"))
+    with pytest.raises(ValueError, match=r"give digits as it was then, prepare_data\(run\.cfg\)"):
+        measure(named, other, progress=False)
+    assert measure(run, load_data(ARRAYS), progress=False) == metrics

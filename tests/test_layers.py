@@ -216,10 +216,10 @@ def test_the_epoch_that_is_kept_is_best_by_both_weights(own_runs):
 
 def test_it_is_evaluated_with_both_codes(own_runs):
     run = trained("run", ll_samples=10, fid_layer=0)
-    labels = (ROWS[:, 0] > 0).astype(int)
+    labelled = load_data(dict(x=ROWS, y=(ROWS[:, 0] > 0).astype(int)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = evaluate(run, load_data(dict(x=ROWS, y=labels)), progress=False)
+        found = evaluate(replace(run, sha256=labelled.sha256), labelled, progress=False)
     assert np.isfinite(found["log_likelihood"]) and np.isfinite(found["divergence_lower"])
     assert 0 <= found["knn3_lower"] <= 100 and 0 <= found["active_units_lower"] <= 3
 
