@@ -263,14 +263,16 @@ def best_threshold(
     p: Float[Tensor, "n"],  # probabilities of a yes
     y: Int[Tensor, "n"],  # 1: yes, 0: no, -1: not known
 ) -> float:  # a yes is what lies above it
-    "The threshold with the largest F1: of several the one nearest to ½, and ½ where nobody says yes."
+    """The threshold with the largest F1: of several the one nearest to ½. It is ½ where nobody says yes, and
+    where a yes to everything has a larger F1 than any threshold between two probabilities."""
     p, y = p[y >= 0].double().cpu(), y[y >= 0].cpu()
     values, of_yes = p.unique(), p[y == 1].sort().values
-    between = (values + torch.cat([values.new_zeros(1), values])[:-1]) / 2
-    cuts = torch.cat([values.new_full((1,), 0.5), between])
+    cuts = torch.cat([values.new_full((1,), 0.5), (values[1:] + values[:-1]) / 2])
     said = len(p) - torch.searchsorted(p.sort().values, cuts, right=True)
     right = len(of_yes) - torch.searchsorted(of_yes, cuts, right=True)
-    f1 = 2 * right / (said + len(of_yes)).clamp_min(1)
+    f1 = 2 * right.double() / (said + len(of_yes)).clamp_min(1)
+    if 2 * len(of_yes) / max(len(p) + len(of_yes), 1) > f1.max():
+        return 0.5
     best = cuts[f1 == f1.max()]
     return best[(best - 0.5).abs().argmin()].item()
 

@@ -14,7 +14,7 @@ from csrae_nb.catalogue import load_data
 from csrae_nb.config import Config, resolve
 from csrae_nb.estimator import CSRAEEmbedding
 from csrae_nb.files import generator
-from csrae_nb.labels import Intensities, ManyLabels, OneLabel, agreement, ranks_of_answers
+from csrae_nb.labels import Intensities, ManyLabels, OneLabel, agreement, best_threshold, ranks_of_answers
 from csrae_nb.likelihoods import Bernoulli, make_likelihood
 from csrae_nb.metrics import Features, feature_statistics, frechet_distance
 from csrae_nb.mixtures import GMM
@@ -168,6 +168,14 @@ def test_answers_that_are_not_known_count_nowhere():
     assert ranked["ap"] == 100
     p, y = torch.tensor([0.9, 0.6, 0.7, 0.7, 0.7, 0.1]), torch.tensor([1, 1, -1, -1, -1, 0])
     assert ManyLabels(1).measured(None, (p.logit()[:, None], y[:, None]))["threshold_0"] == 0.5
+
+
+def test_no_threshold_says_yes_to_everything():
+    "Below all probabilities F1 can be largest, and nothing is told apart: it was 0.05, and said yes to 0.06."
+    p, y = torch.tensor([0.1, 0.2, 0.3, 0.6]), torch.tensor([1, 0, 1, 1])
+    assert best_threshold(p[:3], y[:3]) == 0.5 and best_threshold(p, torch.ones(4).long()) == 0.5
+    assert best_threshold(p, torch.tensor([0, 0, 0, 0])) == 0.5
+    assert best_threshold(p, torch.tensor([0, 1, 1, 1])) == pytest.approx(0.15)
 
 
 def test_an_intensity_is_present_from_two_on():
