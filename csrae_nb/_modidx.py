@@ -2098,6 +2098,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'csrae_nb.videos._number': ('nbs/videos.html#_number', 'csrae_nb/videos.py'),
                                  'csrae_nb.videos._rows': ('nbs/videos.html#_rows', 'csrae_nb/videos.py'),
                                  'csrae_nb.videos._span': ('nbs/videos.html#_span', 'csrae_nb/videos.py'),
+                                 'csrae_nb.videos._spelling': ('nbs/videos.html#_spelling', 'csrae_nb/videos.py'),
                                  'csrae_nb.videos._stamp': ('nbs/videos.html#_stamp', 'csrae_nb/videos.py'),
                                  'csrae_nb.videos._subjects': ('nbs/videos.html#_subjects', 'csrae_nb/videos.py'),
                                  'csrae_nb.videos._videos': ('nbs/videos.html#_videos', 'csrae_nb/videos.py'),

@@ -183,6 +183,12 @@ def _rows(file):
             rows[reader.line_num] = dict(zip(names, map(str.strip, row)))
     return names, rows
 
+# %% ../nbs/15e_videos.ipynb #157110
+def _spelling(name):
+    "A name without its capitals, spaces, and zeros before a number, and é as one letter."
+    plain = "".join(normalize("NFKC", normalize("NFKC", name).casefold()).split())
+    return re.sub(r"(?<!\d)0+(?=\d)", "", plain)
+
 # %% ../nbs/15e_videos.ipynb #157111
 def _subjects(by_video, file):
     "Who is in each video: as its rows say, or the video itself where no row of the table says anything."
@@ -198,11 +204,12 @@ def _subjects(by_video, file):
         )
     by_name = {}
     for name in sorted(set().union(*said.values())):
-        other = by_name.setdefault("".join(name.split()).casefold(), name)
+        other = by_name.setdefault(_spelling(name), name)
         if other != name:
             raise ValueError(
                 f"{file} has subjects {other!r} and {name!r}, who would be two: write one person's name "
-                "in one way, and make the names of two differ in more than capitals and spaces"
+                "in one way, and make the names of two differ in more than capitals, spaces, zeros before "
+                "a number and how accents are stored"
             )
     return {v: next(iter(names), v) for v, names in said.items()}
 

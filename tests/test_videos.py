@@ -633,6 +633,9 @@ def test_a_subject_that_is_missing_or_has_two_names_is_refused(clips, looked):
             "subjects 'Dee' and 'dee', who would be two",
         ),
         (["a.avi,0,1,Dee  Ray", "b.avi,0,0,Dee Ray", "more/b.avi,1,1,Ann"], "who would be two: write one"),
+        (["a.avi,0,1,01", "b.avi,0,0,1", "more/b.avi,1,1,2"], "subjects '01' and '1', who would be two"),
+        (["a.avi,0,1,P7", "b.avi,0,0,p007", "more/b.avi,1,1,P70"], "'P7' and 'p007', who would be two"),
+        (["a.avi,0,1,Zo\u00e9", "b.avi,0,0,Zoe\u0301", "more/b.avi,1,1,Ann"], "who would be two: write one"),
     ):
         labels(clips, *rows, header=head)
         with pytest.raises(ValueError, match=says):
@@ -640,6 +643,8 @@ def test_a_subject_that_is_missing_or_has_two_names_is_refused(clips, looked):
     assert not looked
     labels(clips, "a.avi,0,1,Zoe", "a.avi,1,1,", "b.avi,0,0,Ann", header=head)
     assert coded_videos(clips).folds == (("Ann",), ("Zoe",))
+    labels(clips, "a.avi,0,1,10", "b.avi,0,0,1", "more/b.avi,1,1,100", header=head)
+    assert coded_videos(clips).folds == (("1",), ("10",), ("100",))
 
 
 def test_who_is_in_which_split_can_be_seen_and_videos_without_subjects_are_told(clips, looked):
