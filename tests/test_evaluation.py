@@ -5,11 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from csrae_nb import evaluation, fit
+from csrae_nb import evaluation, fit, sweeps
 from csrae_nb.catalogue import load_data
 from csrae_nb.config import Config
 from csrae_nb.evaluation import _row_key, finished_metrics, measure, read_metrics, results_table
@@ -98,6 +101,26 @@ def test_a_classifier_is_the_same_on_an_older_processor():
         for more in ({}, PLAIN)
     ]
     assert said[0].stdout and said[0].stdout == said[1].stdout, said[1].stderr
+
+
+def test_a_finished_run_whose_folder_cannot_be_read_any_more_is_refused(own_runs, tmp_path):
+    "A table with an error in it now ended well, with the numbers of before; data that are gone do."
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for k in range(30):
+        Image.fromarray(np.full((8, 8), 8 * k, np.uint8)).save(pictures / f"{k}.png")
+    cfg = replace(CFG, dataset=str(pictures), network="mlp", batch_size=10, fid_layer=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        metrics = evaluation.complete_run(cfg, progress=False)
+    (pictures / "3.png").write_bytes(b"no picture")
+    (pictures / "4.png").unlink()
+    for again in (evaluation.complete_run, lambda c, progress: sweeps.check_data([c])):
+        with pytest.raises(ValueError, match=r"3\.png"):
+            again(cfg, progress=False)
+    shutil.rmtree(pictures)
+    with pytest.warns(UserWarning, match="is finished; whether its data are the same now is not known"):
+        assert evaluation.complete_run(cfg, progress=False) == metrics
 
 
 def test_a_run_is_measured_on_its_own_data_alone(own_runs):
