@@ -9,6 +9,7 @@ __all__ = ['Run', 'load_run', 'run_folder', 'claim_folder', 'prepare_data', 'fit
 import dataclasses
 import json
 import os
+import sys
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -231,7 +232,6 @@ def _fit(cfg, data, acc, progress, folder, checkpoints):
     trained = dict(config=dataclasses.asdict(run.cfg), sha256=run.sha256)
     same_run(path / "model.safetensors", trained, cfg, data)
     if found and progress and acc.is_main_process:
-        print(
-            f"{path.name} is finished (best epoch {run.best_epoch} of {len(run.history)}): nothing to train"
-        )
+        epochs = f"best epoch {run.best_epoch} of {len(run.history)}"
+        print(f"{path.name} is finished ({epochs}): nothing to train", file=sys.stderr)
     return dataclasses.replace(run, cfg=cfg)

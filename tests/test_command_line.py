@@ -88,7 +88,7 @@ def test_as_typed(runs, tmp_path):
     words = ["train.ipynb", *short, "-y", "{dataset: digits}"]
     piped = subprocess.run([program, *words], cwd=root / "nbs", input="", capture_output=True, text=True)
     assert piped.returncode == 0, piped.stderr
-    assert "nothing to train" in piped.stdout and f"{folder.name}/ (config.json" in piped.stdout
+    assert "nothing to train" in piped.stderr and f"{folder.name}/ (config.json" in piped.stdout
     assert [*runs.glob("digits-*")] == [folder] and {p.name for p in folder.iterdir()} == files
     assert (folder / "model.safetensors").stat() == weights
     assert train.read_bytes() == before
