@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
@@ -37,7 +37,7 @@ from .detection import Detector, Seen, check_found, ends_early, face_picture, ma
 from .detection import video_faces, video_length
 from .drawings import face_library
 from .faces import MEAN_EYES, centred, prepared_size
-from .files import progress_bar, run_lock, write_atomic
+from .files import progress_bar, run_lock, write_atomic, writing
 from .formats import IMAGES, VIDEOS
 from .frames import decoded_image
 from .models import rows_at_once
@@ -154,7 +154,8 @@ class Clip:
 def find_clips(
     source: Path | str,  # a video, a picture, or a folder of either
 ) -> list[Clip]:
-    "The videos of a folder, or else its pictures; ValueError for neither, FileNotFoundError for no path."
+    """The videos of a folder, or else its pictures; ValueError for neither, FileNotFoundError for no path. A
+    warning of pictures beside videos, which are left out."""
     path = Path(source).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there; expected a video, a picture, or a folder of them")
@@ -164,6 +165,9 @@ def find_clips(
     pictures = tuple(f for f in files if f.suffix.lower() in IMAGES)
     if not videos and not pictures:
         raise ValueError(f"{path} holds no video ({', '.join(VIDEOS)}) and no picture ({', '.join(IMAGES)})")
+    if videos and pictures:
+        left = f"{len(pictures):,} picture{'s' if len(pictures) > 1 else ''} beside the videos of {path}"
+        warnings.warn(f"left out: {left}; give pictures by themselves, in a folder of their own")
     return [Clip((of[f],), (f,)) for f in videos] or [Clip(tuple(of[f] for f in pictures), pictures)]
 
 # %% ../nbs/23a_predict.ipynb #232012
@@ -242,26 +246,30 @@ def _cut(run, item, keep):
     return name, number, seen if keep else replace(seen, image=_NO_IMAGE), _cut_out(run, seen)
 
 # %% ../nbs/23a_predict.ipynb #232016
+def _append(part, rows, begun):
+    "Write rows at the end of a file, or as its first; OSError that says what to do."
+    with (
+        writing(part.parent, "out (--out)"),
+        open(part, "a" if begun else "w", newline="", encoding="utf-8") as f,
+    ):
+        csv.writer(f, lineterminator="\n").writerows(rows)
+
+
 @torch.no_grad()
 def _write_rows(job, clip, part, tools, progress):
     "The rows of a clip, from the first that is missing."
     run, detector = tools
-    names, done = answers_of(run), whole_blocks(part, AT_ONCE)
+    titles, done = _titles(run), whole_blocks(part, AT_ONCE)
     shown = (lambda k: k % _step(job, clip) == 0) if job.overlay else (lambda k: False)
-    with open(part, "a" if done else "w", newline="", encoding="utf-8") as f:
-        writer = csv.writer(f, lineterminator="\n")
-        if not done:
-            titles = _titles(run)
-            writer.writerow([*COLUMNS, *_columns(titles, COLUMNS, titles)])
-        frames = enumerate(seen_in(clip, detector, done, progress), done)
-        for block in _blocks(_cut(run, item, shown(k)) for k, item in frames):
+    if not done:
+        _append(part, [[*COLUMNS, *_columns(titles, COLUMNS, titles)]], False)
+    with closing(seen_in(clip, detector, done, progress)) as seen:  # and its bar, before an error is told
+        for block in _blocks(_cut(run, item, shown(k)) for k, item in enumerate(seen, done)):
             answers = _answers(run, [picture for *_, picture in block]).tolist()
-            for k, ((name, number, seen, picture), values) in enumerate(zip(block, answers), done):
-                writer.writerow(_row(name, number, seen, values))
+            for k, (item, values) in enumerate(zip(block, answers), done):
                 if shown(k):
-                    fig = show_prediction(seen, picture, names, values, run.model.kind.levels)
-                    _save_shown(fig, job.overlay / f"{as_file_name(name)}-{number:06}.png")
-            f.flush()
+                    _show(job, run, item, values)
+            _append(part, [_row(*item[:3], values) for item, values in zip(block, answers)], True)
             done += len(block)
 
 # %% ../nbs/23a_predict.ipynb #232116
@@ -340,13 +348,20 @@ class LeftOut(UserWarning):
     "Videos that a table is without."
 
 
+def _check_any(problems, n):
+    "ValueError if all n videos have problems."
+    if len(problems) == n:
+        raise ValueError(some(problems, 1) if n == 1 else f"no video of {n}: {some(problems)}")
+
+
+def _tell_left_out(problems, n):
+    if problems:
+        warnings.warn(f"{len(problems)} of {n} videos are left out: {'; '.join(problems)}", LeftOut)
+
+
 def _together(out, work, said):
     "Put the table together from the clips without a problem; ValueError if there is none."
-    problems = [text for text, problem in said if problem]
-    if len(problems) == len(work):
-        raise ValueError(
-            some(problems, 1) if len(work) == 1 else f"no video of {len(work)}: {some(problems)}"
-        )
+    _check_any([text for text, problem in said if problem], len(work))
     whole = out.with_name(f".{out.name}.tmp")
     with open(whole, "wb") as f:
         for finished, (_, problem) in zip((w[1] for w in work), said):
@@ -355,13 +370,12 @@ def _together(out, work, said):
                 f.writelines(lines[1:] if f.tell() else lines)
     os.replace(whole, out)
 
-
+# %% ../nbs/23a_predict.ipynb #232121
 def _tell(said):
     "Warn of what is to be said of clips, when the table is there."
     for text in (text for text, problem in said if text and not problem):
         warnings.warn(text)
-    if problems := [text for text, problem in said if problem]:
-        warnings.warn(f"{len(problems)} of {len(said)} videos are left out: {'; '.join(problems)}", LeftOut)
+    _tell_left_out([text for text, problem in said if problem], len(said))
 
 # %% ../nbs/23a_predict.ipynb #232122
 def _checked(run, source, jobs, every, usual):
@@ -410,7 +424,8 @@ def _with_yes(table, out, above):
     writer = csv.writer(file := io.StringIO(), lineterminator="\n")
     writer.writerow([*head, *(f"{k} yes" for k in above)])
     writer.writerows([*r, *(r[i] and int(float(r[i]) > t) for i, t in at)] for r in rows)
-    write_atomic(out, file.getvalue())
+    with writing(out, "out (--out)"):
+        write_atomic(out, file.getvalue())
     table.unlink()
 
 # %% ../nbs/23a_predict.ipynb #232322
@@ -463,13 +478,15 @@ def _write_frames(run, clips, out, job, jobs, progress):
     detector = make_detector(job.detector, job.model) if isinstance(job.detector, str) else job.detector
     face_library("cv2").setNumThreads(1)
     for folder in filter(None, (job.parts, job.overlay)):
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder, "out (--out)" if folder == job.parts else "overlay (--overlay)"):
+            folder.mkdir(parents=True, exist_ok=True)
     weights = hashlib.sha256((run.path / "model.safetensors").read_bytes()).hexdigest()
     work = [(clip, _part(job, clip, weights)) for clip in clips]
     try:
         with run_lock(job.parts):
             found = dict(_all_predicted(job, work, jobs, (run, detector), progress))
-            _together(out, work, said := [found[k] for k in range(len(work))])
+            with writing(out, "out (--out)"):
+                _together(out, work, said := [found[k] for k in range(len(work))])
         shutil.rmtree(job.parts, ignore_errors=True)
     finally:
         with suppress(OSError):
@@ -500,7 +517,8 @@ def _write_examples(run, examples, out, progress):
     for block in blocks:
         shown = [[f"{v:.7g}" if isinstance(v, float) else v for v in c] for c in block.values()]
         writer.writerows(zip(*shown))
-    write_atomic(out, file.getvalue())
+    with writing(out, "out (--out)"):
+        write_atomic(out, file.getvalue())
 
 # %% ../nbs/23a_predict.ipynb #232025
 def show_prediction(
@@ -535,22 +553,33 @@ def _step(job, clip):
     return job.every or max(1, length // 8)
 
 
+def _show(job, run, item, values):
+    "Save the picture of a frame and its answers."
+    name, number, seen, picture = item
+    fig = show_prediction(seen, picture, answers_of(run), values, run.model.kind.levels)
+    _save_shown(fig, job.overlay / f"{as_file_name(name)}-{number:06}.png")
+
+
 def _save_shown(fig, path):
     fig.savefig(file := io.BytesIO(), format="png", dpi=90, bbox_inches="tight")
-    write_atomic(path, file.getvalue())
+    with writing(path.parent, "overlay (--overlay)"):
+        write_atomic(path, file.getvalue())
 
 # %% ../nbs/23a_predict.ipynb #232151
 def _all_seen(source, eyes, progress):
-    "The frames of all clips and their names; a warning of videos that cannot be read."
-    unread = []
-    for clip in find_clips(source):
+    "The frames of all clips and their names; LeftOut, a warning, of videos that cannot be used."
+    clips, problems = find_clips(source), []
+    for clip in clips:
+        frames = found = 0
         try:
             for name, number, seen in seen_in(clip, eyes, 0, progress):
+                frames, found = frames + 1, found + (seen.face is not None)
                 yield f"{name}:{number}" if clip.is_video else name, seen
+            check_found(clip.title, found, frames)
         except ValueError as e:
-            unread.append(reason(e))
-    if unread:
-        warnings.warn(f"{len(unread)} videos are left out: {'; '.join(unread)}")
+            problems.append(reason(e))
+    _check_any(problems, len(clips))
+    _tell_left_out(problems, len(clips))
 
 # %% ../nbs/23a_predict.ipynb #232141
 @torch.no_grad()
@@ -561,7 +590,7 @@ def face_examples(
     progress: bool = True,  # show progress bars on stderr
 ) -> Examples:  # named recording:frame, or as the picture
     """The faces of frames that have one, or lie in a short gap, cut out as the run's own were. All of them
-    are in memory. ValueError for no face; a warning if few frames have one, or videos cannot be read."""
+    are in memory. ValueError for no face; a warning if few frames have one, and LeftOut of videos."""
     _check_places(run)
     eyes = make_detector(detector) if isinstance(detector, str) else detector
     names, faces, looked_at = [], [], 0

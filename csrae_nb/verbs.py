@@ -11,6 +11,7 @@ import csv
 import io
 import sys
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from glob import escape
@@ -115,17 +116,9 @@ def _score(o):
 def _predict(o):
     how = dict(detector=o.detector, model=o.model, jobs=o.jobs, overlay=o.overlay, every=o.every, yes=o.yes)
     check_output(o.out, (".csv",), o.force)
-    run, left_out = open_run(o.run, o.device, codes=False), None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", LeftOut)
-            write_predictions(run, o.data, o.out, **how, force=o.force)
-    except LeftOut as e:  # the table of the others is there
-        left_out = e
-        print(f"csrae predict: {e}", file=sys.stderr)
+    write_predictions(open_run(o.run, o.device, codes=False), o.data, o.out, **how, force=o.force)
     with open(o.out, encoding="utf-8") as f:
         print(f"{o.out}: {sum(1 for _ in f) - 1:,} rows")
-    return int(left_out is not None)
 
 # %% ../nbs/23b_csrae.ipynb #235006
 PICTURES = (".png", ".pdf", ".svg")
@@ -299,12 +292,13 @@ def _add_runs(verbs):
 # %% ../nbs/23b_csrae.ipynb #235209
 def _add_predict(verbs):
     what = "each answer's probability, of examples, or of every frame of videos, counted from 0"
-    data = "of a run on faces: video, folder of videos, or of pictures, all of which are looked at; of any "
-    data += f"other: {_EXAMPLES}; of either a data set by its name, for its test split"
-    predict = _on_data(verbs, "predict", what, data=data)
-    predict.epilog = (
-        "Ends with status 1 if videos were left out, which are named, and the others are in the table."
+    data = (
+        "of a run on faces: a video, a picture; a folder, of which all videos are looked at, or, if it has "
     )
+    data += (
+        f"none, all pictures; of any other: {_EXAMPLES}; of either a data set by its name, for its test split"
+    )
+    predict = _on_data(verbs, "predict", what, data=data)
     _with_output(predict, "table, .csv")
     by = "columns of 0 and 1, too, by the thresholds that validation examples chose (csrae encode: above ½)"
     predict.add_argument("--yes", action="store_true", help=by)
@@ -355,6 +349,9 @@ _DATA += "a folder of videos with labels.csv, stands for its test split alone"
 def _on_data(verbs, name, what, data=_DATA, **kw):
     p = _on_run(verbs, name, what)
     p.add_argument("data", metavar="DATA", help=data, **kw)
+    p.epilog = (
+        "Ends with status 1 if videos were left out, which are named; what is written is of the others."
+    )
     return p
 
 
@@ -394,6 +391,24 @@ def _stopped(o):
     return f"csrae {o.verb}: stopped" + ("; the same command goes on" if begun else "")
 
 
+@contextmanager
+def _left_out(verb):
+    "A list of what is said of videos that are left out, in one line each, while a verb is at work."
+    said, usual = [], warnings.showwarning
+
+    def show(message, category, *where, **kw):
+        if issubclass(category, LeftOut):
+            print(f"csrae {verb}: {message}", file=sys.stderr)
+            said.append(message)
+        else:
+            usual(message, category, *where, **kw)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", LeftOut)
+        warnings.showwarning = show
+        yield said
+
+# %% ../nbs/23b_csrae.ipynb #235210
 @sweeps.until_closed
 def main(
     words: list[str] | None = None,  # of the command; None: those typed
@@ -404,7 +419,8 @@ def main(
         return sweeps.main(words[1:])
     o = (parser := _parser()).parse_args(words)
     try:
-        return VERBS[o.verb](o) or 0
+        with _left_out(o.verb) as said:
+            return VERBS[o.verb](o) or int(bool(said))
     except BrokenPipeError:
         raise
     except KeyboardInterrupt:

@@ -1,7 +1,9 @@
 "csrae predict: videos and examples, several at a time, killed and resumed, with what cannot be."
 
 import csv
+import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -372,6 +374,44 @@ def test_a_script_can_tell_that_videos_were_left_out(runs, videos, tmp_path, mon
     assert (tmp_path / "as_error.csv").read_bytes() == (tmp_path / "all.csv").read_bytes()
 
 
+def test_pictures_beside_videos_are_said_to_be_left_out(tmp_path):
+    for name in ("a.mp4", "b.png", "more/c.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.warns(UserWarning, match="left out: 2 pictures beside the videos of .*by themselves"):
+        assert [c.names for c in find_clips(tmp_path)] == [("a.mp4",)]
+    (tmp_path / "a.mp4").unlink()
+    assert [c.names for c in find_clips(tmp_path)] == [("b.png", "more/c.jpg")]
+
+
+def test_a_full_disk_is_told_with_what_to_do(runs, videos, tmp_path, monkeypatch, capsys):
+    "After the bar, which is at its end; what was written stays."
+    monkeypatch.setattr("csrae_nb.predict.make_detector", lambda *a: somewhere)
+    usual, written = open, []
+
+    def full(file, mode="r", *args, **kw):
+        f = usual(file, mode, *args, **kw)
+        if str(file).endswith(".part"):
+            written.append(file)
+            if len(written) == 3:
+                f.close()
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return f
+
+    monkeypatch.setattr(predict, "open", full, raising=False)
+    words = ["predict", str(runs / "faces"), str(videos / "a.mp4"), "--out", str(tmp_path / "aus.csv")]
+    with pytest.raises(SystemExit) as e:
+        main(words)
+    said = capsys.readouterr().err
+    assert e.value.code == 2 and re.search(
+        r"\ncsrae predict: cannot write to .*\.aus\.csv\.parts \(No sp", said
+    )
+    assert "free some space there, or name another folder in out (--out)\n" in said
+    monkeypatch.undo()
+    monkeypatch.setattr("csrae_nb.predict.make_detector", lambda *a: somewhere)
+    assert main(words) == 0 and len(rows(tmp_path / "aus.csv")) == AT_ONCE + 30
+
+
 @pytest.mark.parametrize("jobs, begun", [(1, True), (2, True), (2, False)])
 def test_a_table_that_is_interrupted_says_so_in_one_line(runs, videos, tmp_path, jobs, begun):
     "Ctrl-C reaches the processes of a command, too."
@@ -423,7 +463,7 @@ def test_answers_are_told_by_the_thresholds_of_validation(tmp_path, own_runs):
     assert not [f for f in os.listdir(tmp_path) if f.startswith(".")]
 
 
-def test_faces_of_new_videos_have_codes(runs, videos, tmp_path, data_folder, monkeypatch):
+def test_faces_of_new_videos_have_codes(runs, videos, tmp_path, data_folder, monkeypatch, capsys):
     "Of a run without labels, by csrae encode as by hand; pictures of its size are as they are."
     brief = dict(epochs=1, warmup=0, latent_dim=3, components=3, labels=0, kmeans_epoch=0)
     run = fit(Config(dataset="faces_demo", image_size=32, **brief), progress=False, folder=tmp_path / "run")
@@ -442,6 +482,17 @@ def test_faces_of_new_videos_have_codes(runs, videos, tmp_path, data_folder, mon
     write_clip(tmp_path / "wall.mp4", [np.full((64, 64, 3), 99, np.uint8)] * 9)
     with pytest.raises(ValueError, match="no face in any of its 9 frames"):
         examples_of(run, tmp_path / "wall.mp4")
+    (root := tmp_path / "two").mkdir()
+    shutil.copy(videos / "a.mp4", root)
+    for verb, left_out in (("encode", 0), ("encode", 1), ("score", 1)):
+        if left_out and not (root / "wall.mp4").exists():
+            shutil.copy(tmp_path / "wall.mp4", root)
+        words = [verb, str(run.path), str(root), "--out", str(tmp_path / f"{verb}{left_out}.csv")]
+        capsys.readouterr()
+        assert main(words) == left_out
+        said = f"csrae {verb}: 1 of 2 videos are left out: wall.mp4: no face"
+        assert (said in capsys.readouterr().err) == bool(left_out)
+    assert (tmp_path / "encode0.csv").read_bytes() == (tmp_path / "encode1.csv").read_bytes()
 
 
 def test_a_video_of_a_varying_rate_is_nothing_to_speak_of(tmp_path, monkeypatch):

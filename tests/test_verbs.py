@@ -420,7 +420,7 @@ def test_help_of_train_lists_the_fields_and_data_what_is_taken(capsys):
     assert all(line.endswith(told.get(k, "registers")) for k, line in described.items())
     said = {k: " ".join(text.split()) for k, text in said.items()}
     for text in said.values():
-        assert all(ending in text for ending in ARRAYS) and "folder of videos" in text
+        assert all(ending in text for ending in ARRAYS) and "folder" in text and "videos" in text
     assert "or of pictures, all of which are looked at" in said["predict"]
 
 

@@ -697,7 +697,9 @@ def test_predictions_count_pictures_and_say_where_frames_are_others(clips, looke
     with pytest.warns(UserWarning, match=says):
         write_predictions(run, new, tmp_path / "aus.csv", detector=somewhere, progress=False)
     (tmp_path / "new" / "broken.avi").write_bytes(b"no video")
-    with pytest.warns(UserWarning, match="1 videos are left out: .*broken.avi is no video that can be read"):
+    with pytest.warns(
+        UserWarning, match="1 of 2 videos are left out: .*broken.avi is no video that can be read"
+    ):
         found = face_examples(run, tmp_path / "new", somewhere, progress=False)
     assert len(found) == N - 1
 
