@@ -529,21 +529,30 @@ def provenance(run: Run) -> dict:
         },
     )
 
+# %% ../nbs/10b_evaluation.ipynb #100144
+def _yes(run, data):
+    "By split and answer, how many labelled examples of training and of validation say yes."
+    labelled = getattr(run.task, "labelled", None)
+    if data is None or labelled is None or not data.answers or data.levels > 2:
+        return {}
+    y = dict(train=data.y_train[labelled(data).to(data.y_train.device)], val=data.y_val)
+    return {s: dict(zip(data.answers, (v == 1).sum(0).tolist())) for s, v in y.items() if v is not None}
+
 # %% ../nbs/10b_evaluation.ipynb #100044
 def write_metrics(
     run: Run,
     metrics: dict,
-    data: Dataset | None = None,  # of the run; the subjects of its splits are written, where it has some
+    data: Dataset | None = None,  # of the run, whose subjects, and numbers of a yes, are written, too
 ) -> Path:  # the file
-    "metrics.json in the run's folder: configuration, training, metrics, provenance and subjects."
-    subjects = getattr(data, "subjects", None)
+    "metrics.json in the run's folder: configuration, training, metrics, provenance, and what data show."
+    more = dict(subjects=getattr(data, "subjects", None), yes=_yes(run, data))
     content = dict(
         config=dataclasses.asdict(run.cfg),
         best_epoch=run.best_epoch,
         epochs_trained=len(run.history),
         metrics=metrics,
         provenance=provenance(run),
-    ) | (dict(subjects=subjects) if subjects else {})
+    ) | {k: v for k, v in more.items() if v}
     write_atomic(run.path / "metrics.json", json.dumps(content, indent=1))
     return run.path / "metrics.json"
 
@@ -569,7 +578,7 @@ def _finished(folder, cfg, sha256):
 # %% ../nbs/10b_evaluation.ipynb #100147
 def read_metrics(
     folder: Path | str,  # of a run
-) -> dict[str, dict] | None:  # config, metrics, provenance and, of faces, subjects; None without the file
+) -> dict[str, dict] | None:  # config, metrics, provenance, and subjects and yes if known; None: no file
     "Content of a folder's metrics.json; ValueError that names it if it is damaged."
     if not (file := Path(folder) / "metrics.json").exists():
         return None

@@ -36,6 +36,7 @@ from .data import LazyImages, some
 from .detection import Detector, Seen, check_found, ends_early, face_picture, make_detector
 from .detection import video_faces, video_length
 from .drawings import face_library
+from .evaluation import read_metrics
 from .faces import MEAN_EYES, centred, prepared_size
 from .files import progress_bar, run_lock, write_atomic, writing
 from .formats import IMAGES, VIDEOS
@@ -429,9 +430,21 @@ def _with_yes(table, out, above):
     table.unlink()
 
 # %% ../nbs/23a_predict.ipynb #232322
+def _warn_of_unseen(run, yes):
+    "Warnings of answers that nobody of training gave, and, where thresholds are asked for, of validation."
+    known = (read_metrics(run.path) or {}).get("yes", {})  # of earlier runs nothing
+    unseen = {s: [name for name, n in of.items() if not n] for s, of in known.items()}
+    if never := unseen.get("train"):
+        said = "their columns say" if len(never) > 1 else "its column says"
+        warnings.warn(f"no example of {', '.join(never)} was seen in training: {said} nothing")
+    if yes and (half := [name for name in unseen.get("val", ()) if name not in never]):
+        warnings.warn(f"no validation example shows {', '.join(half)}: yes is what is above ½")
+
+
 @contextmanager
 def _answered(run, out, yes):
     "The file that answers are written to inside a with; with `yes` it gets columns of 0 and 1 afterwards."
+    _warn_of_unseen(run, yes)
     if not yes:
         yield out
         return

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import json
 import os
 import re
 import shutil
@@ -18,12 +19,14 @@ import pytest
 from csrae_nb import faces, predict
 from csrae_nb.catalogue import ARRAYS, load_data
 from csrae_nb.config import Config
+from csrae_nb.data import SPLITS
 from csrae_nb.detection import Face
 from csrae_nb.drawings import DISFA_AUS, some_frames, write_disfa
 from csrae_nb.evaluation import complete_run
 from csrae_nb.predict import AT_ONCE, COLUMNS, LeftOut, _are_examples, examples_of, face_examples, find_clips
 from csrae_nb.predict import write_predictions
-from csrae_nb.runs import fit
+from csrae_nb.files import runs_folder
+from csrae_nb.runs import fit, load_run
 from csrae_nb.sharing import open_run
 from csrae_nb.trained import read_examples
 from csrae_nb.verbs import main
@@ -461,6 +464,40 @@ def test_answers_are_told_by_the_thresholds_of_validation(tmp_path, own_runs):
         above = [int(float(r[k]) > metrics[f"threshold_{k}"]) for r in rows]
         assert len(rows) == 40 and [int(r[f"{k} yes"]) for r in rows] == above
     assert not [f for f in os.listdir(tmp_path) if f.startswith(".")]
+
+
+@pytest.mark.parametrize("labels", [1.0, 0.5])
+def test_answers_that_nobody_gave_are_said_to_say_nothing(tmp_path, own_runs, labels):
+    "Of training, where the column is of no use, and of validation; runs without these numbers are silent."
+    g = np.random.default_rng(0)
+    x = (g.random((300, 12)) < 0.5).astype(np.uint8)
+    y = np.stack([x[:, 0], 0 * x[:, 0], x[:, 1]], 1).astype(int)
+    parts = {
+        f"{a}_{s}": v[i : i + 100] for i, s in zip((0, 100, 200), SPLITS) for a, v in dict(x=x, y=y).items()
+    }
+    parts["y_val"][:, 2] = 0
+    fields = dict(labels=labels, balance="none", epochs=1, batch_size=20, latent_dim=2, ll_samples=0)
+    cfg = Config(dataset="arrays", model="Supervised", name="unseen", **fields)
+    complete_run(cfg, parts, progress=False)
+    run = load_run(runs_folder() / "unseen")
+    np.save(tmp_path / "new.npy", x[:40])
+    says = {
+        False: ["no example of 1 was seen in training: its column says nothing"],
+        True: ["no validation example shows 2: yes is what is above ½"],
+    }
+    for yes in (False, True):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            write_predictions(run, tmp_path / "new.npy", tmp_path / f"{yes}.csv", yes=yes, progress=False)
+        assert [str(w.message) for w in said] == says[False] + (says[True] if yes else [])
+    content = json.loads((run.path / "metrics.json").read_text())
+    seen = content["yes"]["train"]["0"]
+    assert seen == y[:100, 0].sum() if labels == 1 else 0 < seen < y[:100, 0].sum()
+    del content["yes"]
+    (run.path / "metrics.json").write_text(json.dumps(content))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_predictions(run, tmp_path / "new.npy", tmp_path / "silent.csv", yes=True, progress=False)
 
 
 def test_faces_of_new_videos_have_codes(runs, videos, tmp_path, data_folder, monkeypatch, capsys):

@@ -421,7 +421,7 @@ def test_help_of_train_lists_the_fields_and_data_what_is_taken(capsys):
     said = {k: " ".join(text.split()) for k, text in said.items()}
     for text in said.values():
         assert all(ending in text for ending in ARRAYS) and "folder" in text and "videos" in text
-    assert "or of pictures, all of which are looked at" in said["predict"]
+    assert "or, if it has none, all pictures" in said["predict"]
 
 
 def test_a_run_that_is_none_is_told_with_those_of_like_names(runs, tmp_path, monkeypatch, capsys):
