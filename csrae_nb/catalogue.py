@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAPER', 'SMALL', 'OTHER', 'DATASETS', 'FOLDERS', 'TABLES', 'ARRAYS', 'OWN_DATA', 'add_arrays', 'is_ink', 'is_source',
            'dataset_name', 'folder_kind', 'about_data', 'preset', 'loader_of', 'load_data', 'unknown_source',
-           'sums_of_file']
+           'sums_of_file', 'about_path']
 
 # %% ../nbs/08c_catalogue.ipynb #083002
 import os
@@ -235,3 +235,15 @@ def _read_path(dataset):
     if str(dataset) and path.is_dir():
         return *read_folder(Path(os.path.abspath(path))), ()
     raise ValueError(unknown_source(dataset))
+
+# %% ../nbs/08c_catalogue.ipynb #083114
+def about_path(dataset: str) -> str:
+    "What may be wrong with a path that is no data set of its own kind, to be added to an error."
+    path = Path(dataset).expanduser()
+    if dataset == "arrays" or dataset in DATASETS or folder_kind(dataset):
+        return ""
+    if path.name.lower() == "labels.csv":
+        return f" (give its folder, {path.parent})"
+    if not path.exists():
+        return f" ({unknown_source(dataset)})"
+    return " (a folder of videos is one with a labels.csv, or with DISFA's folders)" if path.is_dir() else ""

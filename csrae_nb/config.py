@@ -23,7 +23,7 @@ from typing import Any, get_args
 # %% ../nbs/09_config.ipynb #090003
 from .aggregate import PRIOR_OBJECTIVES
 from .catalogue import ARRAYS, DATASETS, FOLDERS, OWN_DATA
-from .catalogue import about_data, dataset_name, folder_kind, is_source, preset
+from .catalogue import about_data, dataset_name, folder_kind, is_source, preset, about_path
 from .constraint import Constraint
 from .layers import check_skip, two_layers
 from .likelihoods import LIKELIHOODS
@@ -214,10 +214,12 @@ def _check_effects(c):
     "ValueError for a field that is set and has no effect on this model or data set."
     with_labels = _with_labels(c)
     if c.pretrain and not with_labels:
-        raise ValueError(f"pretrain={c.pretrain} has no effect without labels; set labels, or epochs")
+        why = about_path(c.dataset)
+        raise ValueError(f"pretrain={c.pretrain} has no effect without labels; set labels, or epochs{why}")
     for field in ("answers", "balance"):
         if getattr(c, field) != getattr(Config, field) and not with_labels:
-            raise ValueError(f"{field}={getattr(c, field)!r} has no effect without labels; set labels")
+            why = about_path(c.dataset)
+            raise ValueError(f"{field}={getattr(c, field)!r} has no effect without labels; set labels{why}")
     network = c.network or preset(c.dataset)["network"]
     if c.encoder_weights and network != "resnet18":
         raise ValueError(f"encoder_weights are of network resnet18; this one is {network}")
@@ -337,7 +339,8 @@ def check_fields_of_data(
     "ValueError for a field that is set and belongs to other data sets."
     for field, names in _of_data_sets().items():
         if _is_set(c, field) and field not in takes:
-            raise ValueError(f"{field}={getattr(c, field)!r} is for {', '.join(names)}, not for {c.dataset}")
+            said = f"{field}={getattr(c, field)!r} is for {', '.join(names)}, not for {c.dataset}"
+            raise ValueError(said + about_path(c.dataset))
 
 # %% ../nbs/09_config.ipynb #090713
 _TABLES = TASKS, MODELS, PRIORS, DIVERGENCES, PRIOR_OBJECTIVES, LIKELIHOODS, NETWORKS, DATASETS, FOLDERS
@@ -433,14 +436,17 @@ def _check_config(c):
         task_class(c).check_config(c)
 
 # %% ../nbs/09_config.ipynb #090016
-def check_fields(names: Iterable[str]) -> None:
+def check_fields(
+    names: Iterable[str],
+    known: Iterable[str] | None = None,  # None: all fields
+) -> None:
     "ValueError for a name that no field has, with the most alike and all that there are."
-    known = known_fields()
+    known = known_fields() if known is None else known
     if unknown := sorted({*names} - {*known, "extra"}):
         near = dict.fromkeys(k for name in unknown for k in get_close_matches(name, known, 1, 0.7))
         alike = f"; most alike {', '.join(near)}" if near else ""
         unknown = ", ".join(map(repr, unknown))
-        raise ValueError(f"unknown parameter {unknown}{alike}; the known ones are {', '.join(known)}")
+        raise ValueError(f"unknown field {unknown}{alike}; the known ones are {', '.join(known)}")
 
 
 def make_config(values: dict) -> Config:  # validated

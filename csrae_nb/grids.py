@@ -29,6 +29,7 @@ from filelock import FileLock, Timeout
 
 from .catalogue import dataset_name
 from csrae_nb.config import (
+    check_fields,
     EVALUATION,
     Config,
     brought_fields,
@@ -53,10 +54,7 @@ def sweep_fields() -> list[str]:
 
 
 def _check_fields(names):
-    known = sweep_fields()
-    if unknown := [k for k in names if k not in known]:
-        unknown = ", ".join(map(repr, unknown))
-        raise ValueError(f"unknown field {unknown}; the known ones are {', '.join(known)}")
+    check_fields(names, sweep_fields())
 
 
 def expand(

@@ -276,7 +276,7 @@ def best_threshold(
     best = cuts[f1 == f1.max()]
     return best[(best - 0.5).abs().argmin()].item()
 
-
+# %% ../nbs/14_labels.ipynb #140620
 def counts_of_answers(
     guess: Int[Tensor, "n L"],  # 1: yes, 0: no
     y: Int[Tensor, "n L"],  # -1: not known

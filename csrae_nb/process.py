@@ -75,14 +75,16 @@ def _accelerate_anew():
 def check_device(
     device: torch.device | str,  # as torch names it
 ) -> torch.device:
-    "The device of that name; ValueError if torch does not know it, or finds none here."
+    "The device of that name, auto being a GPU if there is one; ValueError if torch finds none of it here."
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         why = shorten(str(e), 70, placeholder=" …")
         raise ValueError(
             f"there is no device {str(device)!r} here ({why}); take cpu, "
-            "or, to train, auto: that is a GPU if there is one"
+            "or auto: that is a GPU if there is one"
         ) from e
 
 # %% ../nbs/09c_process.ipynb #093106

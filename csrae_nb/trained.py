@@ -163,12 +163,20 @@ def is_own_folder(run: Run, source: Any) -> bool:
     places = [Path(own).expanduser().resolve(), *(any_case(data_folder(), own) if own in DATASETS else ())]
     return path.exists() and any(path.is_relative_to(p) for p in places)
 
-# %% ../nbs/23_after_training.ipynb #230608
-def _test_split(run, source):
-    "The test split of a data set, with the fold, split and size of the run's own configuration."
+# %% ../nbs/23_after_training.ipynb #230618
+def _fields_for(run, source):
+    "The fields of a run's own configuration by which another data set is read; a warning of its fold."
     own = {f: getattr(run.cfg, f) for f in loader_of(source)[1]}
     if dataset_name(source) != dataset_name(run.cfg.dataset):
         own.pop("answers", None)  # may be none that it has, and no label is asked for
+        if "fold" in own:
+            warnings.warn(f"of {source} the subjects of fold {own['fold']} alone are taken, its test split")
+    return own
+
+# %% ../nbs/23_after_training.ipynb #230608
+def _test_split(run, source):
+    "The test split of a data set, with the fold, split and size of the run's own configuration."
+    own = _fields_for(run, source)
     if "image_size" in own:
         side = own["image_size"] = run.x_shape[-1]
         if run.x_shape != (3, side, side) or side < 32:  # said before pictures are prepared

@@ -337,7 +337,7 @@ def _add_reconstruct(verbs):
 def _on_run(verbs, name, what):
     p = verbs.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
     p.add_argument("run", metavar="RUN", help="folder or name of a run, saved model, or name on the Hub")
-    p.add_argument("--device", default="cpu", help="cpu, or cuda (cpu)")
+    p.add_argument("--device", default="cpu", help="cpu, cuda, or auto, a GPU if there is one (cpu)")
     return p
 
 

@@ -455,7 +455,7 @@ def test_sparse_rows():
         (dict(validation_fraction="a"), "validation_fraction='a'; expected"),
         (dict(config=dict(lr=1.0)), "config sets lr"),
         (dict(config=dict(labels=0.5)), "config sets labels"),
-        (dict(config=dict(colour=1)), "unknown parameter 'colour'"),
+        (dict(config=dict(colour=1)), "unknown field 'colour'"),
         (dict(network="residual"), "residual network takes images"),
         (dict(random_state="x"), "cannot be used to seed"),
     ],

@@ -16,7 +16,7 @@ from csrae_nb.fleet import fit_fleet
 from csrae_nb.catalogue import ARRAYS, DATASETS
 from csrae_nb.config import Config, make_config, resolve, run_name
 from csrae_nb.files import RunLocked, run_lock
-from csrae_nb.process import product_precision
+from csrae_nb.process import check_device, product_precision
 from csrae_nb.runs import fit, load_run, prepare_data
 
 SHORT = dict(epochs=2, warmup=1, kmeans_epoch=1, components=5, ll_samples=2, expost_components=3)
@@ -270,7 +270,7 @@ def test_a_gpu_may_be_asked_for_and_is_refused_where_there_is_none(tmp_path, cap
         assert e.value.code == 2 and said.startswith(f"csrae encode: there is no device '{device}' here (")
         assert said.count("\n") == 1
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="there is no device 'cuda' here .*take cpu, or, to train, auto"):
+        with pytest.raises(ValueError, match="there is no device 'cuda' here .*take cpu, or auto"):
             fit(asked, dict(x=X), progress=False, folder=tmp_path / "none")
         with pytest.raises(ValueError, match="there is no device 'cuda' here"):
             CSRAEEmbedding(device="cuda", epochs=1, components=3).fit(X)
@@ -340,3 +340,7 @@ def test_the_random_numbers_of_gpus_are_left_alone(monkeypatch):
     data = load_data(dict(x=X, y=np.arange(80) % 2))
     metrics.train_classifier(data, examples=1, progress=False)
     networks.resnet18_features((3, 32, 32))
+
+
+def test_auto_is_a_gpu_if_there_is_one():
+    assert check_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")

@@ -792,3 +792,22 @@ def test_accents_and_minus_signs_as_other_systems_write_them(clips):
     labels(clips, "caf\u00e9.avi,0,\u22121,1", "b.avi,3,1,0")
     coded = coded_videos(clips)
     assert coded.codings["cafe\u0301.avi"].answers.tolist() == [[-1, 1]]
+
+
+@pytest.mark.parametrize(
+    "path, says",
+    [
+        ("nowhere", "unknown dataset 'nowhere'; expected one of"),
+        ("nowhere/at_all", "there is no file or folder"),
+        ("videos", "(a folder of videos is one with a labels.csv, or with DISFA's folders)"),
+        ("videos/labels.csv", "(give its folder, videos)"),
+    ],
+)
+@pytest.mark.parametrize("field", [dict(fold=1), dict(pretrain=1), dict(image_size=32)])
+def test_a_path_that_is_no_folder_of_videos_is_told(tmp_path, monkeypatch, path, says, field):
+    monkeypatch.chdir(tmp_path)
+    Path("videos").mkdir()
+    Path("videos/a.mp4").write_bytes(b"")
+    with pytest.raises(ValueError) as e:
+        prepare_data(resolve(Config(dataset=path, **field)))
+    assert says in str(e.value)
