@@ -129,7 +129,7 @@ def test_refused_in_the_shell(runs):
     assert (done.returncode, done.stdout) == (2, "")
     assert (
         done.stderr.startswith(
-            "Error: unknown parameter 'learning_rate'; the known ones are dataset, model, prior,"
+            "Error: unknown field 'learning_rate'; the known ones are dataset, model, prior,"
         )
         and done.stderr.count("\n") == 1
     )

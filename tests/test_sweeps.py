@@ -129,7 +129,7 @@ def test_the_papers_sweeps_are_grids(file):
 @pytest.mark.parametrize(
     "args, says",
     [
-        (["lamda=1"], f"'lamda'; the known ones are {', '.join(sweep_fields())}"),
+        (["lamda=1"], f"'lamda'; most alike lam; the known ones are {', '.join(sweep_fields())}"),
         (["seed=0", "--shard", "3/2"], "expected i/n"),
         (["seed=0", "--jobs", "0"], "at least 1"),
         (["none.toml"], "none.toml"),
