@@ -62,6 +62,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'csrae_nb.catalogue.add_arrays': ('nbs/catalogue.html#add_arrays', 'csrae_nb/catalogue.py'),
                                     'csrae_nb.catalogue.dataset_name': ('nbs/catalogue.html#dataset_name', 'csrae_nb/catalogue.py'),
                                     'csrae_nb.catalogue.folder_kind': ('nbs/catalogue.html#folder_kind', 'csrae_nb/catalogue.py'),
+                                    'csrae_nb.catalogue.is_folder': ('nbs/catalogue.html#is_folder', 'csrae_nb/catalogue.py'),
                                     'csrae_nb.catalogue.is_ink': ('nbs/catalogue.html#is_ink', 'csrae_nb/catalogue.py'),
                                     'csrae_nb.catalogue.is_source': ('nbs/catalogue.html#is_source', 'csrae_nb/catalogue.py'),
                                     'csrae_nb.catalogue.load_data': ('nbs/catalogue.html#load_data', 'csrae_nb/catalogue.py'),

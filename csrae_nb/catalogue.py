@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'SMALL', 'OTHER', 'DATASETS', 'FOLDERS', 'TABLES', 'ARRAYS', 'OWN_DATA', 'add_arrays', 'is_ink', 'is_source',
-           'dataset_name', 'folder_kind', 'about_data', 'preset', 'loader_of', 'load_data', 'unknown_source',
-           'sums_of_file', 'about_path']
+           'dataset_name', 'folder_kind', 'is_folder', 'about_data', 'preset', 'loader_of', 'load_data',
+           'unknown_source', 'sums_of_file', 'about_path']
 
 # %% ../nbs/08c_catalogue.ipynb #083002
 import os
@@ -134,6 +134,11 @@ def folder_kind(
     return next((k for k in FOLDERS if FOLDERS.about(k, "holds")(path)), None)
 
 
+def is_folder(dataset: str) -> bool:
+    "Whether a data set is a folder that is there, of whatever kind, and no name of DATASETS."
+    return dataset != "arrays" and dataset not in DATASETS and Path(dataset).expanduser().is_dir()
+
+
 def about_data(dataset: str, what: str, default=None):
     "What was said of a data set, or of its kind of folder, when it was registered."
     if kind := folder_kind(dataset):
@@ -246,4 +251,8 @@ def about_path(dataset: str) -> str:
         return f" (give its folder, {path.parent})"
     if not path.exists():
         return f" ({unknown_source(dataset)})"
-    return " (a folder of videos is one with a labels.csv, or with DISFA's folders)" if path.is_dir() else ""
+    return (
+        " (a folder of videos is one with a labels.csv, or with DISFA's folders)"
+        if is_folder(dataset)
+        else ""
+    )

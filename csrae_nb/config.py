@@ -23,7 +23,7 @@ from typing import Any, get_args
 # %% ../nbs/09_config.ipynb #090003
 from .aggregate import PRIOR_OBJECTIVES
 from .catalogue import ARRAYS, DATASETS, FOLDERS, OWN_DATA
-from .catalogue import about_data, dataset_name, folder_kind, is_source, preset, about_path
+from .catalogue import about_data, about_path, dataset_name, folder_kind, is_source, preset
 from .constraint import Constraint
 from .layers import check_skip, two_layers
 from .likelihoods import LIKELIHOODS

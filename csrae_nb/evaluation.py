@@ -28,7 +28,7 @@ from torch import Tensor
 
 # %% ../nbs/10b_evaluation.ipynb #100102
 from . import __version__
-from .catalogue import DATASETS, dataset_name, load_data, loader_of, preset, sums_of_file
+from .catalogue import dataset_name, is_folder, load_data, loader_of, preset, sums_of_file
 from .data import Dataset, labelled_rows
 from .mixtures import GMM, FullGMM, as_mixture, unchecked
 from csrae_nb.metrics import (
@@ -636,8 +636,11 @@ def complete_run(
     try:
         data = prepare_data(cfg := resolve(cfg), data)
     except (OSError, ValueError) as e:
-        there = cfg.dataset not in DATASETS and Path(cfg.dataset).expanduser().is_dir()
-        if data is not None or there or finished_metrics(cfg, sums_of_file(cfg.dataset)) is None:
+        if (
+            data is not None
+            or is_folder(cfg.dataset)
+            or finished_metrics(cfg, sums_of_file(cfg.dataset)) is None
+        ):
             raise
         warnings.warn(f"{run_name(cfg)} is finished; whether its data are the same now is not known: {e}")
         return finished_metrics(cfg)

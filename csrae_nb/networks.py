@@ -446,9 +446,8 @@ def load_resnet18(
     resnet.bn1.running_mean.sub_((first * (0.5 - mean)).sum((1, 2, 3)))
 
 # %% ../nbs/05_networks.ipynb #050032
-NETWORKS = Registry(
-    "network", may=("encodes", "decodes")
-)  # sides of pictures that its parts take, if not all
+# what it encodes and decodes: sides of pictures that its parts take, if not all
+NETWORKS = Registry("network", may=("encodes", "decodes"))
 NETWORKS.add("mlp", fully_connected(encoder=(300, 300), decoder=(300, 300)))
 NETWORKS.add("pinwheel", fully_connected(encoder=(5, 10), decoder=(10, 5), act=nn.Softplus))
 NETWORKS.add("residual", Network(residual_encoder, residual_decoder, gated_prior))

@@ -121,7 +121,7 @@ def merge(*tables: list[dict]) -> list[dict]:  # rows
 
     def which(r):
         key = tuple(r.get(k) for k in (*ROW_KEY, "settings", *WITH_LABELS, "name"))
-        return *key, seedless(r.get("command") or "")  # which has what no column says, as lr=
+        return *key, seedless(r.get("command") or "")  # older tables say lr= and others in it alone
 
     groups = {which(r): [] for r in rows}
     for r in sorted(rows, key=n_seeds, reverse=True):

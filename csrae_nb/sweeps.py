@@ -28,7 +28,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 # %% ../nbs/12b_sweeps.ipynb #120102
-from .catalogue import DATASETS, is_source, loader_of, sums_of_file, unknown_source
+from .catalogue import is_folder, is_source, loader_of, sums_of_file, unknown_source
 from .config import EVALUATION, Config, command, run_name
 from .evaluation import finished_metrics, results_table, write_table
 from .files import progress_bar, runs_folder
@@ -303,7 +303,7 @@ def check_data(
         try:
             sums = prepare_data(runs[0]).sha256
         except (OSError, ValueError):
-            if runs[0].dataset not in DATASETS and os.path.isdir(os.path.expanduser(runs[0].dataset)):
+            if is_folder(runs[0].dataset):
                 raise
             sums = sums_of_file(runs[0].dataset)  # of one that is there, and cannot be used
         if other := [run_name(c) for c in runs if finished_metrics(c, sums) is None]:

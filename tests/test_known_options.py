@@ -1,6 +1,7 @@
 "Options that are passed on, and numbers of faces, in examples so small that the right one is known."
 
 import csv
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from csrae_nb.frames import Recording, _why_not, aligned
 from csrae_nb.labels import ManyLabels, ranks_of_answers
 from csrae_nb.patterns import fit_patterns, informed
 from csrae_nb.tasks import task_of
-from csrae_nb.trained import Examples
+from csrae_nb.trained import Examples, _fields_for
 from csrae_nb.videos import Coding
 from small_runs import ROWS, SMALL, TINY
 
@@ -113,6 +114,18 @@ def test_pseudo_inputs_of_faces_are_told(dataset, told):
     model = SimpleNamespace(state_dict=lambda: {"prior.pseudo_inputs": torch.zeros(4, 2)})
     run = SimpleNamespace(cfg=SimpleNamespace(dataset=dataset), model=model, path=Path("a"))
     assert bool(sharing._may_show(run)) == told
+
+
+@pytest.mark.parametrize("own, told", [("disfa", False), ("fera2015", True)])
+def test_the_fold_of_another_data_set_is_told(own, told):
+    run = SimpleNamespace(cfg=Config(dataset=own, fold=1, answers="intensity", labels=1.0))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fields = _fields_for(run, "disfa")
+    assert [str(w.message) for w in said] == told * [
+        "of disfa the subjects of fold 1 alone are taken, its test split"
+    ]
+    assert fields["fold"] == 1 and ("answers" in fields) is not told
 
 
 def test_names_of_subjects_are_not_shared():
